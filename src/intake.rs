@@ -1,0 +1,1 @@
+//! Enters: validated messages are stored by group commit.

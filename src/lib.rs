@@ -1,0 +1,39 @@
+//! AMS, the automatic message system: **an `INSERT` is a send.**
+//!
+//! One message's story, room by room; the modules below stand in the order it walks.
+//!
+//! 1. It *enters*: a row in `messages`, inserted by anyone in their own transaction, or by [`intake`]
+//!    for the [`api`].
+//! 2. The [`producer`] claims it from the [`store`] and puts a ticket on a lane of the [`queue`].
+//! 3. A [`consumer`] takes the ticket, begins the message (the guarded write that makes a repeated
+//!    ticket harmless), and hands it to [`delivery`].
+//! 4. [`retry`] judges the outcome: sent, retry at a time, or dead.
+//! 5. The consumer records the verdict and the attempt, tells the [`cache`], and is done with the ticket.
+//! 6. What died on the way is given back by the [`janitor`].
+//!
+//! Rooms never call each other: they meet in the store and the queue, so that each can be a process
+//! of its own. Dependencies point one way, from the bottom of this list to the top; `tests/tidy.rs` checks it.
+
+pub mod clock;
+pub mod message;
+pub mod retry;
+pub mod telemetry;
+
+pub mod cache;
+pub mod queue;
+pub mod store;
+
+pub mod delivery;
+pub mod service;
+
+pub mod consumer;
+pub mod intake;
+pub mod janitor;
+pub mod producer;
+
+pub mod api;
+pub mod testclient;
+
+pub mod app;
+pub mod cli;
+pub mod config;

@@ -1,0 +1,2 @@
+//! AMS binary.
+fn main() {}

@@ -1,0 +1,113 @@
+//! What carries tickets from producer to consumers: the contract of the queue.
+//!
+//! A lane is a topic of partitions; each partition is an ordered log. A batch goes to one partition.
+//! Delivery is at least once and may repeat or lose anything: the guarded begin in the store makes
+//! repeats harmless, the ledger finds losses. Committed positions are hints.
+
+#[cfg(test)]
+pub(crate) mod conformance;
+pub mod embedded;
+pub mod kafka;
+mod watermark;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use crate::store::Place;
+
+pub use watermark::Watermark;
+
+/// What a caller can do about a failed queue call.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The broker can't be reached or did not answer in time; the call may have happened. Try again.
+    #[error("the queue is unavailable: {0}")]
+    Unavailable(String),
+    /// The broker refused this: repeating it is useless until somebody mends what the sentence names.
+    #[error("the queue refused: {0}")]
+    Refused(String),
+}
+
+/// The result of a queue call.
+pub type Result<T> = std::result::Result<T, QueueError>;
+
+/// One record to publish.
+#[derive(Clone, Debug)]
+pub struct LaneRecord {
+    pub key: Bytes,
+    pub value: Bytes,
+    pub headers: Vec<(&'static str, String)>,
+}
+
+/// One record as a consumer takes it.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    pub receipt: Receipt,
+    pub key: Bytes,
+    pub value: Bytes,
+}
+
+/// Names a taken record to the subscription that gave it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Receipt {
+    pub partition: i32,
+    /// Which assignment of the partition it was taken under: a receipt of an older one is ignored.
+    pub generation: u32,
+    pub offset: i64,
+}
+
+/// A consumer's end of a lane. Dropping it leaves the lane; [`Subscription::close`] does so in order.
+#[derive(Debug)]
+pub struct Subscription {
+    /// Records in batches, in order within each partition. Closed when the subscription has ended.
+    pub taken: mpsc::Receiver<Vec<Taken>>,
+    /// Records that are done with, in any order.
+    pub done: mpsc::UnboundedSender<Vec<Receipt>>,
+    /// Ends the subscription once all receipts sent before are committed.
+    pub(crate) closed: tokio::sync::oneshot::Receiver<()>,
+}
+
+impl Subscription {
+    /// Leaves the lane: positions of everything done so far are committed first.
+    pub async fn close(self) {
+        drop(self.done);
+        drop(self.taken);
+        // An error means that the other side is gone already, which is what we wait for.
+        let _ = self.closed.await;
+    }
+}
+
+/// How far one partition has been read and written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Depth {
+    pub partition: i32,
+    /// Everything before this offset is done with, for the group asked about.
+    pub position: i64,
+    /// The offset that the next record will get.
+    pub end: i64,
+}
+
+/// The queue.
+#[async_trait]
+pub trait Queue: Send + Sync + 'static {
+    /// `kafka` or `embedded`.
+    fn kind(&self) -> &'static str;
+
+    /// Creates the lanes that are missing.
+    async fn ensure(&self, lanes: &[String]) -> Result<()>;
+
+    /// Publishes a batch to one partition of a lane and waits for the broker's acknowledgement of all
+    /// of it. Batches rotate over the partitions. An empty batch is a mistake of the caller's.
+    async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<Place>;
+
+    /// Joins a group of consumers on a lane. At most `window` records are out (taken and not done)
+    /// before the subscription stops giving more.
+    async fn subscribe(&self, lane: &str, group: &str, window: usize) -> Result<Subscription>;
+
+    /// How far `group` has come on a lane. Empty when the lane does not exist.
+    async fn depth(&self, lane: &str, group: &str) -> Result<Vec<Depth>>;
+
+    /// Whether the broker answers.
+    async fn ping(&self) -> Result<()>;
+}

@@ -1,0 +1,379 @@
+//! Where messages live: the contract of the store, and what its words mean.
+//!
+//! The store is the truth (P3): queue and cache may be emptied at any moment. Everything here is
+//! batched; a backend never runs a statement per message. All times come from the caller's clock.
+//!
+//! How a message moves, and which call moves it:
+//!
+//! | from | to | by |
+//! | --- | --- | --- |
+//! | | `pending` | an `INSERT`, or [`Store::insert`] |
+//! | `pending`, due `retrying` | `queued`, epoch + 1 (or held, or `expired`) | [`Store::claim`] |
+//! | `queued` of the ticket's epoch | `processing` (or `expired`, or held) | [`Store::begin`], [`Store::hold`] |
+//! | `processing` of the ticket's epoch | `retrying`, `dead`, or back as it was | [`Store::record`] |
+//! | anything | `sent` | [`Store::record`]: a success is accepted from any epoch |
+//! | held | due again | [`Store::unhold`] |
+//! | `queued`, `processing` of something that died | due at once | [`Store::recover`], [`Store::requeue`] |
+//!
+//! "Back as it was" means `pending` when no try has been recorded, else `retrying`, due at once.
+//! Whoever gives a row back raises its epoch by nothing: the next claim does, and until then a
+//! stale ticket finds the row not `queued`.
+
+#[cfg(test)]
+pub(crate) mod conformance;
+pub mod postgres;
+pub mod sqlite;
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use uuid::Uuid;
+
+use crate::clock::Timestamp;
+use crate::message::{
+    Attempt, Epoch, Held, Message, MessageId, NewMessage, Outcome, Status, Ticket, Verdict,
+};
+use crate::retry::Lane;
+
+/// What a caller can do about a failed store call.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The store can't be reached or broke off; the call may or may not have happened. Try again:
+    /// every call of [`Store`] may be repeated.
+    #[error("the store is unavailable: {0}")]
+    Unavailable(String),
+    /// The store refused the values: repeating it is useless.
+    #[error("the store refused the values: {0}")]
+    Refused(String),
+    /// The store's migrations are older or newer than this program knows.
+    #[error("{0}")]
+    Version(String),
+    /// A defect of ours or of the database's contents; the sentence says where.
+    #[error("the store failed: {0}")]
+    Internal(String),
+}
+
+/// The result of a store call.
+pub type Result<T> = std::result::Result<T, StoreError>;
+
+/// A running process's number in the `instances` table; never used again for another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct InstanceId(pub i64);
+
+/// One process of AMS, as others see it. It lives as long as it renews its lease.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Instance {
+    pub id: InstanceId,
+    /// `producer`, `consumer`, `retry-consumer`, `api` or `up`.
+    pub service: String,
+    pub host: String,
+    pub version: String,
+    pub started_at: Timestamp,
+    pub seen_at: Timestamp,
+    /// Until when its claims and begun messages are its own.
+    pub lease_until: Timestamp,
+}
+
+/// An HTTP destination with its policy.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Endpoint {
+    pub name: String,
+    pub url: String,
+    /// One deadline over connect, head and body.
+    pub timeout: Duration,
+    /// Attempts in flight at once, in each consumer process; at least 1.
+    pub in_flight_max: u32,
+    /// Statuses after which a message is dead at once.
+    pub final_statuses: Vec<u16>,
+    pub enabled: bool,
+    /// Standard Webhooks secret (`whsec_` and base64); `None`: unsigned.
+    pub secret: Option<String>,
+}
+
+impl Endpoint {
+    /// An endpoint with the defaults of the `endpoints` table.
+    pub fn new(name: &str, url: &str) -> Endpoint {
+        Endpoint {
+            name: name.to_owned(),
+            url: url.to_owned(),
+            timeout: Duration::from_secs(15),
+            in_flight_max: 1024,
+            final_statuses: vec![410],
+            enabled: true,
+            secret: None,
+        }
+    }
+}
+
+/// What became of one inserted message, in the order of the batch.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Inserted {
+    /// It is stored.
+    New { id: MessageId, created_at: Timestamp },
+    /// Its idempotency key was used before for an equal message: that one's id.
+    Existing(MessageId),
+    /// Its idempotency key was used before for another message.
+    Conflict(MessageId),
+}
+
+/// Which rows a claim looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Due<'a> {
+    /// `pending` rows without `send_at`, in id order, after this id.
+    Fresh { after: MessageId },
+    /// The same up to and including this id: finds what committed late behind the cursor.
+    Late { up_to: MessageId },
+    /// `retrying` and scheduled `pending` rows of this lane (empty: the fresh lane) whose time has come.
+    Timed { lane: &'a str },
+}
+
+/// One claim: at most `limit` due rows become `queued` for `lane`, with one ledger row for all.
+#[derive(Clone, Debug)]
+pub struct Claim<'a> {
+    pub due: Due<'a>,
+    pub limit: usize,
+    /// The topic the tickets go to; written into the ledger.
+    pub lane: &'a str,
+    /// Endpoints that take messages. Rows of any other are held as [`Held::EndpointClosed`] instead.
+    pub open: &'a [String],
+    pub owner: InstanceId,
+    pub now: Timestamp,
+}
+
+/// A ledger row's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BatchId(pub i64);
+
+/// What a claim took. `tickets` may be empty although `seen` is not: held and expired rows count there.
+#[derive(Clone, Debug, Default)]
+pub struct Claimed {
+    /// `None` when nothing was queued; then no ledger row was written either.
+    pub batch: Option<BatchId>,
+    pub tickets: Vec<Ticket>,
+    /// Rows looked at: less than the limit means that no more were due.
+    pub seen: usize,
+    /// The highest id looked at.
+    pub last: Option<MessageId>,
+}
+
+/// Where the broker put a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub partition: i32,
+    /// The offset of its last record.
+    pub offset: i64,
+}
+
+/// A ledger row: the tickets of one claim.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Batch {
+    pub id: BatchId,
+    pub lane: String,
+    pub owner: InstanceId,
+    pub created_at: Timestamp,
+    /// Where the broker acknowledged it; `None` while it has not.
+    pub place: Option<Place>,
+    /// Whether the owner's lease has run out.
+    pub orphaned: bool,
+}
+
+/// What a consumer says of tickets it wants to work on.
+#[derive(Clone, Debug)]
+pub struct Begin<'a> {
+    pub tickets: &'a [(MessageId, Epoch)],
+    pub owner: InstanceId,
+    pub now: Timestamp,
+}
+
+/// A lease row's number: one for each call of [`Store::begin`] that began anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LeaseId(pub i64);
+
+/// What a begin call took: the messages now `processing`. A ticket that is not among them is stale.
+#[derive(Clone, Debug, Default)]
+pub struct Begun {
+    /// Names the group for [`Records::finished`]; `None` when nothing was begun.
+    pub lease: Option<LeaseId>,
+    pub messages: Vec<BegunMessage>,
+}
+
+/// A message that this process may now try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BegunMessage {
+    pub id: MessageId,
+    /// Tries recorded before this one, over all lanes.
+    pub attempts: i32,
+    /// Tries recorded before this one on the lane it is on.
+    pub lane_tries: i32,
+}
+
+/// What one try came to and what was decided.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Record {
+    pub id: MessageId,
+    pub epoch: Epoch,
+    /// The number of the try.
+    pub attempt: i32,
+    /// The lane it was made on.
+    pub lane: String,
+    /// `None` only with [`Verdict::Release`]: there was no try.
+    pub outcome: Option<Outcome>,
+    pub verdict: Verdict,
+}
+
+/// One write of records.
+#[derive(Clone, Debug)]
+pub struct Records<'a> {
+    pub records: &'a [Record],
+    /// Leases whose messages are all recorded with this write.
+    pub finished: &'a [LeaseId],
+    pub now: Timestamp,
+}
+
+/// A dead message whose record has still to reach the dead-letter lane.
+#[derive(Clone, Debug)]
+pub struct DeadLetter {
+    pub ticket: Ticket,
+    pub lane: String,
+    pub reason: String,
+    pub attempts: i32,
+    pub last_status: Option<u16>,
+    pub last_error: Option<String>,
+    pub dead_at: Timestamp,
+}
+
+/// How many rows a recovery gave back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// Instances whose lease had run out.
+    pub instances: u64,
+    /// Messages that they were working on.
+    pub messages: u64,
+}
+
+/// A count that stops counting: `more` says that there are at least `count`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Count {
+    pub status: Status,
+    pub count: u64,
+    pub more: bool,
+}
+
+/// What the store knows of the whole system.
+#[derive(Clone, Debug, Default)]
+pub struct Overview {
+    pub counts: Vec<Count>,
+    /// When the oldest row that is due became so.
+    pub oldest_due_at: Option<Timestamp>,
+    pub instances: Vec<Instance>,
+}
+
+/// The store. Every call may be repeated after [`StoreError::Unavailable`] without doing harm.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// `postgres` or `sqlite`.
+    fn kind(&self) -> &'static str;
+
+    /// Applies the migrations that are missing and returns their names.
+    async fn migrate(&self) -> Result<Vec<String>>;
+
+    /// The names of migrations that are missing.
+    ///
+    /// # Errors
+    /// [`StoreError::Version`] when the store has one that this program does not know.
+    async fn missing_migrations(&self) -> Result<Vec<String>>;
+
+    /// The random number that this store was given by its first migration; `webhook-id`s carry it.
+    async fn installation(&self) -> Result<Uuid>;
+
+    /// Inserts all messages in one transaction, or none. Idempotency keys are checked against the
+    /// store and within the batch.
+    async fn insert(&self, messages: &[NewMessage], now: Timestamp) -> Result<Vec<Inserted>>;
+
+    /// Registers a process, whose lease lasts until `lease_until`.
+    async fn enroll(
+        &self,
+        service: &str,
+        host: &str,
+        now: Timestamp,
+        lease_until: Timestamp,
+    ) -> Result<InstanceId>;
+
+    /// Renews an instance's lease. `false`: it had run out and was taken away; enroll anew, and drop
+    /// every begun message that has not been tried.
+    async fn renew(&self, instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> Result<bool>;
+
+    /// Ends an instance in good order: its lease, leadership and row go.
+    async fn retire(&self, instance: InstanceId) -> Result<()>;
+
+    /// Tries to become, or remain, the one active producer until `until`. Whether it is.
+    async fn lead(&self, instance: InstanceId, now: Timestamp, until: Timestamp) -> Result<bool>;
+
+    /// Cheaply tells whether anything may be newly due since the last claim. May always say yes.
+    async fn changed(&self) -> Result<bool>;
+
+    /// Takes due rows, see [`Claim`]. One statement.
+    async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed>;
+
+    /// Notes that the broker has acknowledged a batch.
+    async fn acknowledge(&self, batch: BatchId, place: Place) -> Result<()>;
+
+    /// The oldest ledger rows, at most `limit`.
+    async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>>;
+
+    /// Gives back the rows of these batches that are still `queued` in the epoch that the batch gave
+    /// them, and removes the ledger rows. Returns how many rows were given back. At most 100 batches
+    /// a call.
+    async fn requeue(&self, batches: &[BatchId], now: Timestamp) -> Result<u64>;
+
+    /// Begins messages: those that are `queued` in the ticket's epoch become `processing`, or
+    /// `expired` when their time is over. One statement per distinct epoch.
+    async fn begin(&self, begin: &Begin<'_>) -> Result<Begun>;
+
+    /// Writes what tries came to, the attempts and the dead letters with them, in one transaction.
+    /// Returns the ids whose verdict was refused: stale failures.
+    async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>>;
+
+    /// Holds messages that are `queued` in the ticket's epoch: they become as they were before the
+    /// claim, and are not claimable until [`Store::unhold`].
+    async fn hold(&self, tickets: &[(MessageId, Epoch)], held: Held, now: Timestamp) -> Result<u64>;
+
+    /// Which endpoints have rows held, and why.
+    async fn held(&self) -> Result<Vec<(String, Held)>>;
+
+    /// Makes at most `limit` held rows of an endpoint due at once, oldest first.
+    async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64>;
+
+    /// Takes away the instances whose lease has run out and gives back what they had begun.
+    async fn recover(&self, now: Timestamp) -> Result<Recovered>;
+
+    /// Dead letters written before `before` that are not marked as published, oldest first.
+    async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>>;
+
+    /// Marks dead letters as published.
+    async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()>;
+
+    /// Makes partitions ahead of the ids in use. Does nothing where tables are not partitioned.
+    async fn make_partitions(&self) -> Result<()>;
+
+    /// All endpoints.
+    async fn endpoints(&self) -> Result<Vec<Endpoint>>;
+
+    /// Creates or replaces an endpoint.
+    async fn put_endpoint(&self, endpoint: &Endpoint) -> Result<()>;
+
+    /// All registered lanes.
+    async fn lanes(&self) -> Result<Vec<Lane>>;
+
+    /// Registers a lane; the newest wins. Returns what stood there before, if it was different.
+    async fn put_lane(&self, lane: &Lane, now: Timestamp) -> Result<Option<Lane>>;
+
+    /// One message.
+    async fn message(&self, id: MessageId) -> Result<Option<Message>>;
+
+    /// A message's attempts, oldest first.
+    async fn attempts(&self, id: MessageId) -> Result<Vec<Attempt>>;
+
+    /// Counts, ages and instances. Counting stops at 10,000 a status.
+    async fn overview(&self, now: Timestamp) -> Result<Overview>;
+}

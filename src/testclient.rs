@@ -1,0 +1,1 @@
+//! The simulated external message service.
