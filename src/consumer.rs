@@ -1,1 +1,88 @@
-//! Begun, delivered, recorded.
+//! Begun, delivered, recorded. The same code serves the fresh lane and every retry lane.
+//!
+//! A ticket comes from the lane, is admitted if its endpoint has room (else its row is held), and is
+//! begun with others in one guarded write. From then on the lane's record is done with: the store's
+//! lease remembers the message (see `docs/adr/`), so a slow receiver holds back no position of the
+//! lane. The message waits for a free slot of its endpoint, is delivered and judged, and its record
+//! goes to the [`recorder`], which writes in batches beside all this.
+
+mod begin;
+mod desk;
+mod recorder;
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::delivery::Delivery;
+use crate::queue::{QueueError, Subscription};
+use crate::retry::Lane;
+use crate::service::{self, Parts};
+
+use desk::Desk;
+
+pub(crate) use recorder::publish_dead_letters;
+
+/// How a consumer works.
+#[derive(Clone, Debug)]
+pub struct ConsumerOptions {
+    /// The lane it reads, with its tries and waits.
+    pub lane: Lane,
+    /// Messages begun and not recorded, at most.
+    pub window: usize,
+    /// How long a stop waits for the attempts in flight.
+    pub drain: Duration,
+}
+
+/// Works on one lane until `stop`; then takes nothing new, gives back what it has begun and not tried,
+/// waits for what is in flight, and leaves the lane.
+pub async fn run(
+    parts: Parts,
+    delivery: std::sync::Arc<Delivery>,
+    options: ConsumerOptions,
+    stop: &CancellationToken,
+) {
+    let lane = &options.lane;
+    let name = format!("consumer of {}", lane.topic);
+    if service::persist(&name, stop, || register(&parts, lane))
+        .await
+        .is_none()
+    {
+        return;
+    }
+    let Some(subscription) = service::persist(&name, stop, || subscribe(&parts, &options)).await else {
+        return;
+    };
+    let (records, taken) = mpsc::unbounded_channel();
+    let (recorded, written) = mpsc::unbounded_channel();
+    let recorder = recorder::run(parts.clone(), taken, recorded);
+    let desk = Desk::new(parts.clone(), delivery, options.clone(), subscription, records);
+    let (desk_done, ()) = tokio::join!(desk.run(written, stop), recorder);
+    desk_done.close().await;
+}
+
+async fn register(parts: &Parts, lane: &Lane) -> Result<(), crate::store::StoreError> {
+    if let Some(before) = parts.store.put_lane(lane, parts.clock.now()).await? {
+        tracing::warn!(
+            lane = lane.topic,
+            "lane {} was registered with other settings ({} tries, then {}); the newest win",
+            lane.topic,
+            before.tries,
+            before.next
+        );
+    }
+    parts.directory.refresh().await.map(drop)
+}
+
+async fn subscribe(parts: &Parts, options: &ConsumerOptions) -> Result<Subscription, QueueError> {
+    let lane = &options.lane;
+    parts
+        .queue
+        .ensure(&[lane.topic.clone(), lane.next.clone()])
+        .await?;
+    parts
+        .queue
+        .subscribe(&lane.topic, &lane.group, options.window)
+        .await
+}

@@ -1,5 +1,7 @@
 //! The one outbound call.
 
+pub mod limits;
+
 use std::sync::Arc;
 
 use uuid::Uuid;

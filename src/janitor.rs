@@ -1,1 +1,242 @@
-//! Heals what died.
+//! Heals what died: leases that ran out, batches whose producer died, tickets that the broker lost,
+//! dead letters that did not get out. Runs beside the active producer.
+//!
+//! It gives rows back and nothing else; the epoch makes that harmless when it was wrong. It still
+//! waits before it believes that somebody is dead: when the store itself was away, nobody could renew
+//! a lease, so the others get a whole lease's time to speak up first.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Timestamp;
+use crate::consumer::publish_dead_letters;
+use crate::queue::Depth;
+use crate::service::{self, LEASE, Parts, Step};
+use crate::store::{Batch, BatchId, StoreError};
+
+const ROUND: Duration = Duration::from_secs(1);
+/// A dead letter that its consumer has not published by then is published here.
+const DEAD_LETTER_AGE: Duration = Duration::from_secs(30);
+/// A batch that is not acknowledged by then never will be: publishing is bounded well below it.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(60);
+/// Ledger rows looked at in a round: more than all rooms together can hold in single-row batches.
+const BATCHES: usize = 100_000;
+
+/// The janitor of one process.
+pub struct Janitor {
+    parts: Parts,
+    leading: Arc<AtomicBool>,
+    /// Since when the store has answered without a break; `None` while it does not.
+    store_up_since: Option<Timestamp>,
+    rounds: u64,
+}
+
+impl Janitor {
+    /// A janitor that works while `leading` is true.
+    pub fn new(parts: Parts, leading: Arc<AtomicBool>) -> Janitor {
+        Janitor {
+            parts,
+            leading,
+            store_up_since: None,
+            rounds: 0,
+        }
+    }
+
+    /// Works until `stop`.
+    pub async fn run(mut self, stop: &CancellationToken) {
+        service::run("janitor", stop, &Notify::new(), async || self.step().await).await;
+    }
+
+    /// One round.
+    ///
+    /// # Errors
+    /// Those of the store. The broker's are taken as "not now": its positions are only hints.
+    pub async fn step(&mut self) -> Result<Step, StoreError> {
+        if !self.leading.load(Ordering::Relaxed) {
+            self.store_up_since = None;
+            return Ok(Step::Idle(ROUND));
+        }
+        let done = self.round().await;
+        if done.is_err() {
+            self.store_up_since = None;
+        }
+        done.map(|()| Step::Idle(ROUND))
+    }
+
+    async fn round(&mut self) -> Result<(), StoreError> {
+        let now = self.parts.clock.now();
+        if self.rounds.is_multiple_of(5) {
+            self.parts.store.make_partitions().await?;
+        }
+        self.rounds += 1;
+        let since = *self.store_up_since.get_or_insert(now);
+        let sure = now.since(since) >= LEASE;
+        self.settle_batches(now, sure).await?;
+        if sure {
+            let recovered = self.parts.store.recover(now).await?;
+            if recovered.messages > 0 {
+                tracing::warn!(
+                    "{} messages of {} processes that died are due again",
+                    recovered.messages,
+                    recovered.instances
+                );
+            }
+            self.parts.metrics.recovered("instance_died", recovered.messages);
+            self.publish_left_letters(now).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes finished batches out of the ledger, and gives back the rows of lost ones.
+    async fn settle_batches(&mut self, now: Timestamp, sure: bool) -> Result<(), StoreError> {
+        // The ledger first: a batch that is in it was published before the broker is asked.
+        let batches = self.parts.store.batches(now, BATCHES).await?;
+        let depths = self.depths(&batches).await;
+        let mut settled: HashMap<Fate, Vec<BatchId>> = HashMap::new();
+        for batch in &batches {
+            let depth = depths.get(&batch.lane).map(Vec::as_slice);
+            let fate = fate(batch, depth, now);
+            if fate != Fate::UnderWay && (sure || fate != Fate::Orphaned) {
+                settled.entry(fate).or_default().push(batch.id);
+            }
+        }
+        for (fate, ids) in settled {
+            let mut rows = 0;
+            for chunk in ids.chunks(100) {
+                rows += self.parts.store.requeue(chunk, now).await?;
+            }
+            if rows > 0 {
+                tracing::warn!("{rows} messages are due again: {}", fate.reason());
+            }
+            self.parts.metrics.recovered(fate.word(), rows);
+        }
+        Ok(())
+    }
+
+    /// How far the groups of all lanes in these batches have come; lanes that can't be asked are left out.
+    async fn depths(&self, batches: &[Batch]) -> HashMap<String, Vec<Depth>> {
+        let directory = self.parts.directory.snapshot();
+        let mut depths = HashMap::new();
+        for lane in &directory.lanes {
+            if batches.iter().any(|batch| batch.lane == lane.topic) {
+                match self.parts.queue.depth(&lane.topic, &lane.group).await {
+                    Ok(depth) => drop(depths.insert(lane.topic.clone(), depth)),
+                    Err(error) => tracing::debug!("the depth of {} is unknown: {error}", lane.topic),
+                }
+            }
+        }
+        depths
+    }
+
+    async fn publish_left_letters(&self, now: Timestamp) -> Result<(), StoreError> {
+        let before = Timestamp::from_micros(
+            now.as_micros() - i64::try_from(DEAD_LETTER_AGE.as_micros()).unwrap_or(i64::MAX),
+        );
+        let letters = self.parts.store.dead_letters(before, 1_000).await?;
+        if !letters.is_empty() {
+            publish_dead_letters(self.parts.clone(), letters).await;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Fate {
+    /// Its tickets may still be taken.
+    UnderWay,
+    /// Its group has come past it: what is still queued was skipped.
+    Passed,
+    /// The broker's log ends before it: it was wiped.
+    Wiped,
+    /// It was never acknowledged, and its producer is gone.
+    Orphaned,
+}
+
+impl Fate {
+    fn word(self) -> &'static str {
+        match self {
+            Fate::UnderWay | Fate::Passed | Fate::Wiped => "ticket_lost",
+            Fate::Orphaned => "batch_orphaned",
+        }
+    }
+
+    fn reason(self) -> &'static str {
+        match self {
+            Fate::UnderWay => "their tickets are under way",
+            Fate::Passed => "their consumers skipped their tickets",
+            Fate::Wiped => "the broker has lost their tickets",
+            Fate::Orphaned => "their producer died before the broker had their tickets",
+        }
+    }
+}
+
+/// What became of a batch, by what the broker says of its lane. `None`: the lane could not be asked.
+fn fate(batch: &Batch, depth: Option<&[Depth]>, now: Timestamp) -> Fate {
+    let Some(place) = batch.place else {
+        let stuck = now.since(batch.created_at) > UNACKNOWLEDGED_MAX;
+        return if batch.orphaned || stuck {
+            Fate::Orphaned
+        } else {
+            Fate::UnderWay
+        };
+    };
+    let Some(depth) = depth else { return Fate::UnderWay };
+    match depth.iter().find(|depth| depth.partition == place.partition) {
+        Some(depth) if depth.end <= place.offset => Fate::Wiped,
+        Some(depth) if depth.position > place.offset => Fate::Passed,
+        Some(_) => Fate::UnderWay,
+        None => Fate::Wiped,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{InstanceId, Place};
+
+    fn batch(place: Option<Place>, orphaned: bool) -> Batch {
+        Batch {
+            id: BatchId(1),
+            lane: "messages".into(),
+            owner: InstanceId(1),
+            created_at: Timestamp::EPOCH,
+            place,
+            orphaned,
+        }
+    }
+
+    #[test]
+    fn a_batchs_fate_follows_from_what_the_broker_says() {
+        let at = |offset| Some(Place { partition: 2, offset });
+        let depth = |position, end| {
+            vec![Depth {
+                partition: 2,
+                position,
+                end,
+            }]
+        };
+        let soon = Timestamp::EPOCH.after(Duration::from_secs(1));
+        let late = Timestamp::EPOCH.after(Duration::from_secs(61));
+        for (batch, depth, now, expected) in [
+            (batch(None, false), None, soon, Fate::UnderWay),
+            (batch(None, false), None, late, Fate::Orphaned),
+            (batch(None, true), None, soon, Fate::Orphaned),
+            (batch(at(9), true), None, late, Fate::UnderWay),
+            (batch(at(9), false), Some(depth(9, 10)), late, Fate::UnderWay),
+            (batch(at(9), false), Some(depth(10, 10)), soon, Fate::Passed),
+            (batch(at(9), false), Some(depth(0, 9)), soon, Fate::Wiped),
+            (batch(at(9), false), Some(Vec::new()), soon, Fate::Wiped),
+        ] {
+            assert_eq!(
+                fate(&batch, depth.as_deref(), now),
+                expected,
+                "{batch:?} {depth:?}"
+            );
+        }
+    }
+}

@@ -1,1 +1,390 @@
-//! Claimed and queued.
+//! Claimed and queued: takes due rows from the store and puts their tickets on a lane.
+//!
+//! One producer is active; a lease row elects it and a standby takes over within ten seconds. It
+//! claims in batches, each of which goes to one partition, and never more than a lane has room for.
+//! A claim and its publishing overlap: while one batch waits for the broker, the next is claimed.
+//! What can't be published is given back; what is published twice is harmless, because the ticket's
+//! epoch is stale by then.
+
+mod pacing;
+mod rooms;
+mod ticket;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Timestamp;
+use crate::message::{Held, MessageId};
+use crate::service::{self, Parts, Step};
+use crate::store::{BatchId, Bid, Claim, Claimed, Due, InstanceId, StoreError};
+
+pub use pacing::Pacing;
+pub use ticket::{dead_letter_record, lane_record};
+
+use pacing::Pacer;
+use rooms::Rooms;
+
+/// How a producer works.
+#[derive(Clone, Debug)]
+pub struct ProducerOptions {
+    /// The topic of first tries.
+    pub fresh_lane: String,
+    /// Rows a claim takes at most.
+    pub batch: usize,
+    /// Tickets that may be on a lane and not taken up.
+    pub room: usize,
+    /// The longest gap between two looks for new rows while nothing happens.
+    pub poll: Duration,
+    /// At most so many first tries per interval; `None`: as fast as the endpoints take them.
+    pub pacing: Option<Pacing>,
+}
+
+/// How long leadership lasts without being renewed; it is renewed four times as often.
+const LEADERSHIP: Duration = Duration::from_secs(6);
+/// How often the range behind the cursor is searched for rows that committed late or were given back.
+const SWEEP: Duration = Duration::from_millis(200);
+/// How often timed rows are looked for: delays are exact to about this.
+const TIMED: Duration = Duration::from_millis(40);
+/// How often held rows of endpoints that are open again are looked for.
+const UNHOLD: Duration = Duration::from_secs(1);
+/// Batches waiting for the broker at once.
+const PUBLISHING_MAX: usize = 8;
+
+/// One producer: active or standing by.
+pub struct Producer {
+    parts: Parts,
+    options: ProducerOptions,
+    /// Whether this producer is the active one, for the janitor beside it.
+    leading: Arc<AtomicBool>,
+    rooms: Rooms,
+    pacer: Option<Pacer>,
+    publishing: JoinSet<()>,
+    /// Set when a claim's answer was lost: then the ledger may hold batches that we don't know of.
+    unsure: bool,
+    led_until: Timestamp,
+    cursor: MessageId,
+    next_bid: Timestamp,
+    next_sweep: Timestamp,
+    next_timed: Timestamp,
+    next_unhold: Timestamp,
+    gap: Duration,
+}
+
+impl Producer {
+    /// A producer that has not bid for leadership yet.
+    pub fn new(parts: Parts, options: ProducerOptions) -> Producer {
+        let rooms = Rooms::new(parts.clone(), options.room);
+        let pacer = options.pacing.map(Pacer::new);
+        Producer {
+            parts,
+            rooms,
+            pacer,
+            options,
+            leading: Arc::default(),
+            publishing: JoinSet::new(),
+            unsure: false,
+            led_until: Timestamp::EPOCH,
+            cursor: MessageId(0),
+            next_bid: Timestamp::EPOCH,
+            next_sweep: Timestamp::EPOCH,
+            next_timed: Timestamp::EPOCH,
+            next_unhold: Timestamp::EPOCH,
+            gap: GAP_MIN,
+        }
+    }
+
+    /// Tells whether this producer is the active one.
+    pub fn leading(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.leading)
+    }
+
+    /// Works until `stop`; then waits for what is being published, so that a clean stop leaves no
+    /// batch in doubt. `wake` cuts an idle wait short.
+    pub async fn run(mut self, stop: &CancellationToken, wake: &Notify) {
+        service::run("producer", stop, wake, async || self.step().await).await;
+        while self.publishing.join_next().await.is_some() {}
+        self.leading.store(false, Ordering::Relaxed);
+    }
+
+    /// One look for due rows: claims and publishes what there is.
+    ///
+    /// # Errors
+    /// Those of store and queue; nothing is lost by any of them.
+    pub async fn step(&mut self) -> Result<Step, ProducerError> {
+        while self.publishing.try_join_next().is_some() {}
+        let now = self.parts.clock.now();
+        let Some(instance) = self.parts.presence.instance() else {
+            return Ok(Step::Idle(GAP_MAX));
+        };
+        if !self.lead(instance, now).await? {
+            return Ok(Step::Idle(LEADERSHIP / 4));
+        }
+        self.rooms.refresh(&self.options.fresh_lane, now).await?;
+        if self.unsure {
+            self.give_back_unknown(instance).await?;
+        }
+        if now >= self.next_unhold {
+            self.unhold(now).await?;
+        }
+        let mut worked = self.claim_fresh(instance, now).await?;
+        if now >= self.next_timed {
+            worked |= self.claim_timed(instance, now).await?;
+        }
+        Ok(self.rest(worked))
+    }
+
+    /// After work the next look follows at once; then the gap doubles up to the poll interval.
+    fn rest(&mut self, worked: bool) -> Step {
+        if worked {
+            self.gap = GAP_MIN;
+            return Step::Worked;
+        }
+        let gap = self.gap;
+        self.gap = (self.gap * 2).min(self.options.poll);
+        Step::Idle(gap)
+    }
+
+    /// Bids for leadership when it is time to. A leader that could not renew stops before its term ends.
+    async fn lead(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, ProducerError> {
+        if now < self.next_bid {
+            return Ok(now < self.led_until);
+        }
+        let until = now.after(LEADERSHIP);
+        let bid = Bid {
+            instance,
+            now,
+            until,
+            paced_until: None,
+        };
+        let won = self.parts.store.lead(&bid).await?;
+        self.next_bid = now.after(LEADERSHIP / 4);
+        let led = now < self.led_until;
+        match won {
+            Some(leadership) => {
+                self.led_until = until;
+                if !led {
+                    tracing::info!(
+                        instance = instance.0,
+                        "instance {} is the active producer",
+                        instance.0
+                    );
+                    self.cursor = MessageId(0);
+                    self.unsure = true;
+                    if let Some(pacer) = &mut self.pacer {
+                        pacer.inherit(leadership.paced_until);
+                    }
+                }
+            }
+            None => self.led_until = Timestamp::EPOCH,
+        }
+        self.leading.store(won.is_some(), Ordering::Relaxed);
+        Ok(won.is_some())
+    }
+
+    /// Claims new rows after the cursor, and at times those that appeared behind it.
+    async fn claim_fresh(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, ProducerError> {
+        let mut worked = false;
+        if now >= self.next_sweep {
+            let late = Due::Late { up_to: self.cursor };
+            match self.claim(instance, late, now).await? {
+                Taken::Full => worked = true,
+                Taken::NoRoom => {}
+                Taken::Some | Taken::Nothing => self.next_sweep = now.after(SWEEP),
+            }
+        }
+        if self.parts.store.changed().await? {
+            let fresh = Due::Fresh { after: self.cursor };
+            let taken = self.claim(instance, fresh, now).await?;
+            worked |= matches!(taken, Taken::Full | Taken::Some);
+        }
+        Ok(worked)
+    }
+
+    /// Claims rows whose time has come, lane by lane.
+    async fn claim_timed(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, ProducerError> {
+        let mut full = false;
+        let lanes = self.parts.directory.snapshot();
+        let topics = lanes.lanes.iter().map(|lane| lane.topic.as_str());
+        for lane in std::iter::once("").chain(topics) {
+            full |= matches!(self.claim(instance, Due::Timed { lane }, now).await?, Taken::Full);
+        }
+        if !full {
+            self.next_timed = now.after(TIMED);
+        }
+        Ok(full)
+    }
+
+    /// One claim, as large as room and pacing allow.
+    async fn claim(
+        &mut self,
+        owner: InstanceId,
+        due: Due<'_>,
+        now: Timestamp,
+    ) -> Result<Taken, ProducerError> {
+        let (lane, first_tries) = match due {
+            Due::Timed { lane } if !lane.is_empty() => (lane, false),
+            _ => (self.options.fresh_lane.as_str(), true),
+        };
+        let mut limit = self.rooms.room(lane).min(self.options.batch);
+        if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
+            limit = limit.min(pacer.allowance(now));
+            if limit > 0 && pacer.opens_window(now) {
+                // The window is written down before it is used: a successor must not use it again.
+                let bid = Bid {
+                    instance: owner,
+                    now,
+                    until: self.led_until,
+                    paced_until: Some(pacer.window_end(now)),
+                };
+                if self.parts.store.lead(&bid).await?.is_none() {
+                    self.led_until = Timestamp::EPOCH;
+                    return Ok(Taken::Nothing);
+                }
+                pacer.open_window(now);
+            }
+        }
+        if limit == 0 || self.publishing.len() >= PUBLISHING_MAX {
+            return Ok(Taken::NoRoom);
+        }
+        let directory = self.parts.directory.snapshot();
+        let claim = Claim {
+            due,
+            limit,
+            lane,
+            open: &directory.open,
+            owner,
+            now,
+        };
+        let watch = self.parts.clock.stopwatch();
+        let claimed = self
+            .parts
+            .store
+            .claim(&claim)
+            .await
+            .inspect_err(|_| self.unsure = true)?;
+        if claimed.seen == 0 {
+            return Ok(Taken::Nothing);
+        }
+        self.parts
+            .metrics
+            .batch("claim", claimed.tickets.len(), watch.elapsed());
+        let taken = if claimed.seen >= limit {
+            Taken::Full
+        } else {
+            Taken::Some
+        };
+        if let (Due::Fresh { .. }, Some(last)) = (due, claimed.last) {
+            self.cursor = self.cursor.max(last);
+        }
+        if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
+            pacer.used(claimed.tickets.len());
+        }
+        let lane = lane.to_owned();
+        self.publish(lane, claimed);
+        Ok(taken)
+    }
+
+    /// Publishes a claimed batch beside the next claim.
+    fn publish(&mut self, lane: String, claimed: Claimed) {
+        let Some(batch) = claimed.batch else { return };
+        self.rooms.published(&lane, claimed.tickets.len());
+        let parts = self.parts.clone();
+        let known = self.rooms.under_way(batch);
+        self.publishing.spawn(async move {
+            publish(&parts, &lane, batch, claimed).await;
+            drop(known);
+        });
+    }
+
+    /// After a claim whose answer was lost, and after an election: batches of ours in the ledger that
+    /// nobody is publishing are given back.
+    async fn give_back_unknown(&mut self, instance: InstanceId) -> Result<(), ProducerError> {
+        let batches = self.parts.store.batches(self.parts.clock.now(), 10_000).await?;
+        let unknown: Vec<BatchId> = batches
+            .iter()
+            .filter(|batch| {
+                batch.owner == instance && batch.place.is_none() && !self.rooms.is_under_way(batch.id)
+            })
+            .map(|batch| batch.id)
+            .collect();
+        for chunk in unknown.chunks(100) {
+            self.parts.store.requeue(chunk, self.parts.clock.now()).await?;
+        }
+        self.unsure = false;
+        Ok(())
+    }
+
+    /// Frees rows that were held for an endpoint which is open again.
+    async fn unhold(&mut self, now: Timestamp) -> Result<(), ProducerError> {
+        let directory = self.parts.directory.snapshot();
+        let mut more = false;
+        for (endpoint, held) in self.parts.store.held().await? {
+            if held == Held::EndpointClosed && directory.open_endpoint(&endpoint).is_some() {
+                let freed = self
+                    .parts
+                    .store
+                    .unhold(&endpoint, held, self.options.batch, now)
+                    .await?;
+                more |= freed > 0;
+            }
+        }
+        if more {
+            self.next_sweep = now;
+        } else {
+            self.next_unhold = now.after(UNHOLD);
+        }
+        Ok(())
+    }
+}
+
+const GAP_MIN: Duration = Duration::from_millis(2);
+const GAP_MAX: Duration = Duration::from_millis(100);
+
+enum Taken {
+    /// As many as were asked for: there may be more.
+    Full,
+    Some,
+    Nothing,
+    /// Nothing was asked for.
+    NoRoom,
+}
+
+/// Why a step failed. All of it passes by waiting.
+#[derive(Debug, thiserror::Error)]
+pub enum ProducerError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Queue(#[from] crate::queue::QueueError),
+}
+
+/// Publishes one batch, then notes it in the ledger; gives its rows back when the broker does not take it.
+async fn publish(parts: &Parts, lane: &str, batch: BatchId, claimed: Claimed) {
+    let watch = parts.clock.stopwatch();
+    let records: Vec<_> = claimed.tickets.iter().map(lane_record).collect();
+    let count = records.len();
+    let only = &[batch];
+    let never = CancellationToken::new();
+    match parts.queue.publish(lane, records).await {
+        Ok(place) => {
+            parts.metrics.batch("publish", count, watch.elapsed());
+            service::persist("ledger", &never, || parts.store.acknowledge(batch, place)).await;
+        }
+        Err(error) => {
+            tracing::warn!(
+                lane,
+                "{count} tickets could not be published on {lane}: {error}; they are given back"
+            );
+            service::persist("ledger", &never, || parts.store.requeue(only, parts.clock.now())).await;
+            // A lane that is missing is the usual reason, and mending it is idempotent.
+            if let Err(error) = parts.queue.ensure(&[lane.to_owned()]).await {
+                tracing::debug!(lane, "{lane} could not be made sure of: {error}");
+            }
+        }
+    }
+}

@@ -17,6 +17,8 @@ pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(24 * 3600);
 pub struct Lane {
     /// The topic it reads.
     pub topic: String,
+    /// The consumer group that reads it; its positions tell the producer how much room the lane has.
+    pub group: String,
     /// Where a message goes once this lane's tries are used up.
     pub next: String,
     /// Whether messages come here for their first try, which waits for nothing.
@@ -147,6 +149,7 @@ mod tests {
     fn lane(topic: &str, next: &str, fresh: bool, tries: i32) -> Lane {
         Lane {
             topic: topic.into(),
+            group: "message-consumer".into(),
             next: next.into(),
             fresh,
             tries,

@@ -116,6 +116,24 @@ pub enum Inserted {
     Conflict(MessageId),
 }
 
+/// An instance's wish to be the one active producer.
+#[derive(Clone, Copy, Debug)]
+pub struct Bid {
+    pub instance: InstanceId,
+    pub now: Timestamp,
+    /// Until when it leads without saying so again.
+    pub until: Timestamp,
+    /// No further first tries before this time; `None` leaves what stands in the store.
+    pub paced_until: Option<Timestamp>,
+}
+
+/// What the one active producer has to know of its predecessor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leadership {
+    /// The pacing window that stands in the store ends then: pacing holds over all producers together.
+    pub paced_until: Option<Timestamp>,
+}
+
 /// Which rows a claim looks at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Due<'a> {
@@ -180,20 +198,23 @@ pub struct Batch {
 /// What a consumer says of tickets it wants to work on.
 #[derive(Clone, Debug)]
 pub struct Begin<'a> {
+    /// A random number of the caller's that names the group for [`Records::finished`].
+    pub lease: LeaseId,
+    /// Whether this very call was made before and its answer was lost: if it happened after all, the
+    /// answer is then what it began.
+    pub repeated: bool,
     pub tickets: &'a [(MessageId, Epoch)],
     pub owner: InstanceId,
     pub now: Timestamp,
 }
 
-/// A lease row's number: one for each call of [`Store::begin`] that began anything.
+/// A lease row's number: one row for each call of [`Store::begin`] that began anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LeaseId(pub i64);
 
 /// What a begin call took: the messages now `processing`. A ticket that is not among them is stale.
 #[derive(Clone, Debug, Default)]
 pub struct Begun {
-    /// Names the group for [`Records::finished`]; `None` when nothing was begun.
-    pub lease: Option<LeaseId>,
     pub messages: Vec<BegunMessage>,
 }
 
@@ -306,8 +327,8 @@ pub trait Store: Send + Sync + 'static {
     /// Ends an instance in good order: its lease, leadership and row go.
     async fn retire(&self, instance: InstanceId) -> Result<()>;
 
-    /// Tries to become, or remain, the one active producer until `until`. Whether it is.
-    async fn lead(&self, instance: InstanceId, now: Timestamp, until: Timestamp) -> Result<bool>;
+    /// Tries to become, or remain, the one active producer. `None`: another is.
+    async fn lead(&self, bid: &Bid) -> Result<Option<Leadership>>;
 
     /// Cheaply tells whether anything may be newly due since the last claim. May always say yes.
     async fn changed(&self) -> Result<bool>;
@@ -344,7 +365,8 @@ pub trait Store: Send + Sync + 'static {
     /// Makes at most `limit` held rows of an endpoint due at once, oldest first.
     async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64>;
 
-    /// Takes away the instances whose lease has run out and gives back what they had begun.
+    /// Takes away the instances whose lease has run out, and gives back what they, and instances that
+    /// have retired, had begun and not recorded.
     async fn recover(&self, now: Timestamp) -> Result<Recovered>;
 
     /// Dead letters written before `before` that are not marked as published, oldest first.

@@ -1,0 +1,226 @@
+//! From records of a lane to messages that may be tried: parse, then begin or hold, in batches.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
+
+use crate::message::{Epoch, Held, MessageId, Ticket};
+use crate::queue::{LaneRecord, Receipt, Taken};
+use crate::retry::dead_letter_of;
+use crate::service::{self, Parts};
+use crate::store::{Begin, BegunMessage, Endpoint, InstanceId, LeaseId};
+
+/// Tickets that wait for the next begin call, sorted by what is to become of them.
+#[derive(Debug, Default)]
+pub(super) struct Arrivals {
+    /// Admitted: to be begun.
+    pub(super) admitted: Vec<(Ticket, Arc<Endpoint>)>,
+    /// Not admitted: their rows are to be held.
+    pub(super) refused: Vec<(MessageId, Epoch, Held)>,
+    /// Not tickets at all: to be dead-lettered raw, with the reason.
+    pub(super) unreadable: Vec<(Bytes, Bytes, String)>,
+    /// The records all of these came from.
+    pub(super) receipts: Vec<Receipt>,
+}
+
+impl Arrivals {
+    pub(super) fn is_empty(&self) -> bool {
+        self.receipts.is_empty()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.receipts.len()
+    }
+}
+
+/// A message that this process is to try.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) ticket: Ticket,
+    pub(super) endpoint: Arc<Endpoint>,
+    pub(super) instance: InstanceId,
+    pub(super) lease: Arc<Lease>,
+    /// The number of this try, over all lanes and on this one.
+    pub(super) attempt: i32,
+    pub(super) lane_try: i32,
+}
+
+/// A begun group; the recorder counts down what of it is not recorded yet.
+#[derive(Debug)]
+pub(super) struct Lease {
+    pub(super) id: LeaseId,
+    pub(super) unrecorded: std::sync::atomic::AtomicUsize,
+}
+
+/// What a begin call came to.
+#[derive(Debug, Default)]
+pub(super) struct Started {
+    pub(super) jobs: Vec<Job>,
+    /// Endpoints of admitted tickets that were stale: they leave the window again.
+    pub(super) stale: Vec<Arc<Endpoint>>,
+    /// Records that are done with.
+    pub(super) receipts: Vec<Receipt>,
+}
+
+/// The ticket in a record.
+pub(super) fn parse(taken: &Taken) -> Result<Ticket, String> {
+    let text =
+        std::str::from_utf8(&taken.value).map_err(|error| format!("the record is not UTF-8: {error}"))?;
+    serde_json::from_str(text).map_err(|error| format!("the record is not a ticket: {error}"))
+}
+
+/// Does what is to be done with a group of arrivals; waits for the store as long as it takes. When
+/// `stop` comes first, nothing is said to be done, and the tickets will come again.
+pub(super) async fn start(
+    parts: Parts,
+    lane: String,
+    arrivals: Arrivals,
+    stop: CancellationToken,
+) -> Started {
+    let watch = parts.clock.stopwatch();
+    let done = futures_util::future::join3(
+        dead_letter_raw(&parts, &lane, &arrivals.unreadable, &stop),
+        hold(&parts, &arrivals.refused, &stop),
+        begin(&parts, &arrivals.admitted, &stop),
+    );
+    let (Some(()), Some(()), Some((lease, instance, messages))) = done.await else {
+        let stale = arrivals
+            .admitted
+            .into_iter()
+            .map(|(_, endpoint)| endpoint)
+            .collect();
+        return Started {
+            stale,
+            ..Started::default()
+        };
+    };
+    if !messages.is_empty() {
+        parts.metrics.batch("begin", messages.len(), watch.elapsed());
+    }
+    let mut started = sort(arrivals.admitted, lease, instance, messages);
+    parts.metrics.stale("begin", started.stale.len());
+    started.receipts = arrivals.receipts;
+    started
+}
+
+/// Tells begun from stale. A ticket that came twice in one batch was begun once.
+fn sort(
+    admitted: Vec<(Ticket, Arc<Endpoint>)>,
+    lease: LeaseId,
+    instance: InstanceId,
+    messages: Vec<BegunMessage>,
+) -> Started {
+    let lease = Arc::new(Lease {
+        id: lease,
+        unrecorded: messages.len().into(),
+    });
+    let mut begun: std::collections::HashMap<_, _> = messages.into_iter().map(|m| (m.id, m)).collect();
+    let mut started = Started::default();
+    for (ticket, endpoint) in admitted {
+        match begun.remove(&ticket.id) {
+            Some(message) => started.jobs.push(Job {
+                ticket,
+                endpoint,
+                instance,
+                lease: Arc::clone(&lease),
+                attempt: message.attempts + 1,
+                lane_try: message.lane_tries + 1,
+            }),
+            None => started.stale.push(endpoint),
+        }
+    }
+    started
+}
+
+type BegunGroup = (LeaseId, InstanceId, Vec<BegunMessage>);
+
+/// Begins tickets in one guarded write, repeated under the same lease number until its answer is known.
+async fn begin(
+    parts: &Parts,
+    admitted: &[(Ticket, Arc<Endpoint>)],
+    stop: &CancellationToken,
+) -> Option<BegunGroup> {
+    let lease = LeaseId(fastrand::i64(1..));
+    if admitted.is_empty() {
+        return Some((lease, InstanceId(0), Vec::new()));
+    }
+    let tickets: Vec<_> = admitted
+        .iter()
+        .map(|(ticket, _)| (ticket.id, ticket.epoch))
+        .collect();
+    let tried = std::sync::atomic::AtomicBool::new(false);
+    service::persist("begin", stop, || async {
+        let instance = parts
+            .presence
+            .instance()
+            .ok_or_else(|| "not enrolled in the store yet".to_owned())?;
+        let repeated = tried.swap(true, std::sync::atomic::Ordering::Relaxed);
+        let begin = Begin {
+            lease,
+            repeated,
+            tickets: &tickets,
+            owner: instance,
+            now: parts.clock.now(),
+        };
+        let begun = parts
+            .store
+            .begin(&begin)
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok::<_, String>((lease, instance, begun.messages))
+    })
+    .await
+}
+
+async fn hold(parts: &Parts, refused: &[(MessageId, Epoch, Held)], stop: &CancellationToken) -> Option<()> {
+    for held in [Held::EndpointBusy, Held::EndpointClosed] {
+        let tickets: Vec<_> = refused
+            .iter()
+            .filter(|r| r.2 == held)
+            .map(|r| (r.0, r.1))
+            .collect();
+        if tickets.is_empty() {
+            continue;
+        }
+        let watch = parts.clock.stopwatch();
+        service::persist("hold", stop, || {
+            parts.store.hold(&tickets, held, parts.clock.now())
+        })
+        .await?;
+        parts.metrics.batch("hold", tickets.len(), watch.elapsed());
+    }
+    Some(())
+}
+
+async fn dead_letter_raw(
+    parts: &Parts,
+    lane: &str,
+    unreadable: &[(Bytes, Bytes, String)],
+    stop: &CancellationToken,
+) -> Option<()> {
+    if unreadable.is_empty() {
+        return Some(());
+    }
+    let records: Vec<_> = unreadable
+        .iter()
+        .map(|(key, value, reason)| LaneRecord {
+            key: key.clone(),
+            value: value.clone(),
+            headers: vec![("reason", reason.clone())],
+        })
+        .collect();
+    let directory = parts.directory.snapshot();
+    let to = dead_letter_of(lane, &directory.lanes).to_owned();
+    tracing::warn!(
+        lane,
+        "{} unreadable records on {lane} go to {to}: {}",
+        records.len(),
+        unreadable[0].2
+    );
+    service::persist("dead-letter lane", stop, || async {
+        parts.queue.ensure(std::slice::from_ref(&to)).await?;
+        parts.queue.publish(&to, records.clone()).await.map(drop)
+    })
+    .await
+}

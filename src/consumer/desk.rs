@@ -1,0 +1,410 @@
+//! The desk of one consumer: what arrived, what waits, what is in flight. One task owns it all, so
+//! there is no lock; store calls and deliveries run beside it and report back.
+
+use std::collections::{HashMap, VecDeque};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::ConsumerOptions;
+use super::begin::{self, Arrivals, Job, Started};
+use super::recorder::Judged;
+use crate::clock::Timestamp;
+use crate::delivery::Delivery;
+use crate::delivery::limits::Limits;
+use crate::message::{Held, Outcome, Verdict};
+use crate::queue::{Subscription, Taken};
+use crate::service::Parts;
+use crate::store::Record;
+
+/// Tickets begun in one call, at most.
+const BATCH: usize = 2_000;
+const TICK: Duration = Duration::from_millis(100);
+/// How often the store is asked which endpoints have held rows that we don't know of.
+const HELD: Duration = Duration::from_secs(1);
+/// After this, rows that were made due and did not come here are believed to have gone to another consumer.
+const EXPECTED: Duration = Duration::from_secs(2);
+
+type Call<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+pub(super) struct Desk {
+    parts: Parts,
+    delivery: Arc<Delivery>,
+    options: ConsumerOptions,
+    subscription: Subscription,
+    records: mpsc::UnboundedSender<Judged>,
+    limits: Limits,
+    arrivals: Arrivals,
+    /// The begin call under way: one at a time, so that what arrives meanwhile goes together.
+    beginning: Option<Call<Started>>,
+    waiting: HashMap<String, VecDeque<Job>>,
+    finished: (mpsc::UnboundedSender<Finished>, mpsc::UnboundedReceiver<Finished>),
+    /// Tried, and not written yet.
+    unrecorded: usize,
+    /// Endpoints with rows held because they were busy.
+    busy: HashMap<String, Busy>,
+    freeing: Option<Call<Freed>>,
+    next_held: Timestamp,
+    stop: CancellationToken,
+}
+
+#[derive(Debug)]
+struct Busy {
+    /// Rows made due that have not come back as tickets.
+    expected: usize,
+    since: Timestamp,
+}
+
+/// A try that ended, or did not take place.
+struct Finished {
+    job: Job,
+    outcome: Option<Outcome>,
+    took: Duration,
+}
+
+/// What a call to free held rows came to: which endpoints have such rows, and how many were made due.
+#[derive(Default)]
+struct Freed {
+    found: Vec<String>,
+    freed: Vec<(String, usize, usize)>,
+}
+
+impl Desk {
+    pub(super) fn new(
+        parts: Parts,
+        delivery: Arc<Delivery>,
+        options: ConsumerOptions,
+        subscription: Subscription,
+        records: mpsc::UnboundedSender<Judged>,
+    ) -> Desk {
+        Desk {
+            limits: Limits::new(options.window),
+            parts,
+            delivery,
+            options,
+            subscription,
+            records,
+            arrivals: Arrivals::default(),
+            beginning: None,
+            waiting: HashMap::new(),
+            finished: mpsc::unbounded_channel(),
+            unrecorded: 0,
+            busy: HashMap::new(),
+            freeing: None,
+            next_held: Timestamp::EPOCH,
+            stop: CancellationToken::new(),
+        }
+    }
+
+    /// Works until `stop`, then drains. `written` says how many records were written.
+    pub(super) async fn run(
+        mut self,
+        mut written: mpsc::UnboundedReceiver<usize>,
+        stop: &CancellationToken,
+    ) -> Subscription {
+        self.stop = stop.clone();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut ended = Vec::new();
+        loop {
+            let takes =
+                self.limits.free() > self.unrecorded + self.arrivals.len() && self.arrivals.len() < BATCH;
+            // In this order, so that what ends makes room before more is taken, and a run replays from its seed.
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                _ = self.finished.1.recv_many(&mut ended, BATCH) => {
+                    for finished in ended.drain(..) {
+                        self.finish(finished);
+                    }
+                }
+                Some(count) = written.recv() => self.unrecorded -= count,
+                started = under_way(&mut self.beginning) => self.begun(started),
+                freed = under_way(&mut self.freeing) => self.freed(freed),
+                _ = tick.tick() => self.tick(),
+                batch = self.subscription.taken.recv(), if takes => match batch {
+                    Some(batch) => self.arrive(batch),
+                    None => {
+                        tracing::error!(lane = self.options.lane.topic, "the subscription ended by itself");
+                        break;
+                    }
+                },
+            }
+            self.begin();
+        }
+        self.drain(written).await
+    }
+
+    /// Sorts a taken batch: to begin, to hold, unreadable.
+    fn arrive(&mut self, batch: Vec<Taken>) {
+        let directory = self.parts.directory.snapshot();
+        for taken in batch {
+            self.arrivals.receipts.push(taken.receipt);
+            let ticket = match begin::parse(&taken) {
+                Ok(ticket) => ticket,
+                Err(reason) => {
+                    self.arrivals.unreadable.push((taken.key, taken.value, reason));
+                    continue;
+                }
+            };
+            if let Some(busy) = self.busy.get_mut(&ticket.endpoint) {
+                busy.expected = busy.expected.saturating_sub(1);
+            }
+            match directory.open_endpoint(&ticket.endpoint) {
+                None => self
+                    .arrivals
+                    .refused
+                    .push((ticket.id, ticket.epoch, Held::EndpointClosed)),
+                Some(endpoint) if self.limits.admit(&endpoint.name, endpoint.in_flight_max) => {
+                    self.arrivals.admitted.push((ticket, Arc::clone(endpoint)));
+                }
+                Some(_) => {
+                    let now = self.parts.clock.now();
+                    self.busy.entry(ticket.endpoint).or_insert(Busy {
+                        expected: 0,
+                        since: now,
+                    });
+                    self.arrivals
+                        .refused
+                        .push((ticket.id, ticket.epoch, Held::EndpointBusy));
+                }
+            }
+        }
+    }
+
+    /// Begins what has arrived, unless a call is under way.
+    fn begin(&mut self) {
+        if self.beginning.is_none() && !self.arrivals.is_empty() {
+            let arrivals = std::mem::take(&mut self.arrivals);
+            let lane = self.options.lane.topic.clone();
+            self.beginning = Some(Box::pin(begin::start(
+                self.parts.clone(),
+                lane,
+                arrivals,
+                self.stop.clone(),
+            )));
+        }
+    }
+
+    /// The lane's records are done with as soon as their messages are begun: from here on the lease
+    /// row finds them again.
+    fn begun(&mut self, started: Started) {
+        self.beginning = None;
+        for endpoint in &started.stale {
+            self.limits.leave(&endpoint.name);
+        }
+        // The receiving end is gone only when the subscription has ended, and the tickets come again then.
+        let _ = self.subscription.done.send(started.receipts);
+        let mut touched: Vec<Arc<crate::store::Endpoint>> = Vec::new();
+        for job in started.jobs {
+            let endpoint = Arc::clone(&job.endpoint);
+            if let Some(queue) = self.waiting.get_mut(&endpoint.name) {
+                queue.push_back(job);
+            } else {
+                self.waiting.insert(endpoint.name.clone(), VecDeque::from([job]));
+            }
+            if touched.last().is_none_or(|last| last.name != endpoint.name) {
+                touched.push(endpoint);
+            }
+        }
+        for endpoint in touched {
+            self.try_next(&endpoint.name, endpoint.in_flight_max);
+        }
+    }
+
+    /// Starts as many waiting messages of an endpoint as may be in flight.
+    fn try_next(&mut self, endpoint: &str, in_flight_max: u32) {
+        let Some(queue) = self.waiting.get_mut(endpoint) else {
+            return;
+        };
+        while !queue.is_empty() && self.limits.start(endpoint, in_flight_max) {
+            let Some(job) = queue.pop_front() else { break };
+            let (parts, delivery) = (self.parts.clone(), Arc::clone(&self.delivery));
+            let (stop, finished) = (self.stop.clone(), self.finished.0.clone());
+            tokio::spawn(async move {
+                let watch = parts.clock.stopwatch();
+                let ours = parts.presence.holds(job.instance) && !stop.is_cancelled();
+                let outcome = if ours {
+                    Some(delivery.deliver(&job.ticket, &job.endpoint).await)
+                } else {
+                    None
+                };
+                // Nobody listens any more only when a stop has run out of patience.
+                let _ = finished.send(Finished {
+                    job,
+                    outcome,
+                    took: watch.elapsed(),
+                });
+            });
+        }
+        if queue.is_empty() {
+            self.waiting.remove(endpoint);
+        }
+    }
+
+    /// Judges a try that ended, and gives its slot to the next.
+    fn finish(&mut self, finished: Finished) {
+        let Finished { job, outcome, took } = finished;
+        let endpoint = Arc::clone(&job.endpoint);
+        self.limits.finish(&endpoint.name, took);
+        if outcome.is_some() {
+            self.parts.metrics.in_flight(self.limits.in_flight());
+        }
+        self.judge(job, outcome, took);
+        self.try_next(&endpoint.name, endpoint.in_flight_max);
+    }
+
+    fn judge(&mut self, job: Job, outcome: Option<Outcome>, took: Duration) {
+        let lane = &self.options.lane;
+        let now = self.parts.clock.now();
+        let verdict = match &outcome {
+            None => Verdict::Release,
+            Some(outcome) => {
+                self.parts.metrics.attempted(&lane.topic, outcome.class, took);
+                let directory = self.parts.directory.snapshot();
+                directory
+                    .policy(lane, &job.endpoint)
+                    .judge(outcome, job.lane_try, now, fastrand::f64())
+            }
+        };
+        let record = Record {
+            id: job.ticket.id,
+            epoch: job.ticket.epoch,
+            attempt: job.attempt,
+            lane: lane.topic.clone(),
+            outcome,
+            verdict,
+        };
+        self.unrecorded += 1;
+        // The recorder ends only after this sender is dropped.
+        let _ = self.records.send(Judged {
+            record,
+            ticket: job.ticket,
+            lease: job.lease,
+            judged_at: now,
+        });
+    }
+
+    /// Housekeeping: frees held rows of endpoints that have room again.
+    fn tick(&mut self) {
+        self.limits.forget_idle();
+        if self.freeing.is_some() {
+            return;
+        }
+        let now = self.parts.clock.now();
+        let directory = self.parts.directory.snapshot();
+        let mut wanted = Vec::new();
+        for (name, busy) in &mut self.busy {
+            let Some(endpoint) = directory.open_endpoint(name) else {
+                continue;
+            };
+            if now.since(busy.since) > EXPECTED {
+                busy.expected = 0;
+            }
+            let room = self
+                .limits
+                .room(name, endpoint.in_flight_max)
+                .saturating_sub(busy.expected);
+            // Not one by one: a write for each row that ends would cost what holding saves.
+            if room >= endpoint.in_flight_max.min(32) as usize {
+                wanted.push((name.clone(), room.min(BATCH)));
+            }
+        }
+        let look = now >= self.next_held;
+        if look {
+            self.next_held = now.after(HELD);
+        }
+        if look || !wanted.is_empty() {
+            self.freeing = Some(Box::pin(free(self.parts.clone(), wanted, look)));
+        }
+    }
+
+    fn freed(&mut self, freed: Freed) {
+        self.freeing = None;
+        let now = self.parts.clock.now();
+        for (name, asked, got) in freed.freed {
+            if got < asked {
+                self.busy.remove(&name);
+            } else if let Some(busy) = self.busy.get_mut(&name) {
+                busy.expected += got;
+                busy.since = now;
+            }
+        }
+        for name in freed.found {
+            self.busy.entry(name).or_insert(Busy {
+                expected: 0,
+                since: now,
+            });
+        }
+    }
+
+    /// Takes nothing new; gives back what was begun and not tried; waits for what is in flight.
+    async fn drain(mut self, mut written: mpsc::UnboundedReceiver<usize>) -> Subscription {
+        let patience = tokio::time::sleep(self.options.drain);
+        tokio::pin!(patience);
+        if let Some(beginning) = self.beginning.take() {
+            let started = beginning.await;
+            let _ = self.subscription.done.send(started.receipts);
+            for job in started.jobs {
+                self.judge(job, None, Duration::ZERO);
+            }
+        }
+        for job in std::mem::take(&mut self.waiting).into_values().flatten() {
+            self.judge(job, None, Duration::ZERO);
+        }
+        while self.limits.in_flight() > 0 || self.unrecorded > 0 {
+            tokio::select! {
+                Some(finished) = self.finished.1.recv() => self.finish(finished),
+                Some(count) = written.recv() => self.unrecorded -= count,
+                () = &mut patience => {
+                    tracing::warn!(
+                        "{} attempts in flight and {} unwritten records are left to recovery",
+                        self.limits.in_flight(),
+                        self.unrecorded
+                    );
+                    break;
+                }
+            }
+        }
+        self.subscription
+    }
+}
+
+/// Waits for a call that may not be there.
+async fn under_way<T>(call: &mut Option<Call<T>>) -> T {
+    match call {
+        Some(call) => call.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn free(parts: Parts, wanted: Vec<(String, usize)>, look: bool) -> Freed {
+    let mut freed = Freed::default();
+    let now = parts.clock.now();
+    for (name, asked) in wanted {
+        let watch = parts.clock.stopwatch();
+        match parts.store.unhold(&name, Held::EndpointBusy, asked, now).await {
+            Ok(got) => {
+                let got = usize::try_from(got).unwrap_or(asked);
+                parts.metrics.batch("unhold", got, watch.elapsed());
+                freed.freed.push((name, asked, got));
+            }
+            // The next tick tries again.
+            Err(error) => tracing::debug!("held rows of {name} could not be freed: {error}"),
+        }
+    }
+    if look {
+        match parts.store.held().await {
+            Ok(held) => freed.found.extend(
+                held.into_iter()
+                    .filter(|h| h.1 == Held::EndpointBusy)
+                    .map(|h| h.0),
+            ),
+            Err(error) => tracing::debug!("held rows could not be looked for: {error}"),
+        }
+    }
+    freed
+}

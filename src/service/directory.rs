@@ -1,0 +1,94 @@
+//! What every service needs to know of endpoints and lanes, read from the store each second.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio_util::sync::CancellationToken;
+
+use super::Step;
+use crate::retry::{Lane, Policy, dead_letter_of};
+use crate::store::{Endpoint, Result, Store};
+
+const REFRESH: Duration = Duration::from_secs(1);
+
+/// Endpoints and lanes as they stood at the last refresh.
+pub struct Directory {
+    store: Arc<dyn Store>,
+    // Read for every message, replaced once a second: readers must never wait.
+    snapshot: ArcSwap<Snapshot>,
+}
+
+/// One reading of the directory.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    pub endpoints: HashMap<String, Arc<Endpoint>>,
+    pub lanes: Vec<Lane>,
+    /// Names of the endpoints that take messages, for claims.
+    pub open: Vec<String>,
+}
+
+impl Snapshot {
+    /// The endpoint of that name, when it exists and is enabled.
+    pub fn open_endpoint(&self, name: &str) -> Option<&Arc<Endpoint>> {
+        self.endpoints.get(name).filter(|endpoint| endpoint.enabled)
+    }
+
+    /// What decides after a try at `endpoint` on `lane`.
+    pub fn policy<'a>(&'a self, lane: &'a Lane, endpoint: &'a Endpoint) -> Policy<'a> {
+        Policy {
+            lane,
+            next: self.lanes.iter().find(|other| other.topic == lane.next),
+            dead_letter: dead_letter_of(&lane.next, &self.lanes),
+            final_statuses: &endpoint.final_statuses,
+        }
+    }
+}
+
+impl Directory {
+    /// An empty directory; [`Directory::refresh`] fills it.
+    pub fn new(store: Arc<dyn Store>) -> Directory {
+        Directory {
+            store,
+            snapshot: ArcSwap::default(),
+        }
+    }
+
+    /// What is known now.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.load_full()
+    }
+
+    /// Reads endpoints and lanes anew.
+    ///
+    /// # Errors
+    /// Those of the store; what was known stays.
+    pub async fn refresh(&self) -> Result<Step> {
+        let endpoints = self.store.endpoints().await?;
+        let lanes = self.store.lanes().await?;
+        let open = endpoints
+            .iter()
+            .filter(|endpoint| endpoint.enabled)
+            .map(|e| e.name.clone())
+            .collect();
+        let endpoints = endpoints
+            .into_iter()
+            .map(|e| (e.name.clone(), Arc::new(e)))
+            .collect();
+        self.snapshot.store(Arc::new(Snapshot {
+            endpoints,
+            lanes,
+            open,
+        }));
+        Ok(Step::Idle(REFRESH))
+    }
+
+    /// Keeps the directory fresh until `stop`.
+    pub async fn run(&self, stop: &CancellationToken) {
+        super::run("directory", stop, &tokio::sync::Notify::new(), async || {
+            self.refresh().await
+        })
+        .await;
+    }
+}

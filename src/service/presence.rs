@@ -1,0 +1,102 @@
+//! This process's row in `instances`: the lease under which its claims and begun messages are its own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use tokio_util::sync::CancellationToken;
+
+use super::{Backoff, Step};
+use crate::clock::{Clock, Timestamp};
+use crate::store::{InstanceId, Result, Store};
+
+/// How long an instance lives without renewing its lease. After a crash its work is given back this
+/// much later, so it is well under the 30 s in which work must resume.
+pub const LEASE: Duration = Duration::from_secs(10);
+
+const RENEWAL: Duration = Duration::from_secs(2);
+
+/// The presence of one process; all of its services share it.
+pub struct Presence {
+    store: Arc<dyn Store>,
+    clock: Clock,
+    service: String,
+    host: String,
+    // Read for every delivery, written every two seconds: hence not behind a mutex.
+    lease: ArcSwapOption<(InstanceId, Timestamp)>,
+}
+
+impl Presence {
+    /// The presence of a process that runs `service` on `host`; it is not enrolled yet.
+    pub fn new(store: Arc<dyn Store>, clock: Clock, service: &str, host: &str) -> Presence {
+        Presence {
+            store,
+            clock,
+            service: service.to_owned(),
+            host: host.to_owned(),
+            lease: ArcSwapOption::empty(),
+        }
+    }
+
+    /// The instance that this process is now; `None` while it is not enrolled.
+    pub fn instance(&self) -> Option<InstanceId> {
+        self.lease.load().as_ref().map(|lease| lease.0)
+    }
+
+    /// Whether `instance` is still this process and its lease has not run out. A process that was
+    /// frozen for longer than its lease learns here that what it had begun is no longer its own.
+    pub fn holds(&self, instance: InstanceId) -> bool {
+        self.lease
+            .load()
+            .as_ref()
+            .is_some_and(|lease| lease.0 == instance && self.clock.now() < lease.1)
+    }
+
+    /// Renews the lease, or enrolls when there is none or it was taken away.
+    ///
+    /// # Errors
+    /// Those of the store; the lease then runs on as it was.
+    pub async fn step(&self) -> Result<Step> {
+        let now = self.clock.now();
+        let until = now.after(LEASE);
+        let kept = match self.instance() {
+            Some(id) => self.store.renew(id, now, until).await?.then_some(id),
+            None => None,
+        };
+        let id = match kept {
+            Some(id) => id,
+            None => {
+                if let Some(lost) = self.instance() {
+                    tracing::warn!(
+                        instance = lost.0,
+                        "the lease of instance {} had run out; enrolling anew",
+                        lost.0
+                    );
+                }
+                let id = self.store.enroll(&self.service, &self.host, now, until).await?;
+                tracing::debug!(instance = id.0, "enrolled as instance {}", id.0);
+                id
+            }
+        };
+        self.lease.store(Some(Arc::new((id, until))));
+        Ok(Step::Idle(RENEWAL))
+    }
+
+    /// Keeps the lease renewed until `stop`.
+    pub async fn run(&self, stop: &CancellationToken) {
+        super::run("heartbeat", stop, &tokio::sync::Notify::new(), async || {
+            self.step().await
+        })
+        .await;
+    }
+
+    /// Ends the instance in good order, when the store can be reached.
+    pub async fn retire(&self) {
+        let Some(lease) = self.lease.swap(None) else {
+            return;
+        };
+        if let Err(error) = self.store.retire(lease.0).await {
+            Backoff::new("retire").failed(&error);
+        }
+    }
+}
