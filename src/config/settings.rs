@@ -1,0 +1,339 @@
+//! Every setting, declared once: name, default, help, and how its text is understood.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::Role;
+
+/// A setting's declaration.
+#[derive(Debug)]
+pub struct Setting {
+    /// Its name in the environment; as a flag in lower case with dashes, in `ams.toml` in lower case.
+    pub name: &'static str,
+    pub default: Option<&'static str>,
+    /// Another default in some roles.
+    roles: &'static [(Role, &'static str)],
+    /// What it means, in a sentence.
+    pub help: &'static str,
+    /// Never shown.
+    pub secret: bool,
+}
+
+impl Setting {
+    /// The default in a role.
+    pub fn default_for(&self, role: Role) -> Option<&'static str> {
+        self.roles
+            .iter()
+            .find(|(other, _)| *other == role)
+            .map(|(_, value)| *value)
+            .or(self.default)
+    }
+
+    /// The flag that sets it.
+    pub fn flag(&self) -> String {
+        self.name.to_ascii_lowercase().replace('_', "-")
+    }
+
+    /// A value as it may be shown: secrets, and passwords inside URLs, are hidden.
+    pub fn shown(&self, value: &str) -> String {
+        if self.secret {
+            return "(hidden)".to_owned();
+        }
+        match url::Url::parse(value) {
+            Ok(mut url) if url.password().is_some() => match url.set_password(Some("hidden")) {
+                Ok(()) => url.into(),
+                Err(()) => "(hidden)".to_owned(),
+            },
+            _ => value.to_owned(),
+        }
+    }
+}
+
+const fn setting(name: &'static str, default: Option<&'static str>, help: &'static str) -> Setting {
+    Setting {
+        name,
+        default,
+        roles: &[],
+        help,
+        secret: false,
+    }
+}
+
+const fn secret(name: &'static str, help: &'static str) -> Setting {
+    Setting {
+        name,
+        default: None,
+        roles: &[],
+        help,
+        secret: true,
+    }
+}
+
+/// All settings, in the order of the README's table.
+pub const SETTINGS: &[Setting] = &[
+    setting(
+        "DATABASE_URL",
+        Some("sqlite://ams-data/ams.db"),
+        "the store: postgres://… or sqlite://PATH",
+    ),
+    setting("DB_HOST", None, "the store's host, when DATABASE_URL is not set"),
+    setting("DB_PORT", Some("5432"), "the store's port"),
+    setting("DB_USER", Some("postgres"), "the store's user"),
+    secret("DB_PASSWORD", "the store's password"),
+    setting(
+        "DB_NAME",
+        Some("automatic_message_system"),
+        "the store's database",
+    ),
+    setting(
+        "DB_SSLMODE",
+        Some("prefer"),
+        "TLS to the store: disable, prefer, require or verify-full",
+    ),
+    setting(
+        "KAFKA_BROKERS",
+        None,
+        "the queue: host:port,host:port; unset: in this process",
+    ),
+    setting(
+        "KAFKA_SECURITY_PROTOCOL",
+        None,
+        "plaintext, ssl, sasl_plaintext or sasl_ssl",
+    ),
+    setting(
+        "KAFKA_SASL_MECHANISM",
+        None,
+        "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512",
+    ),
+    setting("KAFKA_SASL_USERNAME", None, "the broker's user"),
+    secret("KAFKA_SASL_PASSWORD", "the broker's password"),
+    setting(
+        "KAFKA_SSL_CA",
+        None,
+        "file with the authorities that sign the brokers' certificates",
+    ),
+    setting(
+        "KAFKA_SSL_CERTIFICATE",
+        None,
+        "file with this client's certificate",
+    ),
+    setting("KAFKA_SSL_KEY", None, "file with this client's key"),
+    setting(
+        "REDIS_URL",
+        None,
+        "the cache: redis://… or rediss://…; unset: in this process",
+    ),
+    setting("REDIS_HOST", None, "the cache's host, when REDIS_URL is not set"),
+    setting("REDIS_PORT", Some("6379"), "the cache's port"),
+    setting("REDIS_DB", Some("0"), "the cache's database number"),
+    setting(
+        "KAFKA_GROUP_ID",
+        Some("message-consumer"),
+        "consumer group; a retry consumer's has its topic's name added",
+    ),
+    Setting {
+        roles: &[(Role::RetryConsumer, "messages-retry")],
+        ..setting(
+            "KAFKA_TOPIC",
+            Some("messages"),
+            "the lane a consumer reads, or the producer's fresh lane",
+        )
+    },
+    Setting {
+        roles: &[(Role::RetryConsumer, "messages-dlq")],
+        ..setting(
+            "KAFKA_TOPIC_RETRY",
+            Some("messages-retry"),
+            "the lane after it; a name ending in -dlq is the end",
+        )
+    },
+    Setting {
+        roles: &[(Role::RetryConsumer, "3"), (Role::Up, "3")],
+        ..setting(
+            "RETRY_COUNT",
+            Some("1"),
+            "tries in this lane; in `up` and `demo`, in the retry lane",
+        )
+    },
+    setting(
+        "RETRY_INTERVAL",
+        Some("3s"),
+        "wait before the k-th try of a retry lane: this × 2^(k-1), and up to a tenth more",
+    ),
+    setting("RETRY_MAX_INTERVAL", Some("1h"), "the longest such wait"),
+    setting(
+        "INTERVAL",
+        None,
+        "pacing: at most BATCH_COUNT first tries per INTERVAL, over all producers",
+    ),
+    setting(
+        "BATCH_COUNT",
+        None,
+        "see INTERVAL; both unset: as fast as the endpoints take them",
+    ),
+    setting(
+        "REQUEST_URL",
+        Some("http://localhost:3000"),
+        "URL of the endpoint named `default`",
+    ),
+    setting(
+        "REQUEST_CA_FILE",
+        None,
+        "further authorities that sign endpoints' certificates (PEM)",
+    ),
+    setting("HOST", Some("127.0.0.1"), "address to listen on"),
+    Setting {
+        roles: &[(Role::TestClient, "3000")],
+        ..setting("PORT", Some("8080"), "port of the API; of the test client 3000")
+    },
+    setting(
+        "METRICS_PORT",
+        None,
+        "port for /livez, /readyz and /metrics of services other than the API; unset: none",
+    ),
+    setting(
+        "ERROR_RATE",
+        Some("0"),
+        "test client: share of requests it fails, 0 to 1",
+    ),
+    setting(
+        "SHUTDOWN_TIMEOUT",
+        Some("30s"),
+        "how long a stop waits for attempts in flight",
+    ),
+    setting(
+        "LOG_LEVEL",
+        Some("info"),
+        "error, warn, info, debug or trace; or a filter such as info,ams::consumer=debug",
+    ),
+    setting("LOG_FORMAT", Some("text"), "text or json"),
+    setting(
+        "LOG_FILE",
+        None,
+        "append the log to this file; unset: standard error",
+    ),
+    setting("NO_COLOR", None, "any value: no colours"),
+];
+
+/// Settings that go to the Kafka client as they are.
+pub(super) const KAFKA_CLIENT: &[(&str, &str)] = &[
+    ("KAFKA_SECURITY_PROTOCOL", "security.protocol"),
+    ("KAFKA_SASL_MECHANISM", "sasl.mechanisms"),
+    ("KAFKA_SASL_USERNAME", "sasl.username"),
+    ("KAFKA_SASL_PASSWORD", "sasl.password"),
+    ("KAFKA_SSL_CA", "ssl.ca.location"),
+    ("KAFKA_SSL_CERTIFICATE", "ssl.certificate.location"),
+    ("KAFKA_SSL_KEY", "ssl.key.location"),
+];
+
+type Parsed<T> = Result<T, String>;
+
+pub(super) fn text(text: &str) -> Parsed<String> {
+    if text.trim().is_empty() {
+        Err("is empty; write a name".into())
+    } else {
+        Ok(text.to_owned())
+    }
+}
+
+/// `500ms`, `3s`, `2m`, `1h`, or a bare number as seconds.
+pub fn duration(text: &str) -> Parsed<Duration> {
+    if let Ok(seconds) = text.parse::<f64>() {
+        return Duration::try_from_secs_f64(seconds)
+            .map_err(|_| "is no duration; write for example 3s".into());
+    }
+    humantime::parse_duration(text)
+        .map_err(|_| "is no duration; write for example 500ms, 3s, 2m, 1h, or a number of seconds".into())
+}
+
+pub(super) fn port(text: &str) -> Parsed<u16> {
+    text.parse()
+        .map_err(|_| "is no port; write a number from 0 to 65535".into())
+}
+
+pub(super) fn count(text: &str) -> Parsed<u32> {
+    text.parse()
+        .map_err(|_| "is no whole number of zero or more; write one".into())
+}
+
+pub(super) fn tries(text: &str) -> Parsed<i32> {
+    match text.parse() {
+        Ok(tries @ 1..=1000) => Ok(tries),
+        _ => Err("is no number of tries; write one from 1 to 1000".into()),
+    }
+}
+
+pub(super) fn share(text: &str) -> Parsed<f64> {
+    match text.parse() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("is no share; write a number from 0 to 1, such as 0.3".into()),
+    }
+}
+
+pub(super) fn topic(text: &str) -> Parsed<String> {
+    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if text.is_empty() || text.len() > 249 || !text.chars().all(legal) || matches!(text, "." | "..") {
+        return Err("is no topic name; write up to 249 letters, digits, dots, dashes and underscores".into());
+    }
+    Ok(text.to_owned())
+}
+
+pub(super) fn brokers(text: &str) -> Parsed<String> {
+    let good = |broker: &str| {
+        broker
+            .trim()
+            .rsplit_once(':')
+            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+    };
+    if text.split(',').all(good) {
+        Ok(text.to_owned())
+    } else {
+        Err("is no list of brokers; write host:port,host:port".into())
+    }
+}
+
+pub(super) fn url(text: &str) -> Parsed<String> {
+    match url::Url::parse(text) {
+        Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Ok(text.to_owned()),
+        _ => Err("is no HTTP URL; write for example http://localhost:3000".into()),
+    }
+}
+
+pub(super) fn redis_url(text: &str) -> Parsed<String> {
+    match url::Url::parse(text) {
+        Ok(url) if matches!(url.scheme(), "redis" | "rediss") && url.has_host() => Ok(text.to_owned()),
+        _ => Err("is no Redis URL; write for example redis://127.0.0.1:6379/0".into()),
+    }
+}
+
+pub(super) fn file(text: &str) -> Parsed<PathBuf> {
+    let path = PathBuf::from(text);
+    if path.is_file() {
+        Ok(path)
+    } else {
+        Err("is not a file that can be read; name one".into())
+    }
+}
+
+pub(super) fn sslmode(text: &str) -> Parsed<String> {
+    match text {
+        "disable" | "prefer" | "require" | "verify-full" => Ok(text.to_owned()),
+        _ => Err("is no TLS mode; write disable, prefer, require or verify-full".into()),
+    }
+}
+
+pub(super) fn log_level(text: &str) -> Parsed<String> {
+    match text.parse::<tracing_subscriber::filter::Targets>() {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) => Err("is no log level; write error, warn, info, debug or trace".into()),
+    }
+}
+
+/// Whether the log is JSON.
+pub(super) fn log_format(text: &str) -> Parsed<bool> {
+    match text {
+        "text" => Ok(false),
+        "json" => Ok(true),
+        _ => Err("is no log format; write text or json".into()),
+    }
+}

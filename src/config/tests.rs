@@ -1,0 +1,158 @@
+use std::ffi::OsString;
+
+use super::*;
+
+fn raw(values: &[(&str, &str)]) -> Raw {
+    let environment = |name: &str| values.iter().find(|v| v.0 == name).map(|v| OsString::from(v.1));
+    Raw::combine(&BTreeMap::new(), environment, None).unwrap()
+}
+
+fn config(role: Role, values: &[(&str, &str)]) -> Config {
+    Config::new(&raw(values), role).unwrap()
+}
+
+fn refusal(role: Role, values: &[(&str, &str)]) -> String {
+    Config::new(&raw(values), role).unwrap_err().to_string()
+}
+
+#[test]
+fn with_nothing_set_everything_is_embedded() {
+    let config = config(Role::Up, &[]);
+    assert_eq!(config.store, StoreConfig::Sqlite("ams-data/ams.db".into()));
+    assert_eq!(
+        (config.queue, config.cache),
+        (QueueConfig::Embedded, CacheConfig::Memory)
+    );
+    assert_eq!(
+        (config.host.as_str(), config.port, config.pacing),
+        ("127.0.0.1", 8080, None)
+    );
+    assert_eq!((config.lane.tries, config.retry_lane.tries), (1, 3));
+    assert_eq!(
+        (config.lane.next.as_str(), config.retry_lane.topic.as_str()),
+        ("messages-retry", "messages-retry")
+    );
+    assert_eq!(config.retry_lane.next, "messages-dlq");
+}
+
+#[test]
+fn the_original_compose_files_settings_are_understood() {
+    let retry = config(
+        Role::RetryConsumer,
+        &[
+            ("KAFKA_TOPIC", "messages-retry"),
+            ("KAFKA_TOPIC_RETRY", "messages-dlq"),
+            ("RETRY_INTERVAL", "3"),
+            ("RETRY_COUNT", "3"),
+            ("DB_HOST", "postgres"),
+            ("DB_PASSWORD", "p@ss/word"),
+            ("DB_SSLMODE", "disable"),
+            ("REDIS_HOST", "redis"),
+            ("KAFKA_BROKERS", "kafka:9092"),
+        ],
+    );
+    assert_eq!(retry.lane.interval, Duration::from_secs(3));
+    assert_eq!((retry.lane.tries, retry.lane.fresh), (3, false));
+    assert_eq!(retry.lane.group, "message-consumer-messages-retry");
+    let url = "postgres://postgres:p%40ss%2Fword@postgres:5432/automatic_message_system?sslmode=disable";
+    assert_eq!(retry.store, StoreConfig::Postgres(url.into()));
+    assert_eq!(retry.cache, CacheConfig::Redis("redis://redis:6379/0".into()));
+}
+
+#[test]
+fn the_two_lanes_of_one_process_and_of_two_are_the_same() {
+    let up = config(Role::Up, &[]);
+    assert_eq!(up.retry_lane, config(Role::RetryConsumer, &[]).lane);
+    assert_eq!(up.lane, config(Role::Consumer, &[]).lane);
+}
+
+#[test]
+fn flags_win_over_environment_over_file_over_defaults() {
+    let flags = BTreeMap::from([("HOST", "flag".to_owned())]);
+    let environment = |name: &str| matches!(name, "HOST" | "DB_USER").then(|| OsString::from("environment"));
+    let file = "host = 'file'\ndb_user = 'file'\nDB_NAME = 'file'\nport = 81";
+    let raw = Raw::combine(&flags, environment, Some(file)).unwrap();
+    let explained = raw.explain(Role::Api);
+    let of = |name| {
+        let (_, value, source) = explained
+            .iter()
+            .find(|(setting, ..)| setting.name == name)
+            .unwrap();
+        (value.as_str(), *source)
+    };
+    assert_eq!(of("HOST"), ("flag", Source::Flag));
+    assert_eq!(of("DB_USER"), ("environment", Source::Environment));
+    assert_eq!(of("DB_NAME"), ("file", Source::File));
+    assert_eq!(of("PORT"), ("81", Source::File));
+    assert_eq!(of("LOG_LEVEL"), ("info", Source::Default));
+}
+
+#[test]
+fn bad_settings_are_named_with_value_and_mend() {
+    for (name, value, mend) in [
+        ("RETRY_INTERVAL", "soon", "500ms, 3s, 2m, 1h"),
+        ("RETRY_INTERVAL", "-3", "3s"),
+        ("RETRY_COUNT", "0", "from 1 to 1000"),
+        ("PORT", "99999", "0 to 65535"),
+        ("REQUEST_URL", "ftp://x", "http://localhost:3000"),
+        ("DATABASE_URL", "mysql://x", "postgres://"),
+        ("KAFKA_BROKERS", "kafka", "host:port"),
+        ("KAFKA_TOPIC", "bad topic", "letters"),
+        ("ERROR_RATE", "2", "0 to 1"),
+        ("LOG_FORMAT", "xml", "text or json"),
+        ("LOG_LEVEL", "info=loud", "error, warn"),
+        ("REDIS_URL", "localhost", "redis://"),
+        ("REQUEST_CA_FILE", "/nowhere", "file"),
+    ] {
+        let refusal = refusal(Role::Up, &[(name, value)]);
+        assert!(
+            refusal.contains(name) && refusal.contains(value) && refusal.contains(mend),
+            "{refusal}"
+        );
+    }
+    assert!(refusal(Role::Producer, &[("INTERVAL", "1s")]).contains("BATCH_COUNT"));
+    assert!(refusal(Role::Consumer, &[("KAFKA_TOPIC", "x-dlq")]).contains("dead-letter"));
+    assert!(refusal(Role::Consumer, &[("KAFKA_TOPIC", "messages-retry")]).contains("differ"));
+}
+
+#[test]
+fn an_unknown_setting_in_the_file_is_refused() {
+    let refused = |file| {
+        Raw::combine(&BTreeMap::new(), |_| None, Some(file))
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(refused("kafka_brokrs = 'x:1'").contains("kafka_brokrs"));
+    assert!(refused("port = [1]").contains("port"));
+    assert!(refused("port = ").contains("not TOML"));
+}
+
+#[test]
+fn secrets_are_never_shown() {
+    let raw = raw(&[
+        ("DB_PASSWORD", "tiger"),
+        ("DATABASE_URL", "postgres://scott:tiger@db/x"),
+        ("PORT", "tiger"),
+    ]);
+    for (setting, shown, _) in raw
+        .explain(Role::Api)
+        .iter()
+        .filter(|(setting, ..)| setting.name != "PORT")
+    {
+        assert!(!shown.contains("tiger"), "{} shows {shown}", setting.name);
+    }
+}
+
+#[test]
+fn durations_are_understood() {
+    for (text, ms) in [
+        ("500ms", 500),
+        ("3s", 3_000),
+        ("2m", 120_000),
+        ("1h", 3_600_000),
+        ("3", 3_000),
+        ("0.5", 500),
+    ] {
+        assert_eq!(settings::duration(text), Ok(Duration::from_millis(ms)), "{text}");
+    }
+}
