@@ -1,1 +1,333 @@
-//! The store's conformance suite.
+//! What every store has to do, one behaviour a test: the same tests run on every backend.
+//!
+//! A backend calls [`store_conformance!`] in a test module with an async function that makes a fresh,
+//! migrated, empty store. Nothing here knows what a store is made of.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{
+    Begin, BegunMessage, Claim, Claimed, Due, Inserted, InstanceId, LeaseId, Record, Records, Result, Store,
+};
+use crate::clock::{Clock, Timestamp};
+use crate::message::{Class, Epoch, Message, MessageId, NewMessage, Outcome, Ticket, Times, Verdict};
+
+pub(crate) mod claiming;
+pub(crate) mod entering;
+pub(crate) mod healing;
+pub(crate) mod holding;
+pub(crate) mod knowing;
+pub(crate) mod random;
+pub(crate) mod trying;
+
+/// Makes one test for each behaviour. `$make` is an async function without arguments that returns
+/// an `Arc<dyn Store>`: fresh, migrated and empty.
+macro_rules! store_conformance {
+    ($make:path) => {
+        $crate::store::conformance::store_conformance! { @each $make;
+            entering::a_fresh_store_is_empty_and_of_this_version,
+            entering::a_message_reads_back_as_it_was_inserted,
+            entering::an_insert_takes_all_or_nothing,
+            entering::values_that_can_not_be_are_refused,
+            entering::an_idempotency_key_is_used_once,
+            entering::idempotency_keys_are_checked_within_a_batch,
+            entering::inserts_are_numbered_in_order,
+            claiming::a_claim_takes_fresh_rows_in_id_order,
+            claiming::a_claim_takes_no_more_than_its_limit,
+            claiming::a_claimed_row_is_not_claimed_again,
+            claiming::late_rows_are_found_behind_the_cursor,
+            claiming::a_scheduled_row_waits_for_its_time,
+            claiming::timed_rows_are_claimed_lane_by_lane_oldest_due_first,
+            claiming::an_expired_row_is_not_queued,
+            claiming::rows_of_a_closed_endpoint_are_held_by_the_claim,
+            claiming::a_ticket_carries_what_the_request_needs,
+            claiming::each_claim_raises_the_epoch,
+            claiming::a_claim_of_nothing_writes_no_ledger,
+            claiming::concurrent_claims_never_take_a_row_twice,
+            claiming::a_store_says_when_it_has_changed,
+            trying::a_begin_takes_what_is_queued_in_the_tickets_epoch,
+            trying::a_ticket_begins_once,
+            trying::a_stale_ticket_begins_nothing,
+            trying::a_repeated_begin_answers_what_it_began,
+            trying::a_repeated_begin_that_never_happened_begins,
+            trying::an_expired_message_does_not_begin,
+            trying::a_success_is_recorded_with_its_attempt,
+            trying::a_retry_waits_for_its_time_on_its_lane,
+            trying::the_last_failure_makes_a_message_dead,
+            trying::a_released_message_is_as_it_was,
+            trying::a_record_repeated_changes_nothing,
+            trying::a_stale_failure_is_refused_and_its_attempt_kept,
+            trying::a_late_success_is_accepted_from_an_old_epoch,
+            trying::a_late_success_takes_the_dead_letter_back,
+            trying::one_write_takes_every_kind_of_verdict,
+            holding::a_held_ticket_is_not_claimable,
+            holding::only_tickets_of_the_epoch_are_held,
+            holding::held_rows_are_freed_oldest_first,
+            holding::a_held_row_that_was_tried_is_due_again_when_freed,
+            healing::the_ledger_remembers_batches_and_places,
+            healing::the_ledger_gives_the_oldest_first,
+            healing::a_batch_of_a_dead_owner_is_orphaned,
+            healing::a_requeue_gives_back_only_what_is_still_queued,
+            healing::a_requeue_does_not_touch_a_later_epoch,
+            healing::recovery_gives_back_what_the_dead_had_begun,
+            healing::recovery_leaves_the_living_alone,
+            healing::recovery_leaves_recorded_messages_alone,
+            healing::recovery_gives_back_what_the_retired_left,
+            healing::a_lease_that_was_taken_away_can_not_be_renewed,
+            healing::one_instance_leads_until_its_term_ends,
+            healing::a_leader_that_retires_is_succeeded_at_once,
+            healing::pacing_holds_over_all_leaders,
+            knowing::an_endpoint_is_created_and_replaced,
+            knowing::the_newest_lane_wins,
+            knowing::dead_letters_wait_until_they_are_published,
+            knowing::an_unknown_message_has_nothing,
+            knowing::attempts_read_back_in_order,
+            knowing::long_answers_are_kept_in_part,
+            knowing::the_overview_counts_every_status,
+            knowing::the_overview_knows_the_oldest_due_row,
+            knowing::partitions_can_be_made_at_any_time,
+            random::random_calls_never_lose_a_message,
+        }
+    };
+    (@each $make:path; $($room:ident::$name:ident),* $(,)?) => {
+        $(
+            #[tokio::test]
+            async fn $name() {
+                $crate::store::conformance::$room::$name($make().await).await;
+            }
+        )*
+    };
+}
+pub(crate) use store_conformance;
+
+/// The lane of first tries in these tests.
+const FRESH: &str = "messages";
+/// The lane of later tries in these tests.
+const RETRY: &str = "messages-retry";
+/// How long instances live in these tests.
+const LEASE: Duration = Duration::from_secs(10);
+
+/// A store with an enrolled instance and a clock that is moved by hand.
+struct Bench {
+    store: Arc<dyn Store>,
+    clock: Clock,
+    owner: InstanceId,
+}
+
+impl Bench {
+    /// A bench whose clock starts at the present, because a store may mistrust rows from another age.
+    /// Whole milliseconds, because a store may keep a writer's times no finer.
+    async fn new(store: Arc<dyn Store>) -> Bench {
+        let start = Clock::system().now().as_micros() / 1_000 * 1_000;
+        let clock = Clock::manual(Timestamp::from_micros(start));
+        let now = clock.now();
+        let owner = store.enroll("up", "here", now, now.after(LEASE)).await.unwrap();
+        Bench { store, clock, owner }
+    }
+
+    fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    fn pass(&self, seconds: u64) {
+        self.clock.advance(Duration::from_secs(seconds));
+    }
+
+    fn in_seconds(&self, seconds: u64) -> Timestamp {
+        self.now().after(Duration::from_secs(seconds))
+    }
+
+    async fn enroll(&self) -> InstanceId {
+        let until = self.now().after(LEASE);
+        self.store
+            .enroll("consumer", "there", self.now(), until)
+            .await
+            .unwrap()
+    }
+
+    async fn insert(&self, messages: &[NewMessage]) -> Vec<MessageId> {
+        let inserted = self.store.insert(messages, self.now()).await.unwrap();
+        inserted.iter().map(new_id).collect()
+    }
+
+    /// Inserts `count` messages that differ in their text.
+    async fn fill(&self, count: usize) -> Vec<MessageId> {
+        self.insert(&(0..count).map(|n| text(&format!("text {n}"))).collect::<Vec<_>>())
+            .await
+    }
+
+    async fn claim_by(&self, owner: InstanceId, due: Due<'_>, limit: usize) -> Claimed {
+        let lane = match due {
+            Due::Timed { lane } if !lane.is_empty() => lane,
+            _ => FRESH,
+        };
+        let open = &["default".to_owned()];
+        let claim = Claim {
+            due,
+            limit,
+            lane,
+            open,
+            owner,
+            now: self.now(),
+        };
+        self.store.claim(&claim).await.unwrap()
+    }
+
+    async fn claim(&self, due: Due<'_>, limit: usize) -> Claimed {
+        self.claim_by(self.owner, due, limit).await
+    }
+
+    /// Claims every fresh row there is.
+    async fn claim_fresh(&self) -> Claimed {
+        self.claim(Due::Fresh { after: MessageId(0) }, 1_000).await
+    }
+
+    async fn claim_timed(&self, lane: &str) -> Claimed {
+        self.claim(Due::Timed { lane }, 1_000).await
+    }
+
+    async fn begin_by(
+        &self,
+        owner: InstanceId,
+        lease: i64,
+        tickets: &[(MessageId, Epoch)],
+    ) -> Vec<BegunMessage> {
+        let lease = LeaseId(lease);
+        let begin = Begin {
+            lease,
+            repeated: false,
+            tickets,
+            owner,
+            now: self.now(),
+        };
+        let mut messages = self.store.begin(&begin).await.unwrap().messages;
+        messages.sort_by_key(|message| message.id);
+        messages
+    }
+
+    async fn begin(&self, lease: i64, tickets: &[(MessageId, Epoch)]) -> Vec<BegunMessage> {
+        self.begin_by(self.owner, lease, tickets).await
+    }
+
+    /// Brings `count` new messages to `processing` under this lease.
+    async fn processing(&self, lease: i64, count: usize) -> Vec<(MessageId, Epoch)> {
+        self.fill(count).await;
+        let tickets = pairs(&self.claim_fresh().await);
+        assert_eq!(self.begin(lease, &tickets).await.len(), count);
+        tickets
+    }
+
+    async fn record(&self, records: &[Record]) -> Vec<MessageId> {
+        self.record_finished(records, &[]).await.unwrap()
+    }
+
+    async fn record_finished(&self, records: &[Record], finished: &[LeaseId]) -> Result<Vec<MessageId>> {
+        self.store
+            .record(&Records {
+                records,
+                finished,
+                now: self.now(),
+            })
+            .await
+    }
+
+    async fn message(&self, id: MessageId) -> Message {
+        self.store
+            .message(id)
+            .await
+            .unwrap()
+            .expect("the message is there")
+    }
+
+    /// A record of a failed try whose next is due in three seconds on the retry lane.
+    fn failed(&self, (id, epoch): (MessageId, Epoch), attempt: i32) -> Record {
+        let verdict = Verdict::Retry {
+            lane: RETRY.to_owned(),
+            lane_tries: 0,
+            at: self.in_seconds(3),
+        };
+        let outcome = outcome(Class::Rejected, Some(500), self.now());
+        record((id, epoch), attempt, Some(outcome), verdict)
+    }
+
+    fn sent(&self, ticket: (MessageId, Epoch), attempt: i32) -> Record {
+        let outcome = outcome(Class::Accepted, Some(200), self.now());
+        record(ticket, attempt, Some(outcome), Verdict::Sent)
+    }
+
+    fn dead(&self, ticket: (MessageId, Epoch), attempt: i32) -> Record {
+        let verdict = Verdict::Dead {
+            reason: "all tries failed".to_owned(),
+            lane: "messages-dlq".to_owned(),
+        };
+        let outcome = outcome(Class::Timeout, None, self.now());
+        record(ticket, attempt, Some(outcome), verdict)
+    }
+
+    fn released(&self, ticket: (MessageId, Epoch)) -> Record {
+        record(ticket, 1, None, Verdict::Release)
+    }
+}
+
+fn text(content: &str) -> NewMessage {
+    NewMessage {
+        recipient: "+905551111111".to_owned(),
+        content: content.to_owned(),
+        ..NewMessage::default()
+    }
+}
+
+fn new_id(inserted: &Inserted) -> MessageId {
+    match inserted {
+        Inserted::New { id, .. } => *id,
+        other => panic!("{other:?} is not new"),
+    }
+}
+
+fn outcome(class: Class, status: Option<u16>, started_at: Timestamp) -> Outcome {
+    let accepted = class == Class::Accepted;
+    Outcome {
+        class,
+        status,
+        address: "127.0.0.1:3000".to_owned(),
+        error: (!accepted).then(|| "no luck".to_owned()),
+        answer: "an answer".to_owned(),
+        provider_message_id: accepted.then(|| "p-1".to_owned()),
+        provider_message: accepted.then(|| "Accepted".to_owned()),
+        retry_after_ms: None,
+        started_at,
+        times: Times {
+            connect_us: 1,
+            head_us: 20,
+            body_us: 300,
+        },
+    }
+}
+
+fn record(
+    (id, epoch): (MessageId, Epoch),
+    attempt: i32,
+    outcome: Option<Outcome>,
+    verdict: Verdict,
+) -> Record {
+    Record {
+        id,
+        epoch,
+        attempt,
+        lane: FRESH.to_owned(),
+        outcome,
+        verdict,
+    }
+}
+
+fn pairs(claimed: &Claimed) -> Vec<(MessageId, Epoch)> {
+    claimed.tickets.iter().map(pair).collect()
+}
+
+fn pair(ticket: &Ticket) -> (MessageId, Epoch) {
+    (ticket.id, ticket.epoch)
+}
+
+fn ids(claimed: &Claimed) -> Vec<MessageId> {
+    claimed.tickets.iter().map(|ticket| ticket.id).collect()
+}
