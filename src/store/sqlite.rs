@@ -1,1 +1,493 @@
-//! The store on SQLite, embedded.
+//! The embedded store: one SQLite file, for a whole AMS in one process.
+//!
+//! One thread writes, another reads, so that reads never wait for a commit. Calls that wait for the
+//! writer together share one transaction, hence one fsync. Other programs (a `sqlite3` shell) may use
+//! the same file at the same time: the lock is waited for, and what they insert is sent like the rest.
+//!
+//! [`SqliteStore::inline`] runs every call on the calling thread instead, so that a simulation is
+//! deterministic and a test costs no threads. Clones are further handles on the same database.
+
+mod begin;
+mod claim;
+mod hold;
+mod insert;
+mod read;
+mod record;
+mod registry;
+mod schema;
+mod worker;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rusqlite::Connection;
+use rusqlite::types::ValueRef;
+use uuid::Uuid;
+
+use super::{
+    Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, Due, Endpoint, Inserted, InstanceId,
+    Leadership, Overview, Place, Records, Recovered, Result, Store, StoreError,
+};
+use crate::clock::Timestamp;
+use crate::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
+use crate::retry::Lane;
+
+use worker::{Call, Worker};
+
+/// How long another program's lock is waited for.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+/// More statements than there are in this module, so that each is prepared once.
+const STATEMENTS: usize = 128;
+
+/// A handle on one SQLite database.
+pub struct SqliteStore {
+    shared: Arc<Shared>,
+    /// What had been written when this handle's last claim found nothing more to take.
+    seen: Mutex<Option<Version>>,
+}
+
+struct Shared {
+    backend: Backend,
+    /// Counts our own commits that may have made a row due; commits of others show in `data_version`.
+    wakes: Arc<AtomicU64>,
+}
+
+enum Backend {
+    Threads { writer: Worker, reader: Worker },
+    Inline(Mutex<Connection>),
+}
+
+/// Which commits have been seen: ours that matter, and those of others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Version {
+    wakes: u64,
+    others: i64,
+}
+
+impl Clone for SqliteStore {
+    fn clone(&self) -> SqliteStore {
+        SqliteStore {
+            shared: Arc::clone(&self.shared),
+            seen: Mutex::new(None),
+        }
+    }
+}
+
+impl SqliteStore {
+    /// Opens the database file at `path`, and creates it and its folder when they are missing. It has
+    /// no tables until [`Store::migrate`].
+    ///
+    /// # Errors
+    /// [`StoreError::Version`] when the file is of a newer version of this program; otherwise a
+    /// sentence that names the file and what is wrong with it.
+    pub fn open(path: &Path) -> Result<SqliteStore> {
+        let told = |why: String| StoreError::Unavailable(format!("{} can't be used: {why}", path.display()));
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder)
+                .map_err(|error| told(format!("its folder can't be created: {error}")))?;
+        }
+        let writer = Connection::open(path).map_err(|error| told(error.to_string()))?;
+        prepare_file(&writer).map_err(|error| told(error.to_string()))?;
+        let reader = Connection::open(path).map_err(|error| told(error.to_string()))?;
+        set_up(&reader)
+            .and_then(|()| reader.execute_batch("pragma query_only = on"))
+            .map_err(|error| told(error.to_string()))?;
+        schema::missing(&reader)?;
+        let backend = Backend::Threads {
+            writer: Worker::start("store-writer", writer).map_err(|error| told(error.to_string()))?,
+            reader: Worker::start("store-reader", reader).map_err(|error| told(error.to_string()))?,
+        };
+        Ok(SqliteStore::over(backend))
+    }
+
+    /// A store that runs every call at once on the calling thread, over this connection.
+    ///
+    /// # Errors
+    /// As [`SqliteStore::open`].
+    pub fn inline(connection: Connection) -> Result<SqliteStore> {
+        set_up(&connection)?;
+        schema::missing(&connection)?;
+        Ok(SqliteStore::over(Backend::Inline(Mutex::new(connection))))
+    }
+
+    /// A fresh, migrated database in memory, run inline. It is gone with its last handle.
+    ///
+    /// # Errors
+    /// Those of SQLite; none is expected.
+    pub fn in_memory() -> Result<SqliteStore> {
+        let mut connection = Connection::open_in_memory()?;
+        schema::migrate(&mut connection)?;
+        SqliteStore::inline(connection)
+    }
+
+    fn over(backend: Backend) -> SqliteStore {
+        let shared = Shared {
+            backend,
+            wakes: Arc::default(),
+        };
+        SqliteStore {
+            shared: Arc::new(shared),
+            seen: Mutex::new(None),
+        }
+    }
+
+    /// Runs `job` in a transaction and answers after its commit. `wakes`: rows may be due by it.
+    async fn write<T: Send + 'static>(
+        &self,
+        wakes: bool,
+        job: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let counter = wakes.then(|| Arc::clone(&self.shared.wakes));
+        match &self.shared.backend {
+            Backend::Threads { writer, .. } => {
+                let (call, told) = Call::new(job, counter);
+                writer.send(worker::Job::Write(call))?;
+                told.await.map_err(|_| worker::gone())?
+            }
+            Backend::Inline(connection) => {
+                let connection = lock(connection);
+                connection.execute_batch("begin immediate")?;
+                let done = job(&connection);
+                connection.execute_batch(if done.is_ok() { "commit" } else { "rollback" })?;
+                if let Some(counter) = counter {
+                    counter.fetch_add(1, Ordering::SeqCst);
+                }
+                done
+            }
+        }
+    }
+
+    /// Runs `job` on the reading connection, where it sees everything committed.
+    async fn read<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        match &self.shared.backend {
+            Backend::Threads { reader, .. } => reader.alone(|connection| job(connection)).await,
+            Backend::Inline(connection) => job(&lock(connection)),
+        }
+    }
+
+    /// Runs `job` on the writing connection, outside of any transaction.
+    async fn alone<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        match &self.shared.backend {
+            Backend::Threads { writer, .. } => writer.alone(job).await,
+            Backend::Inline(connection) => job(&mut lock(connection)),
+        }
+    }
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    fn kind(&self) -> &'static str {
+        "sqlite"
+    }
+
+    async fn migrate(&self) -> Result<Vec<String>> {
+        self.alone(schema::migrate).await
+    }
+
+    async fn missing_migrations(&self) -> Result<Vec<String>> {
+        self.read(schema::missing).await
+    }
+
+    async fn installation(&self) -> Result<Uuid> {
+        self.read(registry::installation).await
+    }
+
+    async fn insert(&self, messages: &[NewMessage], now: Timestamp) -> Result<Vec<Inserted>> {
+        if messages.is_empty() {
+            return Ok(Vec::new());
+        }
+        let messages = messages.to_vec();
+        self.write(true, move |db| insert::insert(db, &messages, now))
+            .await
+    }
+
+    async fn enroll(
+        &self,
+        service: &str,
+        host: &str,
+        now: Timestamp,
+        lease_until: Timestamp,
+    ) -> Result<InstanceId> {
+        let (service, host) = (service.to_owned(), host.to_owned());
+        self.write(false, move |db| {
+            registry::enroll(db, &service, &host, now, lease_until)
+        })
+        .await
+    }
+
+    async fn renew(&self, instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> Result<bool> {
+        self.write(false, move |db| registry::renew(db, instance, now, lease_until))
+            .await
+    }
+
+    async fn retire(&self, instance: InstanceId) -> Result<()> {
+        self.write(false, move |db| registry::retire(db, instance)).await
+    }
+
+    async fn lead(&self, bid: &Bid) -> Result<Option<Leadership>> {
+        let bid = *bid;
+        self.write(false, move |db| registry::lead(db, &bid)).await
+    }
+
+    async fn changed(&self) -> Result<bool> {
+        let seen = *self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(seen) = seen else { return Ok(true) };
+        if seen.wakes != self.shared.wakes.load(Ordering::SeqCst) {
+            return Ok(true);
+        }
+        Ok(self.alone(|db| others(db)).await? != seen.others)
+    }
+
+    async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {
+        let owned = claim::Owned::from(claim);
+        if !matches!(claim.due, Due::Fresh { .. }) {
+            // These are asked for many times a second, mostly in vain: a look costs no lock.
+            let (due, now) = (owned.due.clone(), owned.now);
+            if !self.read(move |db| claim::any(db, &due, now)).await? {
+                return Ok(Claimed::default());
+            }
+        }
+        let wakes = Arc::clone(&self.shared.wakes);
+        let call = move |db: &Connection| {
+            let version = Version {
+                wakes: wakes.load(Ordering::SeqCst),
+                others: others(db)?,
+            };
+            Ok((claim::claim(db, &owned)?, version))
+        };
+        let (claimed, version) = self.write(false, call).await?;
+        if matches!(claim.due, Due::Fresh { .. }) && claimed.seen < claim.limit {
+            *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(version);
+        }
+        Ok(claimed)
+    }
+
+    async fn acknowledge(&self, batch: BatchId, place: Place) -> Result<()> {
+        self.write(false, move |db| claim::acknowledge(db, batch, place))
+            .await
+    }
+
+    async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
+        self.read(move |db| claim::batches(db, now, limit)).await
+    }
+
+    async fn requeue(&self, batches: &[BatchId], now: Timestamp) -> Result<u64> {
+        let batches = batches.to_vec();
+        self.write(true, move |db| claim::requeue(db, &batches, now))
+            .await
+    }
+
+    async fn begin(&self, begin: &Begin<'_>) -> Result<Begun> {
+        let tickets = begin.tickets.to_vec();
+        let (lease, repeated, owner, now) = (begin.lease, begin.repeated, begin.owner, begin.now);
+        let call = move |db: &Connection| {
+            begin::begin(
+                db,
+                &Begin {
+                    lease,
+                    repeated,
+                    tickets: &tickets,
+                    owner,
+                    now,
+                },
+            )
+        };
+        self.write(false, call).await
+    }
+
+    async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>> {
+        let (written, finished, now) = (records.records.to_vec(), records.finished.to_vec(), records.now);
+        let call = move |db: &Connection| {
+            record::record(
+                db,
+                &Records {
+                    records: &written,
+                    finished: &finished,
+                    now,
+                },
+            )
+        };
+        self.write(record::wakes(records), call).await
+    }
+
+    async fn hold(&self, tickets: &[(MessageId, Epoch)], held: Held, now: Timestamp) -> Result<u64> {
+        let tickets = tickets.to_vec();
+        self.write(false, move |db| hold::hold(db, &tickets, held, now))
+            .await
+    }
+
+    async fn held(&self) -> Result<Vec<(String, Held)>> {
+        self.read(hold::held).await
+    }
+
+    async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
+        let endpoint = endpoint.to_owned();
+        self.write(true, move |db| hold::unhold(db, &endpoint, held, limit, now))
+            .await
+    }
+
+    async fn recover(&self, now: Timestamp) -> Result<Recovered> {
+        if !self.read(move |db| begin::anything_to_recover(db, now)).await? {
+            return Ok(Recovered::default());
+        }
+        self.write(true, move |db| begin::recover(db, now)).await
+    }
+
+    async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>> {
+        self.read(move |db| read::dead_letters(db, before, limit)).await
+    }
+
+    async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()> {
+        let ids = ids.to_vec();
+        self.write(false, move |db| record::dead_lettered(db, &ids)).await
+    }
+
+    async fn make_partitions(&self) -> Result<()> {
+        Ok(())
+    }
+
+    async fn endpoints(&self) -> Result<Vec<Endpoint>> {
+        self.read(registry::endpoints).await
+    }
+
+    async fn put_endpoint(&self, endpoint: &Endpoint) -> Result<()> {
+        let endpoint = endpoint.clone();
+        self.write(false, move |db| registry::put_endpoint(db, &endpoint))
+            .await
+    }
+
+    async fn lanes(&self) -> Result<Vec<Lane>> {
+        self.read(registry::lanes).await
+    }
+
+    async fn put_lane(&self, lane: &Lane, now: Timestamp) -> Result<Option<Lane>> {
+        let lane = lane.clone();
+        self.write(false, move |db| registry::put_lane(db, &lane, now))
+            .await
+    }
+
+    async fn message(&self, id: MessageId) -> Result<Option<Message>> {
+        self.read(move |db| read::message(db, id)).await
+    }
+
+    async fn attempts(&self, id: MessageId) -> Result<Vec<Attempt>> {
+        self.read(move |db| read::attempts(db, id)).await
+    }
+
+    async fn overview(&self, now: Timestamp) -> Result<Overview> {
+        self.read(move |db| read::overview(db, now)).await
+    }
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> StoreError {
+        use rusqlite::ErrorCode;
+        let rusqlite::Error::SqliteFailure(failure, sentence) = &error else {
+            return StoreError::Internal(error.to_string());
+        };
+        let sentence = sentence.clone().unwrap_or_else(|| failure.to_string());
+        match failure.code {
+            ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch | ErrorCode::TooBig => {
+                StoreError::Refused(sentence)
+            }
+            ErrorCode::DatabaseBusy
+            | ErrorCode::DatabaseLocked
+            | ErrorCode::SystemIoFailure
+            | ErrorCode::DiskFull
+            | ErrorCode::CannotOpen
+            | ErrorCode::ReadOnly => StoreError::Unavailable(sentence),
+            _ => StoreError::Internal(sentence),
+        }
+    }
+}
+
+/// Settings of every connection.
+fn set_up(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(LOCK_WAIT)?;
+    connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    connection.execute_batch("pragma foreign_keys = off; pragma trusted_schema = on")
+}
+
+/// Settings of the writing connection of a file: a commit is on the disk before it is answered.
+fn prepare_file(connection: &Connection) -> rusqlite::Result<()> {
+    set_up(connection)?;
+    let mode: String = connection.query_row("pragma journal_mode = wal", [], |row| row.get(0))?;
+    if mode != "wal" {
+        tracing::warn!("the store's journal is {mode}, not wal: reads will wait for writes");
+    }
+    connection.execute_batch(
+        "pragma synchronous = full; pragma wal_autocheckpoint = 4000; pragma cache_size = -65536; \
+         pragma journal_size_limit = 67108864",
+    )
+}
+
+/// A number that changes when another connection has committed.
+fn others(connection: &Connection) -> Result<i64> {
+    let mut statement = connection.prepare_cached("pragma data_version")?;
+    Ok(statement.query_row([], |row| row.get(0))?)
+}
+
+fn lock(connection: &Mutex<Connection>) -> std::sync::MutexGuard<'_, Connection> {
+    connection.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A text column as text, whatever bytes a writer has put there: a row that can't be read would stop the claim.
+fn text(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<String> {
+    Ok(optional_text(row, column)?.unwrap_or_default())
+}
+
+fn optional_text(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Option<String>> {
+    Ok(match row.get_ref(column)? {
+        ValueRef::Text(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
+        _ => None,
+    })
+}
+
+/// A writer's time: RFC 3339 as we write it, or another form that `julianday` understands.
+fn writers_time(
+    connection: &Connection,
+    row: &rusqlite::Row<'_>,
+    column: usize,
+) -> rusqlite::Result<Option<Timestamp>> {
+    let Some(written) = optional_text(row, column)? else {
+        return Ok(None);
+    };
+    if let Ok(time) = Timestamp::parse(&written) {
+        return Ok(Some(time));
+    }
+    let mut statement = connection.prepare_cached(
+        "/* ams:time */ select cast(round((julianday(?1) - 2440587.5) * 86400000.0) as integer) * 1000",
+    )?;
+    statement.query_row([written], |row| our_optional_time(row, 0))
+}
+
+/// One of our own times.
+fn our_time(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Timestamp> {
+    row.get(column).map(Timestamp::from_micros)
+}
+
+fn our_optional_time(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Option<Timestamp>> {
+    Ok(row.get::<_, Option<i64>>(column)?.map(Timestamp::from_micros))
+}
+
+/// A JSON list of numbers, as ledger and leases keep them.
+fn list<T: serde::de::DeserializeOwned>(json: &str) -> Result<Vec<T>> {
+    serde_json::from_str(json)
+        .map_err(|error| StoreError::Internal(format!("`{json:.60}` is not a list: {error}")))
+}
+
+fn json<T: serde::Serialize>(values: &T) -> Result<String> {
+    serde_json::to_string(values).map_err(|error| StoreError::Internal(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests;

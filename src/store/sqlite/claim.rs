@@ -1,0 +1,260 @@
+//! Claims and their ledger.
+
+use std::collections::HashSet;
+
+use rusqlite::{Connection, params};
+use serde_json::value::RawValue;
+
+use super::{json, list, optional_text, our_time, text, writers_time};
+use crate::clock::Timestamp;
+use crate::message::{Epoch, Held, MessageId, Ticket};
+use crate::store::{Batch, BatchId, Claim, Claimed, Due, InstanceId, Place, Result};
+
+/// A [`Claim`] that can go to another thread.
+pub(super) struct Owned {
+    pub(super) due: OwnedDue,
+    limit: usize,
+    lane: String,
+    open: HashSet<String>,
+    owner: InstanceId,
+    pub(super) now: Timestamp,
+}
+
+/// A [`Due`] that can go to another thread.
+#[derive(Clone)]
+pub(super) enum OwnedDue {
+    Fresh(MessageId),
+    Late(MessageId),
+    Timed(String),
+}
+
+impl From<&Claim<'_>> for Owned {
+    fn from(claim: &Claim<'_>) -> Owned {
+        Owned {
+            due: match claim.due {
+                Due::Fresh { after } => OwnedDue::Fresh(after),
+                Due::Late { up_to } => OwnedDue::Late(up_to),
+                Due::Timed { lane } => OwnedDue::Timed(lane.to_owned()),
+            },
+            limit: claim.limit,
+            lane: claim.lane.to_owned(),
+            open: claim.open.iter().cloned().collect(),
+            owner: claim.owner,
+            now: claim.now,
+        }
+    }
+}
+
+/// The source of due rows, up to its order: the text of each statement here differs only in this.
+macro_rules! due_rows {
+    (fresh) => {
+        " from messages indexed by messages_fresh \
+         where status = 'pending' and held is null and send_at is null and id > ?1 \
+         order by id limit ?2"
+    };
+    (late) => {
+        " from messages indexed by messages_fresh \
+         where status = 'pending' and held is null and send_at is null and id <= ?1 \
+         order by id limit ?2"
+    };
+    (timed) => {
+        " from messages indexed by messages_timed \
+         where lane = ?1 and timed_at is not null and timed_at <= ?3 \
+         order by timed_at, id limit ?2"
+    };
+}
+
+macro_rules! fields {
+    () => {
+        "id, epoch, attempts, endpoint, created_at, recipient, content, content_type, headers, ordering_key, \
+         expires_at is not null \
+         and cast(round((julianday(expires_at) - 2440587.5) * 86400000.0) as integer) * 1000 <= ?3"
+    };
+}
+
+/// Whether anything is due.
+pub(super) fn any(db: &Connection, due: &OwnedDue, now: Timestamp) -> Result<bool> {
+    let now = now.as_micros();
+    Ok(match due {
+        OwnedDue::Fresh(after) => db
+            .prepare_cached(concat!("/* ams:any_fresh */ select 1", due_rows!(fresh)))?
+            .exists(params![after.0, 1])?,
+        OwnedDue::Late(up_to) => db
+            .prepare_cached(concat!("/* ams:any_late */ select 1", due_rows!(late)))?
+            .exists(params![up_to.0, 1])?,
+        OwnedDue::Timed(lane) => db
+            .prepare_cached(concat!("/* ams:any_timed */ select 1", due_rows!(timed)))?
+            .exists(params![lane, 1, now])?,
+    })
+}
+
+/// A due row: its ticket, and whether its time is over.
+type Row = (Ticket, bool);
+
+fn due_rows(db: &Connection, claim: &Owned) -> Result<Vec<Row>> {
+    let limit = i64::try_from(claim.limit).unwrap_or(i64::MAX);
+    let now = claim.now.as_micros();
+    let read = |row: &rusqlite::Row<'_>| ticket(db, row).and_then(|ticket| Ok((ticket, row.get(10)?)));
+    let rows = match &claim.due {
+        OwnedDue::Fresh(after) => db
+            .prepare_cached(concat!(
+                "/* ams:claim_fresh */ select ",
+                fields!(),
+                due_rows!(fresh)
+            ))?
+            .query_map(params![after.0, limit, now], read)?
+            .collect(),
+        OwnedDue::Late(up_to) => db
+            .prepare_cached(concat!(
+                "/* ams:claim_late */ select ",
+                fields!(),
+                due_rows!(late)
+            ))?
+            .query_map(params![up_to.0, limit, now], read)?
+            .collect(),
+        OwnedDue::Timed(lane) => db
+            .prepare_cached(concat!(
+                "/* ams:claim_timed */ select ",
+                fields!(),
+                due_rows!(timed)
+            ))?
+            .query_map(params![lane, limit, now], read)?
+            .collect::<rusqlite::Result<Vec<Row>>>(),
+    };
+    Ok(rows?)
+}
+
+/// The ticket of a row, as the row stands: id, epoch, attempts, endpoint, created_at, recipient, content,
+/// content_type, headers and ordering_key, from the first column on.
+pub(super) fn ticket(db: &Connection, row: &rusqlite::Row<'_>) -> rusqlite::Result<Ticket> {
+    Ok(Ticket {
+        id: MessageId(row.get(0)?),
+        epoch: row.get(1)?,
+        attempt: row.get(2)?,
+        endpoint: text(row, 3)?,
+        created_at: writers_time(db, row, 4)?.unwrap_or_default(),
+        recipient: text(row, 5)?,
+        content: text(row, 6)?,
+        content_type: optional_text(row, 7)?,
+        // Checked when the row was inserted.
+        headers: optional_text(row, 8)?.and_then(|headers| RawValue::from_string(headers).ok()),
+        ordering_key: optional_text(row, 9)?,
+    })
+}
+
+/// Takes due rows: most become `queued`, with one ledger row for all.
+pub(super) fn claim(db: &Connection, claim: &Owned) -> Result<Claimed> {
+    let rows = due_rows(db, claim)?;
+    let mut claimed = Claimed {
+        batch: None,
+        tickets: Vec::with_capacity(rows.len()),
+        seen: rows.len(),
+        last: rows.iter().map(|row| row.0.id).max(),
+    };
+    let mut queue = db.prepare_cached(
+        "/* ams:claim */ update messages set status = 'queued', epoch = epoch + 1 where id = ?1",
+    )?;
+    for (mut ticket, expired) in rows {
+        if expired {
+            expire(db, ticket.id, claim.now)?;
+        } else if !claim.open.contains(&ticket.endpoint) {
+            db.prepare_cached("/* ams:claim_hold */ update messages set held = ?2 where id = ?1")?
+                .execute(params![ticket.id.0, Held::EndpointClosed.as_str()])?;
+        } else {
+            queue.execute([ticket.id.0])?;
+            ticket.epoch += 1;
+            ticket.attempt += 1;
+            claimed.tickets.push(ticket);
+        }
+    }
+    if !claimed.tickets.is_empty() {
+        let ids: Vec<_> = claimed.tickets.iter().map(|ticket| ticket.id).collect();
+        let epochs: Vec<_> = claimed.tickets.iter().map(|ticket| ticket.epoch).collect();
+        db.prepare_cached(
+            "/* ams:ledger */ insert into batches (lane, owner, ids, epochs, created_at) values (?1, ?2, ?3, ?4, ?5)",
+        )?
+        .execute(params![claim.lane, claim.owner.0, json(&ids)?, json(&epochs)?, claim.now.as_micros()])?;
+        claimed.batch = Some(BatchId(db.last_insert_rowid()));
+    }
+    Ok(claimed)
+}
+
+/// Makes a message whose time is over `expired`.
+pub(super) fn expire(db: &Connection, id: MessageId, now: Timestamp) -> Result<()> {
+    db.prepare_cached(
+        "/* ams:expire */ update messages set status = 'expired', due_at = null, finished_at = ?2 where id = ?1",
+    )?
+    .execute(params![id.0, now.as_micros()])?;
+    Ok(())
+}
+
+/// Gives a row back as it was before its claim when it is `status` in this epoch. Whether it was.
+pub(super) fn give_back(
+    db: &Connection,
+    id: MessageId,
+    epoch: Epoch,
+    status: &str,
+    now: Timestamp,
+) -> Result<bool> {
+    let given = db
+        .prepare_cached(
+            "/* ams:give_back */ update messages set \
+             status = case when attempts = 0 then 'pending' else 'retrying' end, \
+             due_at = case when attempts = 0 then null else ?4 end \
+             where id = ?1 and epoch = ?2 and status = ?3",
+        )?
+        .execute(params![id.0, epoch, status, now.as_micros()])?;
+    Ok(given > 0)
+}
+
+/// Notes where the broker put a batch.
+pub(super) fn acknowledge(db: &Connection, batch: BatchId, place: Place) -> Result<()> {
+    db.prepare_cached(
+        "/* ams:acknowledge */ update batches set partition = ?2, last_offset = ?3 where id = ?1",
+    )?
+    .execute(params![batch.0, place.partition, place.offset])?;
+    Ok(())
+}
+
+/// The oldest ledger rows.
+pub(super) fn batches(db: &Connection, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
+    let mut statement = db.prepare_cached(
+        "/* ams:batches */ select id, lane, owner, created_at, partition, last_offset, not exists ( \
+             select 1 from instances where instances.id = batches.owner and lease_until > ?1) \
+         from batches order by id limit ?2",
+    )?;
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let batches = statement.query_map(params![now.as_micros(), limit], |row| {
+        let partition: Option<i32> = row.get(4)?;
+        let offset: Option<i64> = row.get(5)?;
+        Ok(Batch {
+            id: BatchId(row.get(0)?),
+            lane: row.get(1)?,
+            owner: InstanceId(row.get(2)?),
+            created_at: our_time(row, 3)?,
+            place: partition
+                .zip(offset)
+                .map(|(partition, offset)| Place { partition, offset }),
+            orphaned: row.get(6)?,
+        })
+    })?;
+    Ok(batches.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Gives back what of these batches is still `queued` in their epoch, and removes them.
+pub(super) fn requeue(db: &Connection, batches: &[BatchId], now: Timestamp) -> Result<u64> {
+    let mut given = 0;
+    for batch in batches {
+        let removed = db
+            .prepare_cached("/* ams:requeue */ delete from batches where id = ?1 returning ids, epochs")?
+            .query_map([batch.0], |row| Ok((text(row, 0)?, text(row, 1)?)))?
+            .collect::<rusqlite::Result<Vec<_>>>()?;
+        for (ids, epochs) in removed {
+            let ids: Vec<i64> = list(&ids)?;
+            for (id, epoch) in ids.into_iter().zip(list::<Epoch>(&epochs)?) {
+                given += u64::from(give_back(db, MessageId(id), epoch, "queued", now)?);
+            }
+        }
+    }
+    Ok(given)
+}

@@ -1,0 +1,172 @@
+//! Instances, the active producer, endpoints and lanes.
+
+use std::time::Duration;
+
+use rusqlite::{Connection, OptionalExtension, params};
+use uuid::Uuid;
+
+use super::{json, list, our_optional_time, text};
+use crate::clock::Timestamp;
+use crate::retry::Lane;
+use crate::store::{Bid, Endpoint, InstanceId, Leadership, Result, StoreError};
+
+/// The random number of this store.
+pub(super) fn installation(db: &Connection) -> Result<Uuid> {
+    let id = db
+        .prepare_cached("/* ams:installation */ select id from installation")?
+        .query_row([], |row| text(row, 0))?;
+    Uuid::parse_str(&id)
+        .map_err(|error| StoreError::Internal(format!("`{id}` is no installation id: {error}")))
+}
+
+/// Registers a process.
+pub(super) fn enroll(
+    db: &Connection,
+    service: &str,
+    host: &str,
+    now: Timestamp,
+    lease_until: Timestamp,
+) -> Result<InstanceId> {
+    let (now, until) = (now.as_micros(), lease_until.as_micros());
+    db.prepare_cached(
+        "/* ams:enroll */ insert into instances (service, host, version, started_at, seen_at, lease_until) \
+         values (?1, ?2, ?3, ?4, ?4, ?5)",
+    )?
+    .execute(params![service, host, env!("CARGO_PKG_VERSION"), now, until])?;
+    Ok(InstanceId(db.last_insert_rowid()))
+}
+
+/// Renews a lease that has not been taken away.
+pub(super) fn renew(
+    db: &Connection,
+    instance: InstanceId,
+    now: Timestamp,
+    lease_until: Timestamp,
+) -> Result<bool> {
+    let count = db
+        .prepare_cached("/* ams:renew */ update instances set seen_at = ?2, lease_until = ?3 where id = ?1")?
+        .execute(params![instance.0, now.as_micros(), lease_until.as_micros()])?;
+    Ok(count > 0)
+}
+
+/// Takes an instance and its leadership away.
+pub(super) fn retire(db: &Connection, instance: InstanceId) -> Result<()> {
+    db.prepare_cached("/* ams:retire */ delete from instances where id = ?1")?
+        .execute([instance.0])?;
+    db.prepare_cached("/* ams:abdicate */ update leader set owner = null, until = 0 where owner = ?1")?
+        .execute([instance.0])?;
+    Ok(())
+}
+
+/// Makes the bidder the leader, unless another's term is not over.
+pub(super) fn lead(db: &Connection, bid: &Bid) -> Result<Option<Leadership>> {
+    let mut statement = db.prepare_cached(
+        "/* ams:lead */ update leader set owner = ?1, until = ?3, paced_until = coalesce(?4, paced_until) \
+         where owner is null or owner = ?1 or until <= ?2 returning paced_until",
+    )?;
+    let paced_until = bid.paced_until.map(Timestamp::as_micros);
+    let won = statement.query_row(
+        params![
+            bid.instance.0,
+            bid.now.as_micros(),
+            bid.until.as_micros(),
+            paced_until
+        ],
+        |row| {
+            Ok(Leadership {
+                paced_until: our_optional_time(row, 0)?,
+            })
+        },
+    );
+    Ok(won.optional()?)
+}
+
+/// All endpoints, by name.
+pub(super) fn endpoints(db: &Connection) -> Result<Vec<Endpoint>> {
+    let mut statement = db.prepare_cached(
+        "/* ams:endpoints */ select name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret \
+         from endpoints order by name",
+    )?;
+    let mut rows = statement.query([])?;
+    let mut endpoints = Vec::new();
+    while let Some(row) = rows.next()? {
+        endpoints.push(Endpoint {
+            name: text(row, 0)?,
+            url: text(row, 1)?,
+            timeout: millis(row.get(2)?),
+            in_flight_max: row.get(3)?,
+            final_statuses: list(&text(row, 4)?)?,
+            enabled: row.get(5)?,
+            secret: row.get(6)?,
+        });
+    }
+    Ok(endpoints)
+}
+
+/// Creates or replaces an endpoint.
+pub(super) fn put_endpoint(db: &Connection, endpoint: &Endpoint) -> Result<()> {
+    db.prepare_cached(
+        "/* ams:put_endpoint */ insert or replace into endpoints \
+         (name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret) \
+         values (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+    )?
+    .execute(params![
+        endpoint.name,
+        endpoint.url,
+        in_millis(endpoint.timeout),
+        endpoint.in_flight_max,
+        json(&endpoint.final_statuses)?,
+        endpoint.enabled,
+        endpoint.secret,
+    ])?;
+    Ok(())
+}
+
+/// All lanes, by topic.
+pub(super) fn lanes(db: &Connection) -> Result<Vec<Lane>> {
+    let mut statement = db.prepare_cached(
+        "/* ams:lanes */ select topic, consumer_group, next, fresh, tries, interval_ms, interval_max_ms \
+         from lanes order by topic",
+    )?;
+    let lanes = statement.query_map([], |row| {
+        Ok(Lane {
+            topic: text(row, 0)?,
+            group: text(row, 1)?,
+            next: text(row, 2)?,
+            fresh: row.get(3)?,
+            tries: row.get(4)?,
+            interval: millis(row.get(5)?),
+            interval_max: millis(row.get(6)?),
+        })
+    })?;
+    Ok(lanes.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Registers a lane; returns what stood there before, if it was different.
+pub(super) fn put_lane(db: &Connection, lane: &Lane, now: Timestamp) -> Result<Option<Lane>> {
+    let before = lanes(db)?.into_iter().find(|before| before.topic == lane.topic);
+    db.prepare_cached(
+        "/* ams:put_lane */ insert or replace into lanes \
+         (topic, consumer_group, next, fresh, tries, interval_ms, interval_max_ms, registered_at) \
+         values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+    )?
+    .execute(params![
+        lane.topic,
+        lane.group,
+        lane.next,
+        lane.fresh,
+        lane.tries,
+        in_millis(lane.interval),
+        in_millis(lane.interval_max),
+        now.as_micros(),
+    ])?;
+    Ok(before.filter(|before| before != lane))
+}
+
+fn millis(value: i64) -> Duration {
+    Duration::from_millis(u64::try_from(value).unwrap_or(0))
+}
+
+fn in_millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}

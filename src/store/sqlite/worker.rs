@@ -1,0 +1,185 @@
+//! A thread that owns a connection, and the transaction that calls share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use rusqlite::Connection;
+use tokio::sync::oneshot;
+
+use crate::store::{Result, StoreError};
+
+/// Calls that share one transaction at most: bounds how long the first of them waits.
+const GROUP: usize = 64;
+
+/// What a worker's thread is given to do.
+pub(super) enum Job {
+    /// Runs in the transaction that the waiting calls share.
+    Write(Box<dyn Shared>),
+    /// Runs outside of any transaction.
+    Alone(Box<dyn FnOnce(&mut Connection) + Send>),
+}
+
+/// A call in a shared transaction: it runs, and is answered once the transaction has ended.
+pub(super) trait Shared: Send {
+    fn run(&mut self, connection: &Connection);
+    fn answer(self: Box<Self>, committed: Result<()>);
+}
+
+/// A call and the way to its caller.
+pub(super) struct Call<T, F> {
+    job: Option<F>,
+    done: Option<Result<T>>,
+    wakes: Option<Arc<AtomicU64>>,
+    tell: oneshot::Sender<Result<T>>,
+}
+
+impl<T, F> Call<T, F>
+where
+    T: Send + 'static,
+    F: FnOnce(&Connection) -> Result<T> + Send + 'static,
+{
+    /// A call of `job`, and where its answer comes. `wakes` is counted up by its commit.
+    pub(super) fn new(
+        job: F,
+        wakes: Option<Arc<AtomicU64>>,
+    ) -> (Box<dyn Shared>, oneshot::Receiver<Result<T>>) {
+        let (tell, told) = oneshot::channel();
+        let call = Call {
+            job: Some(job),
+            done: None,
+            wakes,
+            tell,
+        };
+        (Box::new(call), told)
+    }
+}
+
+impl<T, F> Shared for Call<T, F>
+where
+    T: Send + 'static,
+    F: FnOnce(&Connection) -> Result<T> + Send + 'static,
+{
+    fn run(&mut self, connection: &Connection) {
+        self.done = self.job.take().map(|job| in_savepoint(connection, job));
+    }
+
+    fn answer(self: Box<Self>, committed: Result<()>) {
+        if let Some(wakes) = self.wakes {
+            wakes.fetch_add(1, Ordering::SeqCst);
+        }
+        let done = self.done.unwrap_or_else(|| Err(gone()));
+        // A caller that has gone wants no answer.
+        let _ = self.tell.send(committed.and(done));
+    }
+}
+
+/// Runs `job` so that its failure undoes what it did and nothing else.
+fn in_savepoint<T>(connection: &Connection, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+    connection.prepare_cached("savepoint call")?.execute([])?;
+    let done = job(connection);
+    if done.is_err() {
+        connection.prepare_cached("rollback to call")?.execute([])?;
+    }
+    connection.prepare_cached("release call")?.execute([])?;
+    done
+}
+
+/// The thread and the way to it. Dropping it waits for what was sent, and closes the connection.
+pub(super) struct Worker {
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the thread.
+    pub(super) fn start(name: &str, connection: Connection) -> std::io::Result<Worker> {
+        let (jobs, given) = mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || run(connection, &given))?;
+        Ok(Worker {
+            jobs: Some(jobs),
+            thread: Some(thread),
+        })
+    }
+
+    pub(super) fn send(&self, job: Job) -> Result<()> {
+        let jobs = self.jobs.as_ref().ok_or_else(gone)?;
+        jobs.send(job).map_err(|_| gone())
+    }
+
+    /// Runs `job` outside of any transaction.
+    pub(super) async fn alone<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (tell, told) = oneshot::channel();
+        let job = move |connection: &mut Connection| {
+            // A caller that has gone wants no answer.
+            let _ = tell.send(job(connection));
+        };
+        self.send(Job::Alone(Box::new(job)))?;
+        told.await.map_err(|_| gone())?
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a thread of the store has failed");
+        }
+    }
+}
+
+/// The error of a call whose thread has ended.
+pub(super) fn gone() -> StoreError {
+    StoreError::Internal("the thread of the store has ended".to_owned())
+}
+
+fn run(mut connection: Connection, jobs: &mpsc::Receiver<Job>) {
+    let mut next = None;
+    while let Some(job) = next.take().or_else(|| jobs.recv().ok()) {
+        match job {
+            Job::Alone(job) => job(&mut connection),
+            Job::Write(call) => next = group(&connection, call, jobs),
+        }
+    }
+}
+
+/// Runs `first` and the calls that wait behind it in one transaction; returns a job that does not belong to it.
+fn group(connection: &Connection, first: Box<dyn Shared>, jobs: &mpsc::Receiver<Job>) -> Option<Job> {
+    if let Err(error) = connection.execute_batch("begin immediate") {
+        first.answer(Err(error.into()));
+        return None;
+    }
+    let mut calls = vec![first];
+    let mut next = None;
+    let mut at = 0;
+    while let Some(call) = calls.get_mut(at) {
+        call.run(connection);
+        at += 1;
+        if at < GROUP {
+            match jobs.try_recv() {
+                Ok(Job::Write(call)) => calls.push(call),
+                Ok(other) => next = Some(other),
+                Err(_) => {}
+            }
+        }
+    }
+    let committed = connection.execute_batch("commit").map_err(StoreError::from);
+    if committed.is_err() && !connection.is_autocommit() {
+        // The transaction is still open, for example on a full disk; the next one must not join it.
+        if let Err(error) = connection.execute_batch("rollback") {
+            tracing::error!("the store could not roll back: {error}");
+        }
+    }
+    for call in calls {
+        call.answer(committed.clone());
+    }
+    next
+}
