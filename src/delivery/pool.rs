@@ -13,7 +13,7 @@ use super::target::Origin;
 const SWEEP: Duration = Duration::from_secs(5);
 
 /// After this long in idleness the system is asked once more whether the other side has closed.
-const DOUBTED_AFTER: Duration = Duration::from_millis(20);
+const DOUBTED_AFTER: Duration = Duration::from_millis(2);
 
 /// Kept connections to all origins. Times are since the start of the process's deliveries.
 pub(super) struct Pool {
@@ -65,6 +65,7 @@ impl Pool {
 
     /// A kept connection that is still open, as far as can be known; the others on the way are dropped.
     pub(super) async fn take(&self, host: &Host, now: Duration) -> Option<Connection> {
+        self.sweep(now);
         let mut asked = false;
         loop {
             let mut idle = lock(&host.idle).pop()?;
@@ -97,7 +98,6 @@ impl Pool {
         now: Duration,
         told: Option<Duration>,
     ) {
-        self.sweep(now);
         if !connection.is_ready() && !connection.is_usable().await {
             return;
         }
