@@ -1,28 +1,419 @@
-//! The one outbound call.
+//! The one outbound call: a ticket, an endpoint, an outcome.
+//!
+//! ```text
+//! ticket ──request──> kept or new connection ──head──> status decides ──body──> outcome
+//!          signature    pool, connect, target            at most 64 KiB, answer
+//! ```
+//! One deadline covers everything. What the receiver does can end a try early, spoil it or delay it
+//! up to that deadline, and nothing else: what is read is bounded, a redirect is never followed, and
+//! a request that may have been written is never sent a second time by the same try.
 
+mod answer;
+mod connect;
+mod connection;
 pub mod limits;
+mod pool;
+mod request;
+mod signature;
+mod target;
+#[cfg(test)]
+mod tests;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::error::Error as _;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use futures_util::future::BoxFuture;
+use hyper::Request;
+use hyper::body::Incoming;
 use uuid::Uuid;
 
-use crate::clock::Clock;
-use crate::message::{Outcome, Ticket};
+use self::answer::Answer;
+use self::connect::Connector;
+use self::connection::{Body, Connection};
+use self::pool::{Host, Pool};
+use self::request::Writer;
+use self::signature::Key;
+use self::target::{AddressRule, Target};
+use crate::clock::{Clock, Stopwatch, Timestamp};
+use crate::message::{Class, Outcome, Ticket, Times};
 use crate::store::Endpoint;
+
+/// What a scripted delivery calls instead of the network.
+pub type Script = Arc<dyn Fn(Ticket, Endpoint) -> BoxFuture<'static, Outcome> + Send + Sync>;
+
+/// Endpoints whose URL and secret are kept ready, at most.
+const PREPARED_MAX: usize = 4_096;
+
+/// How deliveries are made.
+#[derive(Clone, Debug)]
+pub struct DeliveryOptions {
+    /// PEM file of further authorities that sign endpoints' certificates.
+    pub ca_file: Option<PathBuf>,
+    /// Refuses link-local addresses, among them those where clouds keep their machines' credentials.
+    pub refuse_link_local: bool,
+    /// Idle connections kept for each origin, at most.
+    pub idle_max: usize,
+    /// How long a connection is kept idle, at most.
+    pub idle_for: Duration,
+}
+
+impl Default for DeliveryOptions {
+    fn default() -> DeliveryOptions {
+        DeliveryOptions {
+            ca_file: None,
+            refuse_link_local: false,
+            idle_max: 1024,
+            idle_for: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Why deliveries can't be made at all.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum DeliveryError {
+    /// The file of further authorities can't be used; name another.
+    #[error("the authorities in `{path}` can't be used: {why}")]
+    CaFile { path: PathBuf, why: String },
+    /// TLS can't be set up: a defect of ours.
+    #[error("TLS can't be set up: {0}")]
+    Tls(String),
+}
 
 /// Makes deliveries: one per process, shared by all of its lanes.
 pub struct Delivery {
     clock: Clock,
-    installation: Uuid,
+    way: Way,
+}
+
+enum Way {
+    Network(Box<Network>),
+    Script(Script),
 }
 
 impl Delivery {
+    /// Deliveries over the network. `installation` becomes part of every `webhook-id`.
+    ///
+    /// # Errors
+    /// [`DeliveryError`], when the options can't be met.
+    pub fn new(
+        clock: Clock,
+        installation: Uuid,
+        options: DeliveryOptions,
+    ) -> Result<Delivery, DeliveryError> {
+        let watch = clock.stopwatch();
+        let rule = AddressRule {
+            refuse_link_local: options.refuse_link_local,
+        };
+        let connector = Connector::new(options.ca_file.as_deref(), rule, watch.clone())?;
+        let network = Network {
+            writer: Writer::new(installation),
+            pool: Pool::new(connector, options.idle_max, options.idle_for),
+            prepared: Mutex::default(),
+            watch,
+        };
+        Ok(Delivery {
+            clock,
+            way: Way::Network(Box::new(network)),
+        })
+    }
+
+    /// Deliveries that `script` makes up. For the simulation.
+    pub fn scripted(clock: Clock, script: Script) -> Delivery {
+        Delivery {
+            clock,
+            way: Way::Script(script),
+        }
+    }
+
     /// Tries `ticket` at `endpoint` once. Ends by the endpoint's deadline, whatever the receiver does.
-    pub async fn deliver(&self, _ticket: &Ticket, _endpoint: &Endpoint) -> Outcome {
-        let _ = (&self.clock, self.installation);
-        unreachable!("replaced by the delivery slice")
+    pub async fn deliver(&self, ticket: &Ticket, endpoint: &Endpoint) -> Outcome {
+        match &self.way {
+            Way::Script(script) => script(ticket.clone(), endpoint.clone()).await,
+            Way::Network(network) => network.deliver(ticket, endpoint, &self.clock).await,
+        }
     }
 }
 
-/// What a scripted delivery calls instead of the network.
-pub type Script = Arc<dyn Fn(&Ticket, &Endpoint) -> Outcome + Send + Sync>;
+/// Deliveries over the network.
+struct Network {
+    writer: Writer,
+    pool: Pool,
+    prepared: Mutex<HashMap<String, Arc<Prepared>>>,
+    /// Runs since the start of the process's deliveries.
+    watch: Stopwatch,
+}
+
+/// What an endpoint's URL and secret come to, so that they are read once and not for every try.
+struct Prepared {
+    url: String,
+    secret: Option<String>,
+    target: Target,
+    key: Option<Key>,
+    host: Arc<Host>,
+}
+
+/// How far a try has come. It lives outside of the deadline, which may stop the try anywhere.
+struct Progress {
+    stage: Stage,
+    /// When this stage began; and before, how long the others took.
+    since: Duration,
+    times: Times,
+    status: Option<u16>,
+    retry_after_ms: Option<u64>,
+    body: Vec<u8>,
+    whole: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Connecting,
+    Waiting,
+    Reading,
+}
+
+impl Progress {
+    fn new(start: Duration) -> Progress {
+        Progress {
+            stage: Stage::Connecting,
+            since: start,
+            times: Times::default(),
+            status: None,
+            retry_after_ms: None,
+            body: Vec::new(),
+            whole: false,
+        }
+    }
+
+    /// Ends the stage at `now`; the time of a wait on a dead kept connection counts as connecting.
+    fn enter(&mut self, stage: Stage, now: Duration) {
+        let took = i32::try_from(now.saturating_sub(self.since).as_micros()).unwrap_or(i32::MAX);
+        let phase = match (self.stage, stage) {
+            (_, Stage::Connecting) | (Stage::Connecting, _) => &mut self.times.connect_us,
+            (Stage::Waiting, _) => &mut self.times.head_us,
+            (Stage::Reading, _) => &mut self.times.body_us,
+        };
+        *phase = phase.saturating_add(took);
+        self.stage = stage;
+        self.since = now;
+    }
+}
+
+/// A try that ended without a status line.
+struct Failure {
+    class: Class,
+    error: String,
+}
+
+impl Network {
+    async fn deliver(&self, ticket: &Ticket, endpoint: &Endpoint, clock: &Clock) -> Outcome {
+        let started_at = clock.now();
+        let mut progress = Progress::new(self.watch.elapsed());
+        let request = self.prepare(endpoint).and_then(|prepared| {
+            let (target, key) = (&prepared.target, prepared.key.as_ref());
+            let request = self.writer.write(ticket, target, key, started_at)?;
+            Ok((prepared, request))
+        });
+        let (prepared, request) = match request {
+            Ok(request) => request,
+            Err(error) => {
+                let failure = Failure {
+                    class: Class::Invalid,
+                    error,
+                };
+                return outcome(endpoint, started_at, progress, Err(failure));
+            }
+        };
+        let attempt = self.attempt(&prepared.host, request, endpoint.timeout, clock, &mut progress);
+        let ended = tokio::time::timeout(endpoint.timeout, attempt).await;
+        let stage = progress.stage;
+        progress.enter(stage, self.watch.elapsed());
+        let ended = ended.unwrap_or_else(|_| match stage {
+            Stage::Connecting => Err(late(Class::Refused, "connection", endpoint)),
+            Stage::Waiting => Err(late(Class::Timeout, "answer", endpoint)),
+            // The status line has said what matters.
+            Stage::Reading => Ok(()),
+        });
+        outcome(endpoint, started_at, progress, ended)
+    }
+
+    /// Sends the request on a kept connection or a new one and reads the answer into `progress`.
+    async fn attempt(
+        &self,
+        host: &Host,
+        mut request: Request<Body>,
+        within: Duration,
+        clock: &Clock,
+        progress: &mut Progress,
+    ) -> Result<(), Failure> {
+        let mut kept = self.pool.take(host, progress.since).await;
+        if kept.is_some() {
+            // Nothing was connected: the little time that passed belongs to the request.
+            progress.stage = Stage::Waiting;
+        }
+        let (mut connection, answer) = loop {
+            let is_kept = kept.is_some();
+            let mut connection = match kept.take() {
+                Some(connection) => connection,
+                None => {
+                    let connect = Box::pin(self.pool.connect(host, within));
+                    let connection = connect.await.map_err(refused)?;
+                    progress.enter(Stage::Waiting, self.watch.elapsed());
+                    connection
+                }
+            };
+            match connection.send(request).await {
+                Ok(answer) => break (connection, answer),
+                Err(mut error) => match error.take_message() {
+                    // Closed by the other side before anything was written: not a try yet.
+                    Some(unsent) if is_kept => {
+                        request = unsent;
+                        progress.enter(Stage::Connecting, self.watch.elapsed());
+                    }
+                    Some(_) => return Err(refused(words(error.error()))),
+                    None => return Err(broken(error.error())),
+                },
+            }
+        };
+        progress.status = Some(answer.status().as_u16());
+        progress.enter(Stage::Reading, self.watch.elapsed());
+        if !answer.status().is_success() {
+            progress.retry_after_ms = answer::retry_after_ms(answer.headers(), clock.now());
+        }
+        let told = answer::keeps_idle_for(answer.headers());
+        progress.whole = read(&mut connection, answer.into_body(), &mut progress.body).await;
+        if progress.whole {
+            self.pool
+                .give_back(host, connection, self.watch.elapsed(), told)
+                .await;
+        }
+        Ok(())
+    }
+
+    fn prepare(&self, endpoint: &Endpoint) -> Result<Arc<Prepared>, String> {
+        let mut all = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = all.get(&endpoint.name)
+            && known.url == endpoint.url
+            && known.secret == endpoint.secret
+        {
+            return Ok(Arc::clone(known));
+        }
+        let target = Target::parse(&endpoint.url)?;
+        let key = match endpoint.secret.as_deref().map(Key::parse).transpose() {
+            Ok(key) => key,
+            Err(why) => return Err(format!("the secret of the endpoint `{}` {why}", endpoint.name)),
+        };
+        let prepared = Arc::new(Prepared {
+            url: endpoint.url.clone(),
+            secret: endpoint.secret.clone(),
+            host: self.pool.host(&target.origin),
+            target,
+            key,
+        });
+        if all.len() >= PREPARED_MAX {
+            all.clear();
+        }
+        all.insert(endpoint.name.clone(), Arc::clone(&prepared));
+        Ok(prepared)
+    }
+}
+
+/// Reads a body up to its end or cap; whether it was the end. The bytes are copied, because a slice
+/// would keep the connection's whole read buffer alive for as long as the outcome.
+async fn read(connection: &mut Connection, mut body: Incoming, into: &mut Vec<u8>) -> bool {
+    while let Some(frame) = connection.read(&mut body).await {
+        let Ok(frame) = frame else { return false };
+        // Trailers say nothing to us.
+        let Ok(data) = frame.into_data() else { continue };
+        let room = answer::BODY_MAX - into.len();
+        if data.len() > room {
+            into.extend_from_slice(&data[..room]);
+            return false;
+        }
+        into.extend_from_slice(&data);
+    }
+    true
+}
+
+fn outcome(
+    endpoint: &Endpoint,
+    started_at: Timestamp,
+    progress: Progress,
+    ended: Result<(), Failure>,
+) -> Outcome {
+    let (class, error) = match (ended, progress.status) {
+        (Err(failure), _) => (failure.class, Some(failure.error)),
+        (Ok(()), Some(200..=299)) => (Class::Accepted, None),
+        (Ok(()), Some(300..=399)) => (Class::Rejected, Some("redirects are not followed".to_owned())),
+        (Ok(()), _) => (Class::Rejected, None),
+    };
+    let answer = Answer::read(progress.body, progress.whole);
+    Outcome {
+        class,
+        status: progress.status,
+        address: endpoint.url.clone(),
+        error,
+        answer: answer.text,
+        provider_message_id: answer.id,
+        provider_message: answer.message,
+        retry_after_ms: progress.retry_after_ms,
+        started_at,
+        times: progress.times,
+    }
+}
+
+fn refused(error: String) -> Failure {
+    Failure {
+        class: Class::Refused,
+        error,
+    }
+}
+
+fn late(class: Class, what: &str, endpoint: &Endpoint) -> Failure {
+    Failure {
+        class,
+        error: format!(
+            "no {what} within {}",
+            humantime::format_duration(endpoint.timeout)
+        ),
+    }
+}
+
+/// A connection that broke after the request may have gone out.
+fn broken(error: &hyper::Error) -> Failure {
+    if error.is_parse_too_large() {
+        return Failure {
+            class: Class::BadAnswer,
+            error: format!(
+                "the answer's head is larger than {} KiB",
+                connection::HEAD_MAX / 1024
+            ),
+        };
+    }
+    if error.is_parse() {
+        return Failure {
+            class: Class::BadAnswer,
+            error: format!("the answer is not HTTP: {error}"),
+        };
+    }
+    Failure {
+        class: Class::Reset,
+        error: words(error),
+    }
+}
+
+/// What lies behind an error of the HTTP library, in plain words.
+fn words(error: &hyper::Error) -> String {
+    if error.is_incomplete_message() {
+        return "the connection was closed before the answer".to_owned();
+    }
+    match error.source() {
+        None => error.to_string(),
+        Some(source) => match source.downcast_ref() {
+            Some(error) => connect::words(error),
+            None => source.to_string(),
+        },
+    }
+}
