@@ -96,10 +96,18 @@ struct World {
     begun: Vec<((MessageId, Epoch), i32, LeaseId)>,
     /// Begun once is begun for good: no ticket may be begun twice.
     ever_begun: HashSet<(MessageId, Epoch)>,
-    last_begin: Option<(LeaseId, Vec<(MessageId, Epoch)>, InstanceId, Vec<MessageId>)>,
+    last_begin: Option<LastBegin>,
     records: Vec<Record>,
     batches: Vec<BatchId>,
     leases: i64,
+}
+
+/// A begin call that can be made again, and what it took.
+struct LastBegin {
+    lease: LeaseId,
+    tickets: Vec<(MessageId, Epoch)>,
+    owner: InstanceId,
+    ids: Vec<MessageId>,
 }
 
 type Check = Result<(), String>;
@@ -303,12 +311,23 @@ impl World {
             self.begun.push((ticket, message.attempts + 1, lease));
             ids.push(message.id);
         }
-        self.last_begin = Some((lease, tickets, owner, ids));
+        self.last_begin = Some(LastBegin {
+            lease,
+            tickets,
+            owner,
+            ids,
+        });
         Ok(())
     }
 
     async fn begin_again(&mut self) -> Check {
-        let Some((lease, tickets, owner, ids)) = self.last_begin.take() else {
+        let Some(LastBegin {
+            lease,
+            tickets,
+            owner,
+            ids,
+        }) = self.last_begin.take()
+        else {
             return Ok(());
         };
         if ids.is_empty() {
