@@ -143,7 +143,7 @@ impl SqliteStore {
         let counter = wakes.then(|| Arc::clone(&self.shared.wakes));
         match &self.shared.backend {
             Backend::Threads { writer, .. } => {
-                let (call, told) = Call::new(job, counter);
+                let (call, told) = Call::with_answer(job, counter);
                 writer.send(worker::Job::Write(call))?;
                 told.await.map_err(|_| worker::gone())?
             }
@@ -414,7 +414,7 @@ impl From<rusqlite::Error> for StoreError {
 fn set_up(connection: &Connection) -> rusqlite::Result<()> {
     connection.busy_timeout(LOCK_WAIT)?;
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
-    connection.execute_batch("pragma foreign_keys = off; pragma trusted_schema = on")
+    connection.execute_batch("pragma foreign_keys = off; pragma temp_store = memory")
 }
 
 /// Settings of the writing connection of a file: a commit is on the disk before it is answered.
@@ -425,7 +425,7 @@ fn prepare_file(connection: &Connection) -> rusqlite::Result<()> {
         tracing::warn!("the store's journal is {mode}, not wal: reads will wait for writes");
     }
     connection.execute_batch(
-        "pragma synchronous = full; pragma wal_autocheckpoint = 4000; pragma cache_size = -65536; \
+        "pragma synchronous = full; pragma wal_autocheckpoint = 1000; pragma cache_size = -65536; \
          pragma journal_size_limit = 67108864",
     )
 }

@@ -84,10 +84,10 @@ pub(crate) async fn an_insert_takes_all_or_nothing(store: Arc<dyn Store>) {
     assert!(bench.store.insert(&[], bench.now()).await.unwrap().is_empty());
 }
 
-pub(crate) async fn values_that_can_not_be_are_refused(store: Arc<dyn Store>) {
-    let bench = Bench::new(store).await;
+/// Messages that no store takes, each wrong in one thing.
+fn impossible(bench: &Bench) -> Vec<NewMessage> {
     let (soon, later) = (bench.in_seconds(5), bench.in_seconds(6));
-    let impossible = [
+    vec![
         NewMessage {
             recipient: "r".repeat(1025),
             ..text("x")
@@ -138,8 +138,12 @@ pub(crate) async fn values_that_can_not_be_are_refused(store: Arc<dyn Store>) {
             tags: Some(serde_json::json!("a")),
             ..text("x")
         },
-    ];
-    for message in impossible {
+    ]
+}
+
+pub(crate) async fn values_that_can_not_be_are_refused(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    for message in impossible(&bench) {
         let refused = bench
             .store
             .insert(std::slice::from_ref(&message), bench.now())

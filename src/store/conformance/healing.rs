@@ -179,7 +179,11 @@ pub(crate) async fn recovery_gives_back_what_the_dead_had_begun(store: Arc<dyn S
 
 pub(crate) async fn recovery_leaves_the_living_alone(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let ticket = bench.processing(1, 1).await[0];
+    let dying = bench.enroll().await;
+    bench.fill(2).await;
+    let tickets = pairs(&bench.claim_fresh().await);
+    bench.begin(1, &tickets[..1]).await;
+    bench.begin_by(dying, 2, &tickets[1..]).await;
     bench.pass(9);
     assert!(
         bench
@@ -188,9 +192,19 @@ pub(crate) async fn recovery_leaves_the_living_alone(store: Arc<dyn Store>) {
             .await
             .unwrap()
     );
-    bench.pass(9);
     assert_eq!(bench.store.recover(bench.now()).await.unwrap(), NOTHING);
-    assert_eq!(bench.message(ticket.0).await.status, Status::Processing);
+    bench.pass(9);
+    let recovered = bench.store.recover(bench.now()).await.unwrap();
+    assert_eq!(
+        recovered,
+        Recovered {
+            instances: 1,
+            messages: 1
+        }
+    );
+    assert_eq!(bench.message(tickets[0].0).await.status, Status::Processing);
+    assert_eq!(bench.message(tickets[1].0).await.status, Status::Pending);
+    assert!(bench.record(&[bench.failed(tickets[0], 1)]).await.is_empty());
 }
 
 pub(crate) async fn recovery_leaves_recorded_messages_alone(store: Arc<dyn Store>) {

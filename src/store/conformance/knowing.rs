@@ -12,7 +12,7 @@ pub(crate) async fn an_endpoint_is_created_and_replaced(store: Arc<dyn Store>) {
     let plain = Endpoint::new("default", "http://localhost:3000");
     store.put_endpoint(&plain).await.unwrap();
     store.put_endpoint(&plain).await.unwrap();
-    assert_eq!(store.endpoints().await.unwrap(), [plain.clone()]);
+    assert_eq!(store.endpoints().await.unwrap(), std::slice::from_ref(&plain));
     let changed = Endpoint {
         url: "https://example.org/hook?a=b".to_owned(),
         timeout: Duration::from_millis(1_500),

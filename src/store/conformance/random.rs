@@ -10,7 +10,7 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
 
 use super::{Bench, FRESH, LEASE, RETRY, pair, pairs, text};
-use crate::message::{Epoch, Held, Message, MessageId, NewMessage, Status};
+use crate::message::{Epoch, Held, Message, MessageId, NewMessage, Status, Verdict};
 use crate::store::{BatchId, Begin, Claim, Claimed, Due, InstanceId, LeaseId, Record, Store};
 
 /// Sequences tried, and calls in each. They share one store, as a database a case would be slow.
@@ -75,12 +75,12 @@ fn call() -> impl Strategy<Value = Call> {
         1 => Just(Call::BeginAgain),
         8 => (number(), 0..4_u8, any::<bool>()).prop_map(|(which, verdict, finish)| Call::Record { which, verdict, finish }),
         1 => number().prop_map(|which| Call::RecordAgain { which }),
-        1 => number().prop_map(|which| Call::Hold { which }),
-        1 => (any::<bool>(), 1..4_usize).prop_map(|(busy, limit)| Call::Unhold { busy, limit }),
-        1 => number().prop_map(|which| Call::Requeue { which }),
+        2 => number().prop_map(|which| Call::Hold { which }),
+        2 => (any::<bool>(), 1..4_usize).prop_map(|(busy, limit)| Call::Unhold { busy, limit }),
+        4 => number().prop_map(|which| Call::Requeue { which }),
         2 => (1..9_u64).prop_map(|seconds| Call::Pass { seconds }),
         2 => number().prop_map(|by| Call::Renew { by }),
-        1 => Just(Call::Recover),
+        2 => Just(Call::Recover),
         1 => number().prop_map(|by| Call::Retire { by }),
     ]
 }
@@ -96,10 +96,20 @@ struct World {
     begun: Vec<((MessageId, Epoch), i32, LeaseId)>,
     /// Begun once is begun for good: no ticket may be begun twice.
     ever_begun: HashSet<(MessageId, Epoch)>,
-    last_begin: Option<(LeaseId, Vec<(MessageId, Epoch)>, InstanceId, Vec<MessageId>)>,
+    last_begin: Option<LastBegin>,
     records: Vec<Record>,
-    batches: Vec<BatchId>,
+    batches: Vec<(BatchId, Vec<(MessageId, Epoch)>)>,
+    /// The only messages that the last call may have changed, in the epoch they had; `None`: any.
+    changeable: Option<Vec<(MessageId, Epoch)>>,
     leases: i64,
+}
+
+/// A begin call that can be made again, and what it took.
+struct LastBegin {
+    lease: LeaseId,
+    tickets: Vec<(MessageId, Epoch)>,
+    owner: InstanceId,
+    ids: Vec<MessageId>,
 }
 
 type Check = Result<(), String>;
@@ -119,6 +129,7 @@ pub(crate) async fn random_calls_never_lose_a_message(store: Arc<dyn Store>) {
         last_begin: None,
         records: Vec::new(),
         batches: Vec::new(),
+        changeable: None,
         leases: 0,
     };
     let mut runner = TestRunner::new(Config::default());
@@ -184,15 +195,16 @@ impl World {
                 which,
                 verdict,
                 finish,
-            } => self.record(which, verdict, finish).await,
+            } => self.record(which, verdict, finish).await?,
             Call::RecordAgain { which } => {
                 if let Some(record) = pick(&self.records, which) {
-                    self.bench.record(&[record]).await;
+                    self.write(record, &[]).await?;
                 }
             }
             Call::Hold { which } => {
                 if let Some(ticket) = pick(&self.tickets, which) {
                     store.hold(&[ticket], Held::EndpointBusy, now).await.unwrap();
+                    self.changeable = Some(vec![ticket]);
                 }
             }
             Call::Unhold { busy, limit } => {
@@ -204,8 +216,9 @@ impl World {
                 check(freed <= limit as u64, || format!("unhold freed {freed}"))?;
             }
             Call::Requeue { which } => {
-                if let Some(batch) = pick(&self.batches, which) {
+                if let Some((batch, tickets)) = pick(&self.batches, which) {
                     store.requeue(&[batch], now).await.unwrap();
+                    self.changeable = Some(tickets);
                 }
             }
             Call::Pass { seconds } => self.bench.pass(seconds),
@@ -277,7 +290,8 @@ impl World {
             })?;
             self.tickets.push(pair(ticket));
         }
-        self.batches.extend(claimed.batch);
+        self.batches
+            .extend(claimed.batch.map(|batch| (batch, pairs(claimed))));
         Ok(())
     }
 
@@ -303,12 +317,23 @@ impl World {
             self.begun.push((ticket, message.attempts + 1, lease));
             ids.push(message.id);
         }
-        self.last_begin = Some((lease, tickets, owner, ids));
+        self.last_begin = Some(LastBegin {
+            lease,
+            tickets,
+            owner,
+            ids,
+        });
         Ok(())
     }
 
     async fn begin_again(&mut self) -> Check {
-        let Some((lease, tickets, owner, ids)) = self.last_begin.take() else {
+        let Some(LastBegin {
+            lease,
+            tickets,
+            owner,
+            ids,
+        }) = self.last_begin.take()
+        else {
             return Ok(());
         };
         if ids.is_empty() {
@@ -329,9 +354,9 @@ impl World {
         Ok(())
     }
 
-    async fn record(&mut self, which: usize, verdict: u8, finish: bool) {
+    async fn record(&mut self, which: usize, verdict: u8, finish: bool) -> Check {
         let Some((ticket, attempt, lease)) = pick(&self.begun, which) else {
-            return;
+            return Ok(());
         };
         let record = match verdict {
             0 => self.bench.sent(ticket, attempt),
@@ -341,16 +366,38 @@ impl World {
         };
         let last = self.begun.iter().filter(|begun| begun.2 == lease).count() == 1;
         let finished = if finish && last { vec![lease] } else { Vec::new() };
-        self.bench
-            .record_finished(std::slice::from_ref(&record), &finished)
+        self.begun.retain(|begun| begun.0 != ticket);
+        self.records.push(record.clone());
+        self.write(record, &finished).await
+    }
+
+    /// Records one try: a success always counts, anything else only for the message under way in its epoch.
+    async fn write(&mut self, record: Record, finished: &[LeaseId]) -> Check {
+        let before = &self.seen[&record.id];
+        let counts = match record.verdict {
+            Verdict::Sent => before.status != Status::Sent,
+            _ => (before.status, before.epoch) == (Status::Processing, record.epoch),
+        };
+        let refused = self
+            .bench
+            .record_finished(std::slice::from_ref(&record), finished)
             .await
             .unwrap();
-        self.begun.retain(|begun| begun.0 != ticket);
-        self.records.push(record);
+        let stale = record.verdict != Verdict::Sent && !counts;
+        check(refused.is_empty() != stale, || {
+            format!("{refused:?} were refused: {record:?} of {before:?}")
+        })?;
+        let after = self.bench.message(record.id).await;
+        check((after != *before) == counts, || {
+            format!("{record:?} made {after:?} of {before:?}")
+        })?;
+        let sent = record.verdict != Verdict::Sent || after.status == Status::Sent;
+        check(sent, || format!("{after:?} has been sent"))
     }
 
     /// Reads every message and compares it with what it was.
     async fn inspect(&mut self) -> Check {
+        let changeable = self.changeable.take();
         for (id, before) in &mut self.seen {
             let after = self.bench.message(*id).await;
             let legal = after.status == before.status || before.status.may_become(after.status);
@@ -369,6 +416,12 @@ impl World {
             check(waits || after.held.is_none(), || format!("{after:?} is held"))?;
             let timed = after.status != Status::Retrying || after.due_at.is_some();
             check(timed, || format!("{after:?} waits for ever"))?;
+            let may_change = changeable
+                .as_ref()
+                .is_none_or(|these| these.contains(&(*id, before.epoch)));
+            check(may_change || after == *before, || {
+                format!("{before:?} is now {after:?}")
+            })?;
             let same = (&after.recipient, &after.content) == (&before.recipient, &before.content);
             check(same, || format!("{after:?} was {before:?}"))?;
             *before = after;

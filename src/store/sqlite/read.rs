@@ -186,7 +186,7 @@ fn waiting(db: &Connection, status: Status) -> Result<i64> {
 fn unsent(db: &Connection, status: Status) -> Result<i64> {
     let mut statement = db.prepare_cached(
         "/* ams:count_unsent */ select count(*) from (select 1 from messages indexed by messages_unsent \
-         where status in ('dead', 'cancelled', 'expired') and status = ?1 limit ?2)",
+         where (status = 'dead' or status = 'cancelled' or status = 'expired') and status = ?1 limit ?2)",
     )?;
     Ok(statement.query_row(params![status.as_str(), COUNT + 1], |row| row.get(0))?)
 }

@@ -16,13 +16,13 @@ const GROUP: usize = 64;
 /// What a worker's thread is given to do.
 pub(super) enum Job {
     /// Runs in the transaction that the waiting calls share.
-    Write(Box<dyn Shared>),
+    Write(Box<dyn Grouped>),
     /// Runs outside of any transaction.
     Alone(Box<dyn FnOnce(&mut Connection) + Send>),
 }
 
 /// A call in a shared transaction: it runs, and is answered once the transaction has ended.
-pub(super) trait Shared: Send {
+pub(super) trait Grouped: Send {
     fn run(&mut self, connection: &Connection);
     fn answer(self: Box<Self>, committed: Result<()>);
 }
@@ -41,10 +41,10 @@ where
     F: FnOnce(&Connection) -> Result<T> + Send + 'static,
 {
     /// A call of `job`, and where its answer comes. `wakes` is counted up by its commit.
-    pub(super) fn new(
+    pub(super) fn with_answer(
         job: F,
         wakes: Option<Arc<AtomicU64>>,
-    ) -> (Box<dyn Shared>, oneshot::Receiver<Result<T>>) {
+    ) -> (Box<dyn Grouped>, oneshot::Receiver<Result<T>>) {
         let (tell, told) = oneshot::channel();
         let call = Call {
             job: Some(job),
@@ -56,7 +56,7 @@ where
     }
 }
 
-impl<T, F> Shared for Call<T, F>
+impl<T, F> Grouped for Call<T, F>
 where
     T: Send + 'static,
     F: FnOnce(&Connection) -> Result<T> + Send + 'static,
@@ -152,7 +152,7 @@ fn run(mut connection: Connection, jobs: &mpsc::Receiver<Job>) {
 }
 
 /// Runs `first` and the calls that wait behind it in one transaction; returns a job that does not belong to it.
-fn group(connection: &Connection, first: Box<dyn Shared>, jobs: &mpsc::Receiver<Job>) -> Option<Job> {
+fn group(connection: &Connection, first: Box<dyn Grouped>, jobs: &mpsc::Receiver<Job>) -> Option<Job> {
     if let Err(error) = connection.execute_batch("begin immediate") {
         first.answer(Err(error.into()));
         return None;
