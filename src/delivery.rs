@@ -16,8 +16,6 @@ mod pool;
 mod request;
 mod signature;
 mod target;
-#[cfg(test)]
-mod tests;
 
 use std::collections::HashMap;
 use std::error::Error as _;
@@ -417,3 +415,6 @@ fn words(error: &hyper::Error) -> String {
         },
     }
 }
+
+#[cfg(test)]
+mod tests;

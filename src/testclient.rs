@@ -3,8 +3,6 @@
 //! It is also the counting receiver of tests and of the demo: see [`TestClientOptions::sink`].
 
 mod report;
-#[cfg(test)]
-mod tests;
 
 use std::fmt::Write as _;
 use std::pin::pin;
@@ -303,3 +301,6 @@ fn json(status: StatusCode, body: String) -> Response<Full<Bytes>> {
         .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
+
+#[cfg(test)]
+mod tests;
