@@ -1,1 +1,303 @@
-//! The composition root.
+//! The composition root: opens the backends, builds the chosen services, runs them, drains them.
+
+pub mod demo;
+mod signals;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::{LocalBoxFuture, join_all};
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::{self, ApiState};
+use crate::cache::memory::MemoryCache;
+use crate::cache::redis::RedisCache;
+use crate::cache::Cache;
+use crate::clock::Clock;
+use crate::config::{CacheConfig, Config, QueueConfig, Role, StoreConfig};
+use crate::consumer::{self, ConsumerOptions};
+use crate::delivery::{Delivery, DeliveryOptions};
+use crate::intake::Intake;
+use crate::janitor::Janitor;
+use crate::producer::{Producer, ProducerOptions};
+use crate::queue::Queue;
+use crate::queue::embedded::EmbeddedQueue;
+use crate::queue::kafka::{KafkaOptions, KafkaQueue};
+use crate::retry::Lane;
+use crate::service::{self, Directory, Parts, Presence};
+use crate::store::postgres::{PostgresOptions, PostgresStore};
+use crate::store::sqlite::SqliteStore;
+use crate::store::{Endpoint, Store, StoreError};
+use crate::telemetry::Metrics;
+
+pub use signals::stop_on_signals;
+
+/// Why the program could not start or go on: one sentence with what, where and how to mend it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct AppError(pub String);
+
+/// The result of running something.
+pub type Result<T> = std::result::Result<T, AppError>;
+
+/// Rows a claim takes at most.
+const CLAIM: usize = 1_000;
+/// Tickets that may be on a lane and not taken up: about a second's worth at full speed.
+const ROOM: usize = 50_000;
+/// Messages begun and not recorded, per consumer.
+const WINDOW: usize = 8_000;
+/// Open files wanted: the default endpoint setting allows a thousand connections to each endpoint.
+const FILES: u64 = 65_536;
+
+/// A whole AMS, or the part of it that a role runs.
+pub struct App {
+    pub parts: Parts,
+    pub config: Config,
+    wake: Arc<Notify>,
+}
+
+impl App {
+    /// Opens the backends. None of them needs to be reachable yet.
+    ///
+    /// # Errors
+    /// When a setting can't be used.
+    pub fn open(config: Config) -> Result<App> {
+        let clock = Clock::system();
+        let store = open_store(&config.store)?;
+        let shared = matches!(config.role, Role::Producer | Role::Consumer | Role::RetryConsumer);
+        if shared && config.queue == QueueConfig::Embedded {
+            return Err(AppError(
+                "KAFKA_BROKERS is not set, and a queue inside one process can't be shared with another; \
+                 set it, or run `ams up`"
+                    .to_owned(),
+            ));
+        }
+        let (queue, cache) = (open_queue(&config.queue)?, open_cache(&config.cache)?);
+        let host = hostname();
+        let presence = Arc::new(Presence::new(Arc::clone(&store), clock.clone(), role_name(config.role), &host));
+        let directory = Arc::new(Directory::new(Arc::clone(&store)));
+        let metrics = Arc::new(Metrics::default());
+        let parts = Parts { store, queue, cache, clock, metrics, presence, directory };
+        Ok(App { parts, config, wake: Arc::default() })
+    }
+
+    /// Waits for the store, brings it to where this program needs it, and enrolls. `false`: stopped meanwhile.
+    ///
+    /// # Errors
+    /// When the store is of a version that this program does not know.
+    pub async fn prepare(&self, stop: &CancellationToken) -> Result<bool> {
+        raise_file_limit();
+        let migrates = self.config.role == Role::Up;
+        let ready = service::persist("store", stop, || async {
+            match if migrates { self.migrate().await } else { self.check_version().await } {
+                Err(StoreError::Version(sentence)) => Ok(Err(AppError(sentence))),
+                Err(error) => Err(error),
+                Ok(()) => self.begin_service().await.map(Ok),
+            }
+        });
+        match ready.await {
+            None => Ok(false),
+            Some(done) => done.map(|()| true),
+        }
+    }
+
+    async fn migrate(&self) -> std::result::Result<(), StoreError> {
+        for name in self.parts.store.migrate().await? {
+            tracing::info!("migration {name} applied");
+        }
+        Ok(())
+    }
+
+    async fn check_version(&self) -> std::result::Result<(), StoreError> {
+        let missing = self.parts.store.missing_migrations().await?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        Err(StoreError::Unavailable(format!("it lacks the migrations {}; run `ams migrate`", missing.join(", "))))
+    }
+
+    async fn begin_service(&self) -> std::result::Result<(), StoreError> {
+        let endpoints = self.parts.store.endpoints().await?;
+        let default = endpoints.into_iter().find(|endpoint| endpoint.name == "default");
+        let url = &self.config.request_url;
+        match default {
+            None => self.parts.store.put_endpoint(&Endpoint::new("default", url)).await?,
+            Some(old) if self.config.request_url_set && old.url != *url => {
+                tracing::info!("the endpoint default now points to {url}; it was {}", old.url);
+                self.parts.store.put_endpoint(&Endpoint { url: url.clone(), ..old }).await?;
+            }
+            Some(_) => {}
+        }
+        self.parts.presence.step().await?;
+        self.parts.directory.refresh().await.map(drop)
+    }
+
+    /// Runs the role's services until `stop`, and drains them.
+    ///
+    /// # Errors
+    /// When a port can't be listened on, or the installation's number can't be read.
+    pub async fn run(&self, stop: &CancellationToken) -> Result<()> {
+        if !self.prepare(stop).await? {
+            return Ok(());
+        }
+        // What keeps a process alive in the eyes of others goes on while its services drain.
+        let alive = CancellationToken::new();
+        let services = self.services(stop).await?;
+        let keep = async { tokio::join!(self.parts.presence.run(&alive), self.parts.directory.run(&alive)) };
+        let work = async {
+            join_all(services).await;
+            alive.cancel();
+        };
+        tokio::join!(keep, work);
+        self.parts.presence.retire().await;
+        Ok(())
+    }
+
+    async fn services<'a>(&'a self, stop: &'a CancellationToken) -> Result<Vec<LocalBoxFuture<'a, ()>>> {
+        let mut services: Vec<LocalBoxFuture<'a, ()>> = Vec::new();
+        let role = self.config.role;
+        if matches!(role, Role::Api | Role::Up) {
+            let listener = listen(&self.config.host, self.config.port, "PORT").await?;
+            services.push(Box::pin(api::serve(listener, api::router(self.api_state()), stop.clone())));
+        } else if let Some(port) = self.config.metrics_port {
+            let listener = listen(&self.config.host, port, "METRICS_PORT").await?;
+            services.push(Box::pin(api::serve(listener, api::health_router(self.api_state()), stop.clone())));
+        }
+        if matches!(role, Role::Producer | Role::Up) {
+            let producer = Producer::new(self.parts.clone(), self.producer_options());
+            let janitor = Janitor::new(self.parts.clone(), producer.leading());
+            services.push(Box::pin(producer.run(stop, &self.wake)));
+            services.push(Box::pin(janitor.run(stop)));
+        }
+        let lanes: &[&Lane] = match role {
+            Role::Consumer | Role::RetryConsumer => &[&self.config.lane],
+            Role::Up => &[&self.config.lane, &self.config.retry_lane],
+            _ => &[],
+        };
+        if !lanes.is_empty() {
+            let delivery = self.delivery().await?;
+            for lane in lanes {
+                let options = ConsumerOptions {
+                    lane: (*lane).clone(),
+                    window: WINDOW,
+                    drain: self.config.shutdown_timeout,
+                };
+                services.push(Box::pin(consumer::run(self.parts.clone(), Arc::clone(&delivery), options, stop)));
+            }
+        }
+        Ok(services)
+    }
+
+    fn producer_options(&self) -> ProducerOptions {
+        // The embedded store tells cheaply whether anything changed, so it is asked more often.
+        let poll = if self.parts.store.kind() == "sqlite" { 5 } else { 40 };
+        ProducerOptions {
+            fresh_lane: self.config.lane.topic.clone(),
+            batch: CLAIM,
+            room: ROOM,
+            poll: Duration::from_millis(poll),
+            pacing: self.config.pacing,
+        }
+    }
+
+    async fn delivery(&self) -> Result<Arc<Delivery>> {
+        let installation = self.parts.store.installation().await.map_err(|error| AppError(error.to_string()))?;
+        let options = DeliveryOptions { ca_file: self.config.request_ca_file.clone(), ..DeliveryOptions::default() };
+        let delivery = Delivery::new(self.parts.clock.clone(), installation, options);
+        delivery.map(Arc::new).map_err(|error| AppError(error.to_string()))
+    }
+
+    fn api_state(&self) -> ApiState {
+        let intake = Intake::new(
+            Arc::clone(&self.parts.store),
+            self.parts.clock.clone(),
+            Arc::clone(&self.parts.metrics),
+            Arc::clone(&self.wake),
+        );
+        ApiState::new(&self.parts, intake)
+    }
+}
+
+/// Listens, or says in a sentence why that is not possible.
+///
+/// # Errors
+/// When the address is not ours or the port is in use.
+pub async fn listen(host: &str, port: u16, setting: &str) -> Result<TcpListener> {
+    TcpListener::bind((host, port)).await.map_err(|error| {
+        AppError(format!("can't listen on {host}:{port}: {error}; set {setting} to a free port, or HOST to an address of this machine"))
+    })
+}
+
+/// The address a listener has.
+///
+/// # Errors
+/// When the system does not tell.
+pub fn address(listener: &TcpListener) -> Result<SocketAddr> {
+    listener.local_addr().map_err(|error| AppError(format!("the system does not tell our address: {error}")))
+}
+
+/// Opens the store that is configured.
+///
+/// # Errors
+/// When the setting can't be used, or the embedded store's file can't be opened.
+pub fn open_store(config: &StoreConfig) -> Result<Arc<dyn Store>> {
+    let sentence = |error: StoreError| AppError(error.to_string());
+    Ok(match config {
+        StoreConfig::Sqlite(path) => Arc::new(SqliteStore::open(path).map_err(sentence)?),
+        StoreConfig::Postgres(url) => {
+            let options = PostgresOptions::parse(url).map_err(sentence)?;
+            Arc::new(PostgresStore::open(&options).map_err(sentence)?)
+        }
+    })
+}
+
+/// Opens the queue that is configured.
+///
+/// # Errors
+/// When a client setting can't be used.
+pub fn open_queue(config: &QueueConfig) -> Result<Arc<dyn Queue>> {
+    Ok(match config {
+        QueueConfig::Embedded => Arc::new(EmbeddedQueue::new(4)),
+        QueueConfig::Kafka { brokers, client } => {
+            let options = KafkaOptions { brokers: brokers.clone(), client: client.clone() };
+            Arc::new(KafkaQueue::open(options).map_err(|error| AppError(error.to_string()))?)
+        }
+    })
+}
+
+fn open_cache(config: &CacheConfig) -> Result<Arc<dyn Cache>> {
+    Ok(match config {
+        CacheConfig::Memory => Arc::new(MemoryCache::new()),
+        CacheConfig::Redis(url) => Arc::new(RedisCache::open(url).map_err(|error| AppError(error.to_string()))?),
+    })
+}
+
+fn role_name(role: Role) -> &'static str {
+    match role {
+        Role::Api => "api",
+        Role::Producer => "producer",
+        Role::Consumer => "consumer",
+        Role::RetryConsumer => "retry-consumer",
+        Role::Up => "up",
+        Role::TestClient => "testclient",
+        Role::Tool => "tool",
+    }
+}
+
+fn hostname() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".to_owned(), |name| name.trim().to_owned())
+}
+
+fn raise_file_limit() {
+    match rlimit::increase_nofile_limit(FILES) {
+        Ok(limit) if limit < FILES => {
+            tracing::warn!("at most {limit} files can be open; for many slow endpoints allow {FILES} (ulimit -n)");
+        }
+        Ok(limit) => tracing::debug!("up to {limit} files may be open"),
+        Err(error) => tracing::warn!("the limit of open files stays as it is: {error}"),
+    }
+}
+

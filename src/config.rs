@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::producer::Pacing;
 use crate::retry::Lane;
 
-pub use settings::{SETTINGS, Setting};
+pub use settings::{SETTINGS, Setting, duration};
 
 /// A setting that can't be used.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]

@@ -5,7 +5,7 @@
 //! waits before it believes that somebody is dead: when the store itself was away, nobody could renew
 //! a lease, so the others get a whole lease's time to speak up first.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -97,7 +97,7 @@ impl Janitor {
         // The ledger first: a batch that is in it was published before the broker is asked.
         let batches = self.parts.store.batches(now, BATCHES).await?;
         let depths = self.depths(&batches).await;
-        let mut settled: HashMap<Fate, Vec<BatchId>> = HashMap::new();
+        let mut settled: BTreeMap<Fate, Vec<BatchId>> = BTreeMap::new();
         for batch in &batches {
             let depth = depths.get(&batch.lane).map(Vec::as_slice);
             let fate = fate(batch, depth, now);
@@ -119,9 +119,9 @@ impl Janitor {
     }
 
     /// How far the groups of all lanes in these batches have come; lanes that can't be asked are left out.
-    async fn depths(&self, batches: &[Batch]) -> HashMap<String, Vec<Depth>> {
+    async fn depths(&self, batches: &[Batch]) -> BTreeMap<String, Vec<Depth>> {
         let directory = self.parts.directory.snapshot();
-        let mut depths = HashMap::new();
+        let mut depths = BTreeMap::new();
         for lane in &directory.lanes {
             if batches.iter().any(|batch| batch.lane == lane.topic) {
                 match self.parts.queue.depth(&lane.topic, &lane.group).await {
@@ -145,7 +145,7 @@ impl Janitor {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Fate {
     /// Its tickets may still be taken.
     UnderWay,

@@ -34,6 +34,4 @@ pub mod producer;
 pub mod api;
 pub mod testclient;
 
-pub mod app;
-pub mod cli;
 pub mod config;

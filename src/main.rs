@@ -1,2 +1,2 @@
-//! AMS binary.
+//! x
 fn main() {}

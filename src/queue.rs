@@ -74,7 +74,7 @@ impl Subscription {
         drop(self.done);
         drop(self.taken);
         // An error means that the other side is gone already, which is what we wait for.
-        let _ = self.closed.await;
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(5), self.closed).await;
     }
 }
 

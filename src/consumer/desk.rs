@@ -1,7 +1,7 @@
 //! The desk of one consumer: what arrived, what waits, what is in flight. One task owns it all, so
 //! there is no lock; store calls and deliveries run beside it and report back.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,12 +40,12 @@ pub(super) struct Desk {
     arrivals: Arrivals,
     /// The begin call under way: one at a time, so that what arrives meanwhile goes together.
     beginning: Option<Call<Started>>,
-    waiting: HashMap<String, VecDeque<Job>>,
+    waiting: BTreeMap<String, VecDeque<Job>>,
     finished: (mpsc::UnboundedSender<Finished>, mpsc::UnboundedReceiver<Finished>),
     /// Tried, and not written yet.
     unrecorded: usize,
     /// Endpoints with rows held because they were busy.
-    busy: HashMap<String, Busy>,
+    busy: BTreeMap<String, Busy>,
     freeing: Option<Call<Freed>>,
     next_held: Timestamp,
     stop: CancellationToken,
@@ -89,10 +89,10 @@ impl Desk {
             records,
             arrivals: Arrivals::default(),
             beginning: None,
-            waiting: HashMap::new(),
+            waiting: BTreeMap::new(),
             finished: mpsc::unbounded_channel(),
             unrecorded: 0,
-            busy: HashMap::new(),
+            busy: BTreeMap::new(),
             freeing: None,
             next_held: Timestamp::EPOCH,
             stop: CancellationToken::new(),

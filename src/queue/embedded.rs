@@ -1,1 +1,361 @@
-//! The queue in this process.
+//! The queue in this process: lanes of partitions in memory, with groups that share them.
+//!
+//! It does what a broker does and no more: what is lost with the process, the ledger finds. There is
+//! no thread and no time in it, so the simulation replays.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use super::{Depth, LaneRecord, Queue, Receipt, Result, Subscription, Taken, Watermark};
+use crate::store::Place;
+
+/// Records that are given to a member at once.
+const BATCH: usize = 1_000;
+
+/// A queue that lives and dies with its process.
+#[derive(Clone)]
+pub struct EmbeddedQueue {
+    partitions: i32,
+    // A plain lock, held for moves of memory only: never over an await.
+    lanes: Arc<Mutex<BTreeMap<String, Lane>>>,
+}
+
+#[derive(Default)]
+struct Lane {
+    partitions: Vec<Partition>,
+    next_partition: usize,
+    groups: BTreeMap<String, Group>,
+}
+
+/// A log whose front is dropped once every group has done it.
+#[derive(Default)]
+struct Partition {
+    first: i64,
+    records: VecDeque<LaneRecord>,
+}
+
+#[derive(Default)]
+struct Group {
+    members: BTreeMap<u64, Arc<Notify>>,
+    next_member: u64,
+    generation: u32,
+    partitions: Vec<Progress>,
+}
+
+/// How far a group has come in one partition.
+#[derive(Default)]
+struct Progress {
+    committed: i64,
+    next: i64,
+    watermark: Watermark,
+}
+
+impl EmbeddedQueue {
+    /// An empty queue whose lanes have this many partitions, at least one.
+    pub fn new(partitions: usize) -> EmbeddedQueue {
+        EmbeddedQueue {
+            partitions: i32::try_from(partitions).unwrap_or(1).max(1),
+            lanes: Arc::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Lane>> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lane<'a>(&self, lanes: &'a mut BTreeMap<String, Lane>, name: &str) -> &'a mut Lane {
+        lanes.entry(name.to_owned()).or_insert_with(|| Lane {
+            partitions: (0..self.partitions).map(|_| Partition::default()).collect(),
+            ..Lane::default()
+        })
+    }
+}
+
+impl Partition {
+    fn end(&self) -> i64 {
+        self.first + self.records.len() as i64
+    }
+}
+
+impl Lane {
+    fn group(&mut self, name: &str) -> &mut Group {
+        let firsts: Vec<_> = self.partitions.iter().map(|partition| partition.first).collect();
+        self.groups.entry(name.to_owned()).or_insert_with(|| Group {
+            partitions: firsts
+                .into_iter()
+                .map(|first| Progress {
+                    committed: first,
+                    next: first,
+                    watermark: Watermark::default(),
+                })
+                .collect(),
+            ..Group::default()
+        })
+    }
+
+    /// Drops what every group has done.
+    fn trim(&mut self) {
+        for (i, partition) in self.partitions.iter_mut().enumerate() {
+            let Some(done) = self
+                .groups
+                .values()
+                .map(|group| group.partitions[i].committed)
+                .min()
+            else {
+                continue;
+            };
+            while partition.first < done && partition.records.pop_front().is_some() {
+                partition.first += 1;
+            }
+        }
+    }
+}
+
+impl Group {
+    /// Shares the partitions out anew: what was out and not done is given again.
+    fn rebalance(&mut self) {
+        self.generation += 1;
+        for progress in &mut self.partitions {
+            progress.next = progress.committed;
+            progress.watermark = Watermark::default();
+        }
+        self.members.values().for_each(|member| member.notify_one());
+    }
+
+    /// The partitions of a member, by its rank among the members.
+    fn share(&self, member: u64) -> Vec<usize> {
+        let Some(rank) = self.members.keys().position(|id| *id == member) else {
+            return Vec::new();
+        };
+        (0..self.partitions.len())
+            .filter(|i| i % self.members.len() == rank)
+            .collect()
+    }
+}
+
+/// One member of a group: takes for its subscription and notes what is done.
+struct Member {
+    queue: EmbeddedQueue,
+    lane: String,
+    group: String,
+    id: u64,
+    window: usize,
+    wake: Arc<Notify>,
+}
+
+impl Member {
+    /// The next records within the window.
+    fn take(&self) -> Vec<Taken> {
+        let mut lanes = self.queue.lock();
+        let Some(lane) = lanes.get_mut(&self.lane) else {
+            return Vec::new();
+        };
+        let Some(group) = lane.groups.get_mut(&self.group) else {
+            return Vec::new();
+        };
+        let share = group.share(self.id);
+        let out: usize = share.iter().map(|i| group.partitions[*i].watermark.out()).sum();
+        let mut room = self.window.saturating_sub(out).min(BATCH);
+        let mut taken = Vec::new();
+        for i in share {
+            let (progress, partition) = (&mut group.partitions[i], &lane.partitions[i]);
+            while room > 0 && progress.next < partition.end() {
+                let offset = progress.next;
+                // Between `first` and `end` there is a record for every offset.
+                let Some(record) = partition.records.get((offset - partition.first) as usize) else {
+                    break;
+                };
+                progress.watermark.take(offset);
+                progress.next += 1;
+                room -= 1;
+                let receipt = Receipt {
+                    partition: i as i32,
+                    generation: group.generation,
+                    offset,
+                };
+                taken.push(Taken {
+                    receipt,
+                    key: record.key.clone(),
+                    value: record.value.clone(),
+                });
+            }
+        }
+        taken
+    }
+
+    fn done(&self, receipts: &[Receipt]) {
+        let mut lanes = self.queue.lock();
+        let Some(lane) = lanes.get_mut(&self.lane) else {
+            return;
+        };
+        let Some(group) = lane.groups.get_mut(&self.group) else {
+            return;
+        };
+        for receipt in receipts
+            .iter()
+            .filter(|receipt| receipt.generation == group.generation)
+        {
+            if let Some(progress) = group.partitions.get_mut(receipt.partition as usize) {
+                progress.watermark.done(receipt.offset);
+                progress.committed = progress.watermark.position().unwrap_or(progress.committed);
+            }
+        }
+        lane.trim();
+    }
+
+    fn leave(&self) {
+        let mut lanes = self.queue.lock();
+        let group = lanes
+            .get_mut(&self.lane)
+            .and_then(|lane| lane.groups.get_mut(&self.group));
+        if let Some(group) = group {
+            group.members.remove(&self.id);
+            group.rebalance();
+        }
+    }
+
+    async fn run(
+        self,
+        taken: mpsc::Sender<Vec<Taken>>,
+        mut done: mpsc::UnboundedReceiver<Vec<Receipt>>,
+        closed: oneshot::Sender<()>,
+    ) {
+        let mut next = Vec::new();
+        loop {
+            // Registered before the look, so that what is published meanwhile wakes us.
+            let woken = self.wake.notified();
+            if next.is_empty() {
+                next = self.take();
+            }
+            tokio::select! {
+                biased;
+                receipts = done.recv() => match receipts {
+                    Some(receipts) => self.done(&receipts),
+                    None => break,
+                },
+                permit = taken.reserve(), if !next.is_empty() => match permit {
+                    Ok(permit) => permit.send(std::mem::take(&mut next)),
+                    Err(_) => {
+                        // The reader has gone; what it did before still counts.
+                        while let Some(receipts) = done.recv().await {
+                            self.done(&receipts);
+                        }
+                        break;
+                    }
+                },
+                () = woken, if next.is_empty() => {}
+            }
+        }
+        self.leave();
+        // Whoever dropped the subscription does not wait.
+        let _ = closed.send(());
+    }
+}
+
+#[async_trait]
+impl Queue for EmbeddedQueue {
+    fn kind(&self) -> &'static str {
+        "embedded"
+    }
+
+    async fn ensure(&self, names: &[String]) -> Result<()> {
+        let mut lanes = self.lock();
+        for name in names {
+            self.lane(&mut lanes, name);
+        }
+        Ok(())
+    }
+
+    async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<Place> {
+        let mut lanes = self.lock();
+        let lane = self.lane(&mut lanes, lane);
+        let at = lane.next_partition;
+        lane.next_partition = (at + 1) % lane.partitions.len();
+        let partition = &mut lane.partitions[at];
+        partition.records.extend(records);
+        let place = Place {
+            partition: at as i32,
+            offset: partition.end() - 1,
+        };
+        for group in lane.groups.values() {
+            group.members.values().for_each(|member| member.notify_one());
+        }
+        Ok(place)
+    }
+
+    async fn subscribe(&self, lane: &str, group: &str, window: usize) -> Result<Subscription> {
+        let (give, taken) = mpsc::channel(2);
+        let (done, receipts) = mpsc::unbounded_channel();
+        let (ended, closed) = oneshot::channel();
+        let wake = Arc::new(Notify::new());
+        let member = {
+            let mut lanes = self.lock();
+            let group_state = self.lane(&mut lanes, lane).group(group);
+            let id = group_state.next_member;
+            group_state.next_member += 1;
+            group_state.members.insert(id, Arc::clone(&wake));
+            group_state.rebalance();
+            let (lane, group) = (lane.to_owned(), group.to_owned());
+            Member {
+                queue: self.clone(),
+                lane,
+                group,
+                id,
+                window,
+                wake,
+            }
+        };
+        tokio::spawn(member.run(give, receipts, ended));
+        Ok(Subscription { taken, done, closed })
+    }
+
+    async fn depth(&self, lane: &str, group: &str) -> Result<Vec<Depth>> {
+        let lanes = self.lock();
+        let Some(lane) = lanes.get(lane) else {
+            return Ok(Vec::new());
+        };
+        let progress = lane.groups.get(group);
+        Ok(lane
+            .partitions
+            .iter()
+            .enumerate()
+            .map(|(i, partition)| Depth {
+                partition: i as i32,
+                position: progress.map_or(partition.first, |group| group.partitions[i].committed),
+                end: partition.end(),
+            })
+            .collect())
+    }
+
+    async fn ping(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::queue::conformance;
+
+    #[tokio::test]
+    async fn conforms() {
+        conformance::all(&EmbeddedQueue::new(3)).await;
+    }
+
+    #[tokio::test]
+    async fn what_every_group_has_done_leaves_memory() {
+        let queue = EmbeddedQueue::new(1);
+        let mut subscription = queue.subscribe("lane", "group", 1_000).await.unwrap();
+        queue.publish("lane", conformance::records(0..100)).await.unwrap();
+        let batch = subscription.taken.recv().await.unwrap();
+        subscription
+            .done
+            .send(batch.iter().map(|taken| taken.receipt).collect())
+            .unwrap();
+        subscription.close().await;
+        assert!(queue.lock()["lane"].partitions[0].records.is_empty());
+    }
+}

@@ -1,1 +1,340 @@
-//! The queue on Apache Kafka.
+//! The queue on Apache Kafka, through librdkafka.
+//!
+//! One idempotent producer publishes each batch to one partition. Each subscription has one plain
+//! thread that does nothing but poll ([`poller`]). A third kind of client, never subscribed, asks how
+//! far a group has come. Broker and topics may come and go: clients reconnect by themselves, and those
+//! that librdkafka declares dead are made anew.
+
+mod log;
+mod poller;
+mod publisher;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use super::{Depth, LaneRecord, Queue, QueueError, Result, Subscription};
+use crate::store::Place;
+
+use log::LogContext;
+use publisher::Publisher;
+
+/// Partitions of a lane that we create: enough for a dozen consumers.
+const PARTITIONS: i32 = 12;
+/// A content of 1 MiB may grow six times when JSON escapes it.
+const RECORD_BYTES_MAX: &str = "8388608";
+/// The longest a question to the broker may take.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// Where the brokers are, and what else their client needs.
+#[derive(Clone, Debug)]
+pub struct KafkaOptions {
+    /// `host:port,host:port`.
+    pub brokers: String,
+    /// Further settings of librdkafka, for TLS and SASL.
+    pub client: BTreeMap<String, String>,
+}
+
+/// A queue on a Kafka cluster.
+pub struct KafkaQueue {
+    config: ClientConfig,
+    publisher: Publisher,
+    /// Clients that ask for positions, one for each group. A plain lock, held for a look-up only.
+    askers: Mutex<BTreeMap<String, Arc<BaseConsumer<LogContext>>>>,
+}
+
+impl KafkaQueue {
+    /// A queue on these brokers, which need not be up yet.
+    ///
+    /// # Errors
+    /// When the client refuses a setting.
+    pub fn open(options: KafkaOptions) -> Result<KafkaQueue> {
+        let mut config = ClientConfig::new();
+        config
+            .set("bootstrap.servers", &options.brokers)
+            .set("client.id", "ams")
+            .set("socket.timeout.ms", "10000")
+            .set("reconnect.backoff.max.ms", "2000")
+            .set("topic.metadata.refresh.interval.ms", "5000")
+            .set("topic.metadata.propagation.max.ms", "1000")
+            .set("message.max.bytes", RECORD_BYTES_MAX)
+            .set("log.connection.close", "false");
+        for (key, value) in &options.client {
+            config.set(key, value);
+        }
+        let publisher = Publisher::new(&config).map_err(refused)?;
+        Ok(KafkaQueue {
+            config,
+            publisher,
+            askers: Mutex::default(),
+        })
+    }
+
+    /// The client that asks for `group`'s positions; it never joins the group.
+    fn asker(&self, group: &str) -> Result<Arc<BaseConsumer<LogContext>>> {
+        let mut askers = self.askers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(asker) = askers.get(group) {
+            return Ok(Arc::clone(asker));
+        }
+        let mut config = self.config.clone();
+        config
+            .set("group.id", group)
+            .set("enable.auto.commit", "false")
+            .set("allow.auto.create.topics", "false");
+        let asker: BaseConsumer<LogContext> = config
+            .create_with_context(LogContext::default())
+            .map_err(refused)?;
+        let asker = Arc::new(asker);
+        askers.insert(group.to_owned(), Arc::clone(&asker));
+        Ok(asker)
+    }
+
+    /// The lanes among `names` that do not exist.
+    async fn missing(&self, names: &[String]) -> Result<Vec<String>> {
+        let (asker, names) = (self.asker("ams")?, names.to_vec());
+        blocking(move || {
+            let mut missing = Vec::new();
+            for name in names {
+                if partitions(&asker, &name)? == 0 {
+                    missing.push(name);
+                }
+            }
+            Ok(missing)
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl Queue for KafkaQueue {
+    fn kind(&self) -> &'static str {
+        "kafka"
+    }
+
+    async fn ensure(&self, lanes: &[String]) -> Result<()> {
+        let missing = self.missing(lanes).await?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let admin: AdminClient<DefaultClientContext> = self.config.create().map_err(refused)?;
+        let topics: Vec<_> = missing
+            .iter()
+            .map(|name| {
+                NewTopic::new(name, PARTITIONS, TopicReplication::Fixed(-1))
+                    .set("max.message.bytes", RECORD_BYTES_MAX)
+            })
+            .collect();
+        let options = AdminOptions::new()
+            .operation_timeout(Some(ANSWER))
+            .request_timeout(Some(ANSWER));
+        let made = admin
+            .create_topics(&topics, &options)
+            .await
+            .map_err(unavailable)?;
+        for topic in made {
+            match topic {
+                Ok(name) => tracing::info!(
+                    lane = name,
+                    "created the lane {name} with {PARTITIONS} partitions"
+                ),
+                Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+                Err((name, code)) => {
+                    return Err(QueueError::Unavailable(format!(
+                        "the lane {name} could not be created: {code}"
+                    )));
+                }
+            }
+        }
+        self.publisher.forget(lanes);
+        // The brokers tell one another in their own time.
+        for _ in 0..50 {
+            if self.missing(lanes).await?.is_empty() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        Err(QueueError::Unavailable(format!(
+            "the lanes {} are not there yet",
+            missing.join(", ")
+        )))
+    }
+
+    async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<Place> {
+        let count = match self.publisher.known_partitions(lane) {
+            Some(count) => count,
+            None => {
+                let (asker, name) = (self.asker("ams")?, lane.to_owned());
+                let mut count = blocking(move || partitions(&asker, &name)).await?;
+                if count == 0 {
+                    self.ensure(&[lane.to_owned()]).await?;
+                    count = PARTITIONS;
+                }
+                self.publisher.know(lane, count);
+                count
+            }
+        };
+        let published = self.publisher.publish(lane, count, records).await;
+        if published.is_err() {
+            self.publisher.forget(&[lane.to_owned()]);
+        }
+        published
+    }
+
+    async fn subscribe(&self, lane: &str, group: &str, window: usize) -> Result<Subscription> {
+        poller::subscribe(&self.config, lane, group, window)
+    }
+
+    async fn depth(&self, lane: &str, group: &str) -> Result<Vec<Depth>> {
+        let (asker, lane) = (self.asker(group)?, lane.to_owned());
+        blocking(move || depth(&asker, &lane)).await
+    }
+
+    async fn ping(&self) -> Result<()> {
+        let asker = self.asker("ams")?;
+        blocking(move || {
+            asker
+                .fetch_metadata(Some("ams-ping"), Duration::from_secs(1))
+                .map(drop)
+        })
+        .await
+    }
+}
+
+/// How many partitions a lane has; none when it does not exist.
+fn partitions(asker: &BaseConsumer<LogContext>, lane: &str) -> std::result::Result<i32, KafkaError> {
+    let metadata = asker.fetch_metadata(Some(lane), ANSWER)?;
+    let topic = metadata
+        .topics()
+        .iter()
+        .find(|topic| topic.name() == lane && topic.error().is_none());
+    Ok(topic.map_or(0, |topic| {
+        i32::try_from(topic.partitions().len()).unwrap_or(i32::MAX)
+    }))
+}
+
+fn depth(asker: &BaseConsumer<LogContext>, lane: &str) -> std::result::Result<Vec<Depth>, KafkaError> {
+    let count = partitions(asker, lane)?;
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    let all = |offset| {
+        let mut list = TopicPartitionList::with_capacity(count as usize);
+        for partition in 0..count {
+            list.add_partition_offset(lane, partition, offset)?;
+        }
+        Ok::<_, KafkaError>(list)
+    };
+    let committed = asker.committed_offsets(all(Offset::Invalid)?, ANSWER)?;
+    // To the question "which offset has this time?" the end and the beginning are legal times; one
+    // answer covers all partitions.
+    let ends = asker.offsets_for_times(all(Offset::End)?, ANSWER)?;
+    let firsts = asker.offsets_for_times(all(Offset::Beginning)?, ANSWER)?;
+    let at =
+        |list: &TopicPartitionList, partition| match list.find_partition(lane, partition).map(|p| p.offset())
+        {
+            Some(Offset::Offset(offset)) => Some(offset),
+            _ => None,
+        };
+    Ok((0..count)
+        .filter_map(|partition| {
+            let (end, first) = (at(&ends, partition)?, at(&firsts, partition).unwrap_or(0));
+            let position = at(&committed, partition)
+                .unwrap_or(first)
+                .clamp(first, end.max(first));
+            Some(Depth {
+                partition,
+                position,
+                end,
+            })
+        })
+        .collect())
+}
+
+/// Runs a call that blocks on a thread that may be blocked.
+async fn blocking<T: Send + 'static>(
+    call: impl FnOnce() -> std::result::Result<T, KafkaError> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(call).await {
+        Ok(answer) => answer.map_err(unavailable),
+        Err(error) => Err(QueueError::Unavailable(error.to_string())),
+    }
+}
+
+fn refused(error: KafkaError) -> QueueError {
+    match error {
+        KafkaError::ClientConfig(_, why, key, value) => {
+            let value = if key.contains("password") {
+                "(hidden)"
+            } else {
+                &value
+            };
+            QueueError::Refused(format!(
+                "the Kafka setting {key} is `{value}`: {why}; mend or unset it"
+            ))
+        }
+        other => QueueError::Refused(other.to_string()),
+    }
+}
+
+fn unavailable(error: KafkaError) -> QueueError {
+    QueueError::Unavailable(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(key: &str, value: &str) -> Result<KafkaQueue> {
+        let client = BTreeMap::from([(key.to_owned(), value.to_owned())]);
+        KafkaQueue::open(KafkaOptions {
+            brokers: "127.0.0.1:1".into(),
+            client,
+        })
+    }
+
+    #[tokio::test]
+    async fn a_bad_client_setting_is_named_and_a_password_is_not_shown() {
+        for (key, value) in [("security.protocol", "smoke"), ("no.such.setting", "1")] {
+            let Err(QueueError::Refused(sentence)) = open(key, value) else {
+                panic!("{key} was taken")
+            };
+            assert!(sentence.contains(key), "{sentence}");
+        }
+    }
+
+    #[tokio::test]
+    async fn tls_and_sasl_settings_reach_the_client() {
+        let settings = [
+            ("security.protocol", "sasl_ssl"),
+            ("sasl.mechanisms", "SCRAM-SHA-512"),
+            ("sasl.username", "me"),
+            ("sasl.password", "secret"),
+        ];
+        let client = settings
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .into();
+        let queue = KafkaQueue::open(KafkaOptions {
+            brokers: "127.0.0.1:1".into(),
+            client,
+        })
+        .unwrap();
+        assert_eq!(queue.config.get("sasl.mechanisms"), Some("SCRAM-SHA-512"));
+    }
+
+    #[tokio::test]
+    async fn brokers_that_are_away_are_unavailable() {
+        let queue = open("client.id", "test").unwrap();
+        assert!(matches!(queue.ping().await, Err(QueueError::Unavailable(_))));
+    }
+}
+
+#[cfg(test)]
+mod real;

@@ -1,1 +1,352 @@
 //! The store on PostgreSQL.
+//!
+//! Every statement is right as a generic plan and run as one (`plan_cache_mode`): the planner's other
+//! choice once read a partition to its end. Guarded updates go by `id = any(…)` and one epoch each, with
+//! id bounds that prune partitions; they are never joined to unnested arrays, except where values differ
+//! for each row, and there a CASE hides the guard from the planner's statistics.
+
+mod begin;
+mod claim;
+mod hold;
+mod insert;
+mod read;
+mod record;
+mod registry;
+mod schema;
+mod scratch;
+mod tls;
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Config, Row};
+use uuid::Uuid;
+
+use super::*;
+
+pub use scratch::Scratch;
+
+/// Connections of a process: one for each thing that may go on at once, no more.
+const CONNECTIONS: usize = 8;
+/// The server ends a statement after this long.
+const STATEMENT_TIMEOUT_MS: u32 = 30_000;
+/// We stop waiting for a server that has fallen silent after this long.
+const CALL: Duration = Duration::from_secs(35);
+/// The longest a connection may take.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// Where the server is, and how it is spoken to.
+#[derive(Clone)]
+pub struct PostgresOptions {
+    config: Config,
+    verify: bool,
+}
+
+impl PostgresOptions {
+    /// Options from a connection URL. `sslmode` may be `disable`, `prefer`, `require` (both without
+    /// checking who answers) or `verify-full`.
+    ///
+    /// # Errors
+    /// When the URL can't be understood.
+    pub fn parse(url: &str) -> Result<PostgresOptions> {
+        let verify = url.contains("sslmode=verify-full");
+        let url = url.replace("sslmode=verify-full", "sslmode=require");
+        let mut config = Config::from_str(&url).map_err(|error| {
+            StoreError::Refused(format!("DATABASE_URL can't be understood: {error}; mend it"))
+        })?;
+        let options = format!(
+            "-c plan_cache_mode=force_generic_plan -c statement_timeout={STATEMENT_TIMEOUT_MS} -c timezone=UTC"
+        );
+        config
+            .application_name("ams")
+            .options(options)
+            .connect_timeout(CONNECT)
+            .keepalives_idle(Duration::from_secs(10))
+            .keepalives_interval(Duration::from_secs(5))
+            .tcp_user_timeout(Duration::from_secs(20));
+        Ok(PostgresOptions { config, verify })
+    }
+}
+
+/// A store on a PostgreSQL server.
+pub struct PostgresStore {
+    pool: Pool,
+    options: PostgresOptions,
+}
+
+impl PostgresStore {
+    /// A store on this server, which need not be up yet.
+    ///
+    /// # Errors
+    /// When the options can't be used.
+    pub fn open(options: &PostgresOptions) -> Result<PostgresStore> {
+        let manager = ManagerConfig {
+            recycling_method: RecyclingMethod::Fast,
+        };
+        let tls = tls::connector(options.verify);
+        let manager = Manager::from_config(options.config.clone(), tls, manager);
+        let pool = Pool::builder(manager)
+            .max_size(CONNECTIONS)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(Some(CALL))
+            .create_timeout(Some(CONNECT))
+            .build()
+            .map_err(|error| StoreError::Internal(error.to_string()))?;
+        Ok(PostgresStore {
+            pool,
+            options: options.clone(),
+        })
+    }
+
+    async fn connection(&self) -> Result<Object> {
+        self.pool.get().await.map_err(|error| match error {
+            deadpool_postgres::PoolError::Backend(error) => StoreError::from(error),
+            other => StoreError::Unavailable(other.to_string()),
+        })
+    }
+
+    /// Runs a call on a connection of the pool, within its time. A connection whose call was cut off is
+    /// in an unknown state and is thrown away.
+    async fn call<T>(&self, call: impl AsyncFnOnce(&mut Object) -> Result<T>) -> Result<T> {
+        let mut connection = self.connection().await?;
+        match tokio::time::timeout(CALL, call(&mut connection)).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                drop(Object::take(connection));
+                Err(StoreError::Unavailable(format!("no answer within {CALL:?}")))
+            }
+        }
+    }
+}
+
+impl From<tokio_postgres::Error> for StoreError {
+    fn from(error: tokio_postgres::Error) -> StoreError {
+        let Some(database) = error.as_db_error() else {
+            // Without an answer from the server the connection is to blame, or a value of ours that
+            // can't be sent at all.
+            let sentence = with_source(&error);
+            return match error.is_closed()
+                || std::error::Error::source(&error).is_some_and(|e| e.is::<std::io::Error>())
+            {
+                true => StoreError::Unavailable(sentence),
+                false if sentence.contains("serializ") => StoreError::Internal(sentence),
+                false => StoreError::Unavailable(sentence),
+            };
+        };
+        let sentence = match database.constraint() {
+            Some(constraint) if database.code() == &SqlState::CHECK_VIOLATION => {
+                format!("{} ({constraint})", database.message())
+            }
+            _ => database.message().to_owned(),
+        };
+        match database.code().code() {
+            "42P01" | "42703" => {
+                StoreError::Unavailable(format!("{sentence}; is it migrated? Run `ams migrate`"))
+            }
+            code if matches!(&code[..2], "08" | "40" | "53" | "57") => StoreError::Unavailable(sentence),
+            "55P03" | "25006" | "3D000" => StoreError::Unavailable(sentence),
+            code if matches!(&code[..2], "22" | "23" | "54") || code == "P0001" => {
+                StoreError::Refused(sentence)
+            }
+            code if code.starts_with("28") => {
+                StoreError::Unavailable(format!("{sentence}; mend user or password"))
+            }
+            code => StoreError::Internal(format!("{sentence} (SQLSTATE {code})")),
+        }
+    }
+}
+
+/// An error with what caused it: tokio-postgres says "error connecting to server" and keeps the rest inside.
+fn with_source(error: &tokio_postgres::Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+/// A time as the driver writes it.
+fn written(time: Timestamp) -> jiff::Timestamp {
+    jiff::Timestamp::from_microsecond(time.as_micros()).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
+}
+
+fn time(row: &Row, column: usize) -> Timestamp {
+    optional_time(row, column).unwrap_or_default()
+}
+
+fn optional_time(row: &Row, column: usize) -> Option<Timestamp> {
+    let read: Option<jiff::Timestamp> = row.get(column);
+    read.map(|time| Timestamp::from_micros(time.as_microsecond()))
+}
+
+/// A column that holds one of our words.
+fn word<T>(row: &Row, column: usize, parse: impl Fn(&str) -> Option<T>) -> Result<T> {
+    let text: &str = row.get(column);
+    parse(text).ok_or_else(|| StoreError::Internal(format!("`{text}` is not a word of ours")))
+}
+
+/// The lowest and the highest id: the bounds that prune partitions.
+fn bounds(ids: &[i64]) -> (i64, i64) {
+    (
+        ids.iter().copied().min().unwrap_or(0),
+        ids.iter().copied().max().unwrap_or(0),
+    )
+}
+
+/// Ids by epoch: a guarded update speaks of one epoch.
+fn by_epoch(pairs: impl IntoIterator<Item = (i64, Epoch)>) -> std::collections::BTreeMap<Epoch, Vec<i64>> {
+    let mut groups = std::collections::BTreeMap::<Epoch, Vec<i64>>::new();
+    for (id, epoch) in pairs {
+        groups.entry(epoch).or_default().push(id);
+    }
+    groups
+}
+
+fn limit(limit: usize) -> i64 {
+    i64::try_from(limit).unwrap_or(i64::MAX)
+}
+
+#[async_trait]
+impl Store for PostgresStore {
+    fn kind(&self) -> &'static str {
+        "postgres"
+    }
+
+    async fn migrate(&self) -> Result<Vec<String>> {
+        schema::migrate(&self.options).await
+    }
+
+    async fn missing_migrations(&self) -> Result<Vec<String>> {
+        self.call(async |db| schema::missing(db).await).await
+    }
+
+    async fn installation(&self) -> Result<Uuid> {
+        self.call(async |db| registry::installation(db).await).await
+    }
+
+    async fn insert(&self, messages: &[NewMessage], now: Timestamp) -> Result<Vec<Inserted>> {
+        self.call(async |db| insert::insert(db, messages, now).await)
+            .await
+    }
+
+    async fn enroll(
+        &self,
+        service: &str,
+        host: &str,
+        now: Timestamp,
+        lease_until: Timestamp,
+    ) -> Result<InstanceId> {
+        self.call(async |db| registry::enroll(db, service, host, now, lease_until).await)
+            .await
+    }
+
+    async fn renew(&self, instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> Result<bool> {
+        self.call(async |db| registry::renew(db, instance, now, lease_until).await)
+            .await
+    }
+
+    async fn retire(&self, instance: InstanceId) -> Result<()> {
+        self.call(async |db| registry::retire(db, instance).await).await
+    }
+
+    async fn lead(&self, bid: &Bid) -> Result<Option<Leadership>> {
+        self.call(async |db| registry::lead(db, bid).await).await
+    }
+
+    async fn changed(&self) -> Result<bool> {
+        // Asking would cost as much as the claim itself.
+        Ok(true)
+    }
+
+    async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {
+        self.call(async |db| claim::claim(db, claim).await).await
+    }
+
+    async fn acknowledge(&self, batch: BatchId, place: Place) -> Result<()> {
+        self.call(async |db| claim::acknowledge(db, batch, place).await)
+            .await
+    }
+
+    async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
+        self.call(async |db| claim::batches(db, now, limit).await).await
+    }
+
+    async fn requeue(&self, batches: &[BatchId], now: Timestamp) -> Result<u64> {
+        self.call(async |db| claim::requeue(db, batches, now).await).await
+    }
+
+    async fn begin(&self, begin: &Begin<'_>) -> Result<Begun> {
+        self.call(async |db| begin::begin(db, begin).await).await
+    }
+
+    async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>> {
+        self.call(async |db| record::record(db, records).await).await
+    }
+
+    async fn hold(&self, tickets: &[(MessageId, Epoch)], held: Held, now: Timestamp) -> Result<u64> {
+        self.call(async |db| hold::hold(db, tickets, held, now).await)
+            .await
+    }
+
+    async fn held(&self) -> Result<Vec<(String, Held)>> {
+        self.call(async |db| hold::held(db).await).await
+    }
+
+    async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
+        self.call(async |db| hold::unhold(db, endpoint, held, limit, now).await)
+            .await
+    }
+
+    async fn recover(&self, now: Timestamp) -> Result<Recovered> {
+        self.call(async |db| begin::recover(db, now).await).await
+    }
+
+    async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>> {
+        self.call(async |db| read::dead_letters(db, before, limit).await)
+            .await
+    }
+
+    async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()> {
+        self.call(async |db| record::dead_lettered(db, ids).await).await
+    }
+
+    async fn make_partitions(&self) -> Result<()> {
+        self.call(async |db| registry::make_partitions(db).await).await
+    }
+
+    async fn endpoints(&self) -> Result<Vec<Endpoint>> {
+        self.call(async |db| registry::endpoints(db).await).await
+    }
+
+    async fn put_endpoint(&self, endpoint: &Endpoint) -> Result<()> {
+        self.call(async |db| registry::put_endpoint(db, endpoint).await)
+            .await
+    }
+
+    async fn lanes(&self) -> Result<Vec<Lane>> {
+        self.call(async |db| registry::lanes(db).await).await
+    }
+
+    async fn put_lane(&self, lane: &Lane, now: Timestamp) -> Result<Option<Lane>> {
+        self.call(async |db| registry::put_lane(db, lane, now).await)
+            .await
+    }
+
+    async fn message(&self, id: MessageId) -> Result<Option<Message>> {
+        self.call(async |db| Ok(read::messages(db, &[id.0]).await?.pop()))
+            .await
+    }
+
+    async fn attempts(&self, id: MessageId) -> Result<Vec<Attempt>> {
+        self.call(async |db| read::attempts(db, id).await).await
+    }
+
+    async fn overview(&self, now: Timestamp) -> Result<Overview> {
+        self.call(async |db| read::overview(db, now).await).await
+    }
+}
+
+#[cfg(test)]
+mod real;

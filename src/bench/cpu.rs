@@ -1,0 +1,91 @@
+//! CPU time and memory of processes, read from `/proc`.
+
+use std::collections::BTreeMap;
+
+/// Clock ticks a second in `/proc`: 100 on every Linux that this runs on (`getconf CLK_TCK`).
+const TICKS: f64 = 100.0;
+
+/// A process that is watched, under the name it is reported by.
+#[derive(Clone, Debug)]
+pub(super) struct Watched {
+    pub(super) name: String,
+    pub(super) pid: u32,
+}
+
+/// All processes whose command is `command`, under one name.
+pub(super) fn named(command: &str, name: &str) -> Vec<Watched> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|pid: &u32| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == command)
+        })
+        .map(|pid| Watched { name: name.to_owned(), pid })
+        .collect()
+}
+
+/// What processes have used so far.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Usage {
+    by_name: BTreeMap<String, (f64, f64)>,
+}
+
+impl Usage {
+    pub(super) fn of(processes: &[Watched]) -> Usage {
+        let mut usage = Usage::default();
+        for process in processes {
+            let entry = usage.by_name.entry(process.name.clone()).or_default();
+            entry.0 += cpu_us(process.pid).unwrap_or(0.0);
+            entry.1 = entry.1.max(peak_memory_mb(process.pid).unwrap_or(0.0));
+        }
+        usage
+    }
+
+    pub(super) fn cpu_us_since(&self, before: &Usage) -> BTreeMap<String, f64> {
+        let earlier = |name: &str| before.by_name.get(name).map_or(0.0, |usage| usage.0);
+        self.by_name.iter().map(|(name, usage)| (name.clone(), (usage.0 - earlier(name)).max(0.0))).collect()
+    }
+
+    pub(super) fn memory_mb(&self) -> BTreeMap<String, f64> {
+        self.by_name.iter().map(|(name, usage)| (name.clone(), usage.1)).collect()
+    }
+}
+
+/// CPU time that all processors of this machine have spent working, in µs.
+pub(super) fn machine_us() -> f64 {
+    let Ok(stat) = std::fs::read_to_string("/proc/stat") else { return 0.0 };
+    let ticks: Vec<f64> = stat.lines().next().unwrap_or("").split_whitespace().skip(1).flat_map(str::parse).collect();
+    // user, nice, system, (idle, iowait,) irq, softirq
+    [0, 1, 2, 5, 6].iter().filter_map(|i| ticks.get(*i)).sum::<f64>() * 1e6 / TICKS
+}
+
+/// User and system time of a process, in µs.
+fn cpu_us(pid: u32) -> Option<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command's name, in parentheses, may itself contain blanks; utime and stime are fields 14 and 15.
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let ticks = fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?;
+    Some(ticks * 1e6 / TICKS)
+}
+
+fn peak_memory_mb(pid: u32) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    line.split_whitespace().nth(1)?.parse::<f64>().ok().map(|kb| kb / 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_has_used_something() {
+        let watched = [Watched { name: "me".into(), pid: std::process::id() }];
+        let before = Usage::of(&watched);
+        let mut sum = 0_u64;
+        while Usage::of(&watched).cpu_us_since(&before)["me"] < 20_000.0 {
+            sum = (0..100_000_u64).fold(sum, |a, b| a.wrapping_mul(31).wrapping_add(b));
+        }
+        assert!(machine_us() > 0.0 && Usage::of(&watched).memory_mb()["me"] > 1.0, "{sum}");
+    }
+}

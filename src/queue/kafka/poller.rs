@@ -1,0 +1,380 @@
+//! A subscription's thread: polls, gathers batches, notes what is done, commits.
+//!
+//! librdkafka wants to be polled and nothing else done in between, so nothing here waits for anything
+//! but the poll itself. Commits are hints: they are sent without waiting, and what they miss comes
+//! again and is found stale.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use rdkafka::client::ClientContext;
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::message::{BorrowedMessage, Message};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use tokio::sync::mpsc::{self, error::TryRecvError, error::TrySendError};
+use tokio::sync::oneshot;
+
+use super::log::LogContext;
+use super::refused;
+use crate::clock::{Clock, Stopwatch};
+use crate::queue::{QueueError, Receipt, Result, Subscription, Taken, Watermark};
+
+/// Records given at once, at most.
+const BATCH: usize = 1_000;
+const POLL: Duration = Duration::from_millis(10);
+const COMMIT: Duration = Duration::from_millis(150);
+/// How long the end waits for its last commit.
+const LAST_COMMIT: Duration = Duration::from_secs(1);
+
+type Client = BaseConsumer<Assignment>;
+
+pub(super) fn subscribe(
+    config: &ClientConfig,
+    lane: &str,
+    group: &str,
+    window: usize,
+) -> Result<Subscription> {
+    let mut config = config.clone();
+    config
+        .set("group.id", group)
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.offset.reset", "earliest")
+        .set("allow.auto.create.topics", "false")
+        .set("partition.assignment.strategy", "cooperative-sticky")
+        .set("session.timeout.ms", "10000")
+        .set("heartbeat.interval.ms", "2000")
+        .set("fetch.queue.backoff.ms", "10")
+        .set("fetch.wait.max.ms", "50")
+        .set("fetch.error.backoff.ms", "200")
+        .set("queued.min.messages", "2000")
+        .set("queued.max.messages.kbytes", "32768");
+    let (give, taken) = mpsc::channel(2);
+    let (done, receipts) = mpsc::unbounded_channel();
+    let (ended, closed) = oneshot::channel();
+    let client = connect(&config, lane)?;
+    let clock = Clock::system();
+    let poller = Poller {
+        lane: lane.to_owned(),
+        config,
+        client,
+        window,
+        give,
+        receipts,
+        pending: Vec::new(),
+        paused: false,
+        since_commit: clock.stopwatch(),
+        clock,
+    };
+    std::thread::Builder::new()
+        .name(format!("kafka {lane}"))
+        .spawn(move || {
+            poller.run();
+            // Whoever dropped the subscription does not wait.
+            let _ = ended.send(());
+        })
+        .map_err(|error| QueueError::Unavailable(format!("no thread for a subscription: {error}")))?;
+    Ok(Subscription { taken, done, closed })
+}
+
+fn connect(config: &ClientConfig, lane: &str) -> Result<Client> {
+    let client: Client = config
+        .create_with_context(Assignment::default())
+        .map_err(refused)?;
+    client.subscribe(&[lane]).map_err(refused)?;
+    Ok(client)
+}
+
+struct Poller {
+    lane: String,
+    config: ClientConfig,
+    client: Client,
+    window: usize,
+    give: mpsc::Sender<Vec<Taken>>,
+    receipts: mpsc::UnboundedReceiver<Vec<Receipt>>,
+    /// Taken from the client and not given on yet.
+    pending: Vec<Taken>,
+    paused: bool,
+    clock: Clock,
+    since_commit: Stopwatch,
+}
+
+impl Poller {
+    fn run(mut self) {
+        while self.note_done() {
+            self.poll();
+            self.give();
+            self.hold_back();
+            if self.since_commit.elapsed() >= COMMIT {
+                self.commit();
+            }
+        }
+        self.commit();
+        let watch = self.clock.stopwatch();
+        while self.client.context().committing.load(Ordering::Relaxed) && watch.elapsed() < LAST_COMMIT {
+            drop(self.client.poll(POLL));
+        }
+    }
+
+    /// Notes what is done; `false` when the other side has gone.
+    fn note_done(&mut self) -> bool {
+        loop {
+            match self.receipts.try_recv() {
+                Ok(receipts) => self.client.context().trackers().done(&receipts),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    /// Takes what the client has, up to a batch; waits a moment when it has nothing.
+    fn poll(&mut self) {
+        let mut wait = if self.pending.is_empty() {
+            POLL
+        } else {
+            Duration::ZERO
+        };
+        while self.pending.len() < BATCH {
+            let taken = match self.client.poll(wait) {
+                None => return,
+                Some(Err(error)) => Err(error),
+                Some(Ok(message)) => Ok(self.client.context().trackers().take(&message)),
+            };
+            match taken {
+                Ok(taken) => self.pending.push(taken),
+                Err(error) => return self.failed(&error),
+            }
+            wait = Duration::ZERO;
+        }
+    }
+
+    /// Most errors pass by themselves; a client that is dead for good is replaced.
+    fn failed(&mut self, error: &KafkaError) {
+        tracing::debug!(target: "kafka", lane = self.lane, "{}: {error}", self.lane);
+        if self.client.client().fatal_error().is_none() {
+            return;
+        }
+        match connect(&self.config, &self.lane) {
+            Ok(client) => {
+                tracing::warn!(target: "kafka", lane = self.lane, "the client of {} is made anew: {error}", self.lane);
+                // Receipts of the old client must not count for the new one.
+                let generation = self.client.context().trackers().generation;
+                client.context().trackers().generation = generation + 1;
+                self.client = client;
+                self.paused = false;
+            }
+            Err(error) => tracing::warn!(target: "kafka", lane = self.lane, "{}: {error}", self.lane),
+        }
+    }
+
+    fn give(&mut self) {
+        if self.pending.is_empty() {
+            return;
+        }
+        match self.give.try_send(std::mem::take(&mut self.pending)) {
+            // A reader that has gone will drop the other end too.
+            Ok(()) | Err(TrySendError::Closed(_)) => {}
+            Err(TrySendError::Full(back)) => self.pending = back,
+        }
+    }
+
+    /// Pauses when enough is out, and goes on when a good part of it is done: each change costs a refetch.
+    fn hold_back(&mut self) {
+        let (out, reassigned) = {
+            let mut trackers = self.client.context().trackers();
+            (trackers.out(), std::mem::take(&mut trackers.reassigned))
+        };
+        if reassigned {
+            // New partitions are not paused.
+            self.paused = false;
+        }
+        let full = self.pending.len() >= BATCH || out >= self.window;
+        let roomy = self.pending.is_empty() && out <= self.window / 4 * 3;
+        if (self.paused || !full) && !(self.paused && roomy) {
+            return;
+        }
+        let changed = self.client.assignment().and_then(|all| match full {
+            true => self.client.pause(&all),
+            false => self.client.resume(&all),
+        });
+        match changed {
+            Ok(()) => self.paused = full,
+            Err(error) => {
+                tracing::debug!(target: "kafka", "{} can't be paused or resumed: {error}", self.lane)
+            }
+        }
+    }
+
+    /// Sends the positions that have moved.
+    fn commit(&mut self) {
+        self.since_commit = self.clock.stopwatch();
+        let context = self.client.context();
+        let positions = context.trackers().moved();
+        commit(&self.client, &self.lane, &positions);
+    }
+}
+
+fn commit(client: &BaseConsumer<Assignment>, lane: &str, positions: &[(i32, i64)]) {
+    let mut list = TopicPartitionList::with_capacity(positions.len());
+    for (partition, offset) in positions {
+        if let Err(error) = list.add_partition_offset(lane, *partition, Offset::Offset(*offset)) {
+            tracing::debug!(target: "kafka", "{lane}: {error}");
+        }
+    }
+    if list.count() == 0 {
+        return;
+    }
+    client.context().committing.store(true, Ordering::Relaxed);
+    if let Err(error) = client.commit(&list, CommitMode::Async) {
+        client.context().committing.store(false, Ordering::Relaxed);
+        tracing::debug!(target: "kafka", "{lane}: positions were not committed: {error}");
+    }
+}
+
+/// What is out of each assigned partition.
+#[derive(Default)]
+struct Trackers {
+    partitions: BTreeMap<i32, Tracker>,
+    generation: u32,
+    reassigned: bool,
+}
+
+#[derive(Default)]
+struct Tracker {
+    generation: u32,
+    watermark: Watermark,
+    committed: Option<i64>,
+    last: Option<i64>,
+}
+
+impl Trackers {
+    fn assign(&mut self, partitions: &[i32]) {
+        self.generation += 1;
+        self.reassigned = true;
+        for partition in partitions {
+            let tracker = Tracker {
+                generation: self.generation,
+                ..Tracker::default()
+            };
+            self.partitions.insert(*partition, tracker);
+        }
+    }
+
+    fn take(&mut self, message: &BorrowedMessage<'_>) -> Taken {
+        let (partition, offset) = (message.partition(), message.offset());
+        let tracker = self.partitions.entry(partition).or_default();
+        if tracker.last.is_some_and(|last| offset <= last) {
+            // The log was made anew, or the position was set back: what was out before counts no more.
+            self.generation += 1;
+            *tracker = Tracker {
+                generation: self.generation,
+                ..Tracker::default()
+            };
+        }
+        tracker.last = Some(offset);
+        tracker.watermark.take(offset);
+        Taken {
+            receipt: Receipt {
+                partition,
+                generation: tracker.generation,
+                offset,
+            },
+            key: Bytes::copy_from_slice(message.key().unwrap_or_default()),
+            value: Bytes::copy_from_slice(message.payload().unwrap_or_default()),
+        }
+    }
+
+    fn done(&mut self, receipts: &[Receipt]) {
+        for receipt in receipts {
+            if let Some(tracker) = self.partitions.get_mut(&receipt.partition)
+                && tracker.generation == receipt.generation
+            {
+                tracker.watermark.done(receipt.offset);
+            }
+        }
+    }
+
+    fn out(&self) -> usize {
+        self.partitions
+            .values()
+            .map(|tracker| tracker.watermark.out())
+            .sum()
+    }
+
+    /// The positions that have moved since they were last asked for.
+    fn moved(&mut self) -> Vec<(i32, i64)> {
+        let mut moved = Vec::new();
+        for (partition, tracker) in &mut self.partitions {
+            let position = tracker.watermark.position();
+            if let (Some(offset), true) = (position, position != tracker.committed) {
+                tracker.committed = position;
+                moved.push((*partition, offset));
+            }
+        }
+        moved
+    }
+}
+
+/// The client's context: it is told of assignments from inside the poll.
+#[derive(Default)]
+struct Assignment {
+    log: LogContext,
+    // Only the polling thread comes here; the lock is what the context's sharing asks for.
+    trackers: Mutex<Trackers>,
+    committing: Arc<AtomicBool>,
+}
+
+impl Assignment {
+    fn trackers(&self) -> MutexGuard<'_, Trackers> {
+        self.trackers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn partitions(list: &TopicPartitionList) -> Vec<i32> {
+    list.elements()
+        .iter()
+        .map(rdkafka::topic_partition_list::TopicPartitionListElem::partition)
+        .collect()
+}
+
+impl ClientContext for Assignment {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.log.log(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.log.error(error, reason);
+    }
+}
+
+impl ConsumerContext for Assignment {
+    fn pre_rebalance(&self, client: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        match rebalance {
+            Rebalance::Assign(list) => self.trackers().assign(&partitions(list)),
+            Rebalance::Revoke(list) => {
+                let revoked = partitions(list);
+                let moved = self.trackers().moved();
+                // A lost assignment can't be committed any more; the attempt then fails, and does no harm.
+                if let Some(first) = list.elements().first() {
+                    commit(client, first.topic(), &moved);
+                }
+                self.trackers()
+                    .partitions
+                    .retain(|partition, _| !revoked.contains(partition));
+            }
+            Rebalance::Error(error) => tracing::debug!(target: "kafka", "rebalance: {error}"),
+        }
+    }
+
+    fn commit_callback(&self, result: KafkaResult<()>, _offsets: &TopicPartitionList) {
+        self.committing.store(false, Ordering::Relaxed);
+        if let Err(error) = result {
+            tracing::debug!(target: "kafka", "positions were not committed: {error}");
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Publishes batches: every record of a batch to one partition, and one answer for all of them.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use rdkafka::client::ClientContext;
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Header, Message, OwnedHeaders};
+use rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, ThreadedProducer};
+use tokio::sync::oneshot;
+
+use super::log::LogContext;
+use super::unavailable;
+use crate::queue::{LaneRecord, QueueError, Result};
+use crate::store::Place;
+
+/// The rest between two tries to put a record into a full client buffer.
+const FULL: Duration = Duration::from_millis(5);
+
+type Client = ThreadedProducer<AckContext>;
+
+/// The producing client, and what it knows of lanes.
+pub(super) struct Publisher {
+    config: ClientConfig,
+    // Replaced when librdkafka declares it dead; read by every publish.
+    client: ArcSwap<Client>,
+    rotation: AtomicUsize,
+    /// How many partitions each lane has. A plain lock, held for a look-up only.
+    partitions: Mutex<BTreeMap<String, i32>>,
+}
+
+impl Publisher {
+    pub(super) fn new(config: &ClientConfig) -> std::result::Result<Publisher, KafkaError> {
+        let mut config = config.clone();
+        config
+            .set("enable.idempotence", "true")
+            .set("acks", "all")
+            .set("linger.ms", "3")
+            .set("batch.num.messages", "10000")
+            .set("batch.size", "2000000")
+            .set("queue.buffering.max.messages", "500000")
+            .set("queue.buffering.max.kbytes", "262144")
+            .set("message.timeout.ms", "15000");
+        let client = config.create_with_context(AckContext::default())?;
+        Ok(Publisher {
+            config,
+            client: ArcSwap::from_pointee(client),
+            rotation: AtomicUsize::new(fastrand::usize(..1_000)),
+            partitions: Mutex::default(),
+        })
+    }
+
+    pub(super) fn known_partitions(&self, lane: &str) -> Option<i32> {
+        self.partitions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(lane)
+            .copied()
+    }
+
+    pub(super) fn know(&self, lane: &str, partitions: i32) {
+        self.partitions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(lane.to_owned(), partitions);
+    }
+
+    pub(super) fn forget(&self, lanes: &[String]) {
+        let mut known = self.partitions.lock().unwrap_or_else(PoisonError::into_inner);
+        for lane in lanes {
+            known.remove(lane);
+        }
+    }
+
+    /// Publishes a batch to the next partition in turn.
+    pub(super) async fn publish(
+        &self,
+        lane: &str,
+        partitions: i32,
+        records: Vec<LaneRecord>,
+    ) -> Result<Place> {
+        let turn = self.rotation.fetch_add(1, Ordering::Relaxed);
+        let partition = i32::try_from(turn % usize::try_from(partitions).unwrap_or(1).max(1)).unwrap_or(0);
+        let client = self.client.load_full();
+        let (acks, answer) = Acks::new(records.len());
+        for record in &records {
+            if let Err(error) = send(&client, lane, partition, record, &acks).await {
+                acks.failed(error);
+            }
+        }
+        let published = answer.await.unwrap_or_else(|_| Err(KafkaError::Canceled));
+        if published.is_err() && client.client().fatal_error().is_some() {
+            self.replace(&client)?;
+        }
+        published
+            .map(|offset| Place { partition, offset })
+            .map_err(unavailable)
+    }
+
+    /// Makes a new client in the place of a dead one, unless somebody else has.
+    fn replace(&self, dead: &Arc<Client>) -> Result<()> {
+        if !Arc::ptr_eq(&self.client.load(), dead) {
+            return Ok(());
+        }
+        tracing::warn!(target: "kafka", "the producing client has failed for good and is made anew");
+        let client: Client = self
+            .config
+            .create_with_context(AckContext::default())
+            .map_err(|error| QueueError::Unavailable(error.to_string()))?;
+        self.client.store(Arc::new(client));
+        Ok(())
+    }
+}
+
+/// Puts one record into the client's buffer, waiting while that is full.
+async fn send(
+    client: &Client,
+    lane: &str,
+    partition: i32,
+    record: &LaneRecord,
+    acks: &Arc<Acks>,
+) -> std::result::Result<(), KafkaError> {
+    let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
+    for (key, value) in &record.headers {
+        headers = headers.insert(Header {
+            key,
+            value: Some(value),
+        });
+    }
+    let mut next = BaseRecord::with_opaque_to(lane, Arc::clone(acks))
+        .partition(partition)
+        .key(&record.key[..])
+        .payload(&record.value[..])
+        .headers(headers);
+    loop {
+        match client.send(next) {
+            Ok(()) => return Ok(()),
+            Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
+                next = back;
+                tokio::time::sleep(FULL).await;
+            }
+            Err((error, _)) => return Err(error),
+        }
+    }
+}
+
+/// Counts a batch's acknowledgements; the last one answers for all.
+pub(super) struct Acks {
+    left: AtomicUsize,
+    last_offset: AtomicI64,
+    // Plain locks: taken once a batch, and on failures.
+    error: Mutex<Option<KafkaError>>,
+    answer: Mutex<Option<oneshot::Sender<std::result::Result<i64, KafkaError>>>>,
+}
+
+impl Acks {
+    fn new(count: usize) -> (Arc<Acks>, oneshot::Receiver<std::result::Result<i64, KafkaError>>) {
+        let (answer, answered) = oneshot::channel();
+        let acks = Acks {
+            left: AtomicUsize::new(count),
+            last_offset: AtomicI64::new(-1),
+            error: Mutex::default(),
+            answer: Mutex::new(Some(answer)),
+        };
+        (Arc::new(acks), answered)
+    }
+
+    fn acknowledged(&self, offset: i64) {
+        self.last_offset.fetch_max(offset, Ordering::Relaxed);
+        self.count();
+    }
+
+    fn failed(&self, error: KafkaError) {
+        self.error
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(error);
+        self.count();
+    }
+
+    fn count(&self) {
+        if self.left.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return;
+        }
+        let error = self.error.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(answer) = answer {
+            // Whoever published may have been stopped meanwhile; the ledger knows what to do.
+            let _ = answer.send(error.map_or_else(|| Ok(self.last_offset.load(Ordering::Relaxed)), Err));
+        }
+    }
+}
+
+/// The producing client's context: logs, and passes acknowledgements to their batch.
+#[derive(Default)]
+struct AckContext {
+    log: LogContext,
+}
+
+impl ClientContext for AckContext {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.log.log(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.log.error(error, reason);
+    }
+}
+
+impl ProducerContext for AckContext {
+    type DeliveryOpaque = Arc<Acks>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, acks: Arc<Acks>) {
+        match result {
+            Ok(message) => acks.acknowledged(message.offset()),
+            Err((error, _)) => acks.failed(error.clone()),
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! Begin, the leases it writes, and the recovery of what stands in them.
+
+use deadpool_postgres::Object;
+use futures_util::future::try_join_all;
+
+use super::claim::give_back;
+use super::{bounds, by_epoch, written};
+use crate::clock::Timestamp;
+use crate::message::{Epoch, MessageId};
+use crate::store::{Begin, Begun, BegunMessage, Recovered, Result};
+
+pub(super) const BEGIN: &str = "/* ams:begin */ with u as (update messages set \
+                 status = case when expires_at <= $5 then 'expired'::message_state else 'processing' end, \
+                 due_at = case when expires_at <= $5 then null else due_at end, \
+                 finished_at = case when expires_at <= $5 then $5 end \
+                 where id = any($1) and epoch = $2 and status = 'queued' and id between $3 and $4 \
+                 returning id, attempts, lane_tries, status = 'processing' as begun), \
+             l as (insert into leases (id, epoch, owner, ids) \
+                 select $6, $2, $7, array_agg(id) from u where begun having count(*) > 0) \
+             select id, attempts, lane_tries from u where begun";
+
+/// Begins what is `queued` in its ticket's epoch. Each epoch is one statement that writes its lease
+/// with it; they go out together and need no transaction around them, because each stands for itself.
+pub(super) async fn begin(db: &Object, begin: &Begin<'_>) -> Result<Begun> {
+    let mut messages = if begin.repeated {
+        begun_before(db, begin).await?
+    } else {
+        Vec::new()
+    };
+    let statement = db.prepare_cached(BEGIN).await?;
+    let groups = by_epoch(begin.tickets.iter().map(|(id, epoch)| (id.0, *epoch)));
+    let now = written(begin.now);
+    let calls = groups.iter().map(|(epoch, ids)| {
+        let (statement, now) = (&statement, &now);
+        async move {
+            let (first, last) = bounds(ids);
+            db.query(
+                statement,
+                &[ids, epoch, &first, &last, now, &begin.lease.0, &begin.owner.0],
+            )
+            .await
+        }
+    });
+    for row in try_join_all(calls).await?.iter().flatten() {
+        messages.push(BegunMessage {
+            id: MessageId(row.get(0)),
+            attempts: row.get(1),
+            lane_tries: row.get(2),
+        });
+    }
+    Ok(Begun { messages })
+}
+
+/// What an earlier call with this lease number took and still has.
+async fn begun_before(db: &Object, begin: &Begin<'_>) -> Result<Vec<BegunMessage>> {
+    let statement = db
+        .prepare_cached(
+            "/* ams:begun */ select m.id, m.attempts, m.lane_tries from leases l join messages m \
+             on m.id = any(l.ids) and m.epoch = l.epoch where l.id = $1 and m.status = 'processing'",
+        )
+        .await?;
+    let rows = db.query(&statement, &[&begin.lease.0]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| BegunMessage {
+            id: MessageId(row.get(0)),
+            attempts: row.get(1),
+            lane_tries: row.get(2),
+        })
+        .collect())
+}
+
+/// Takes dead instances away, and gives back what stands in leases that have no instance.
+pub(super) async fn recover(db: &mut Object, now: Timestamp) -> Result<Recovered> {
+    let look = db
+        .prepare_cached(
+            "/* ams:recover_look */ select exists (select 1 from instances where lease_until <= $1) \
+             or exists (select 1 from leases where not exists (select 1 from instances i where i.id = leases.owner))",
+        )
+        .await?;
+    if !db.query_one(&look, &[&written(now)]).await?.get::<_, bool>(0) {
+        return Ok(Recovered::default());
+    }
+    let transaction = db.transaction().await?;
+    let bury = "/* ams:bury */ delete from instances where lease_until <= $1";
+    let instances = transaction.execute(bury, &[&written(now)]).await?;
+    let dethrone = "/* ams:dethrone */ update leader set owner = null, until = 'epoch' \
+                    where owner is not null and not exists (select 1 from instances i where i.id = leader.owner)";
+    transaction.execute(dethrone, &[]).await?;
+    let left = "/* ams:recover */ delete from leases \
+                where not exists (select 1 from instances i where i.id = leases.owner) returning epoch, ids";
+    let mut messages = 0;
+    for row in transaction.query(left, &[]).await? {
+        let (epoch, ids): (Epoch, Vec<i64>) = (row.get(0), row.get(1));
+        messages += give_back(&transaction, &ids, epoch, "processing", now).await?;
+    }
+    transaction.commit().await?;
+    Ok(Recovered { instances, messages })
+}

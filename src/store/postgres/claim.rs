@@ -1,0 +1,186 @@
+//! Claims and their ledger.
+
+use deadpool_postgres::Object;
+use serde_json::value::RawValue;
+use tokio_postgres::Row;
+use tokio_postgres::types::Json;
+
+use super::{bounds, by_epoch, limit, optional_time, time, written};
+use crate::clock::Timestamp;
+use crate::message::{Epoch, MessageId, Ticket};
+use crate::store::{Batch, BatchId, Claim, Claimed, Due, InstanceId, Place, Result};
+
+/// A claim: the text of the three differs only in which rows they look at. `materialized` keeps the
+/// planner from taking more than the limit; the bounds prune partitions; `skip locked` passes by rows
+/// that a person's transaction holds.
+macro_rules! claim {
+    ($name:literal, $rows:literal) => {
+        concat!(
+            "/* ams:claim_",
+            $name,
+            " */ with c as materialized (select id from messages where ",
+            $rows,
+            " limit $2 for update skip locked), \
+             u as (update messages m set \
+                 status = case when m.expires_at <= $3 then 'expired' when m.endpoint = any($4) then 'queued' \
+                     else m.status end, \
+                 epoch = case when m.expires_at <= $3 or m.endpoint <> all($4) then m.epoch else m.epoch + 1 end, \
+                 held = case when m.expires_at <= $3 or m.endpoint = any($4) then null else 'endpoint_closed' end, \
+                 due_at = case when m.expires_at <= $3 then null else m.due_at end, \
+                 finished_at = case when m.expires_at <= $3 then $3 end \
+             from c where m.id = c.id and m.id between (select min(id) from c) and (select max(id) from c) \
+             returning m.id, m.epoch, m.attempts + 1, m.endpoint, m.created_at, m.recipient, m.content, \
+                 m.content_type, m.headers, m.ordering_key, m.status = 'queued' as queued), \
+             l as (insert into batches (lane, owner, ids, epochs, created_at) \
+                 select $5, $6, array_agg(id), array_agg(epoch), $3 from u where queued having count(*) > 0 \
+                 returning id) \
+             select u.*, (select id from l) from u"
+        )
+    };
+}
+
+pub(super) const FRESH: &str = claim!("fresh", "fresh and id > $1 order by id");
+const LATE: &str = claim!("late", "fresh and id <= $1 order by id");
+const TIMED: &str = claim!(
+    "timed",
+    "timed_at is not null and lane = $1 and timed_at <= $3 order by timed_at, id"
+);
+
+/// Takes due rows: most become `queued`, with one ledger row for all.
+pub(super) async fn claim(db: &Object, claim: &Claim<'_>) -> Result<Claimed> {
+    let (limit, now) = (limit(claim.limit), written(claim.now));
+    let (open, owner) = (claim.open, claim.owner.0);
+    let mut rows = match claim.due {
+        Due::Fresh { after: MessageId(id) } => {
+            db.query(
+                &db.prepare_cached(FRESH).await?,
+                &[&id, &limit, &now, &open, &claim.lane, &owner],
+            )
+            .await?
+        }
+        Due::Late { up_to: MessageId(id) } => {
+            db.query(
+                &db.prepare_cached(LATE).await?,
+                &[&id, &limit, &now, &open, &claim.lane, &owner],
+            )
+            .await?
+        }
+        Due::Timed { lane } => {
+            db.query(
+                &db.prepare_cached(TIMED).await?,
+                &[&lane, &limit, &now, &open, &claim.lane, &owner],
+            )
+            .await?
+        }
+    };
+    rows.sort_unstable_by_key(|row| row.get::<_, i64>(0));
+    let queued = |row: &&Row| row.get::<_, bool>(10);
+    Ok(Claimed {
+        batch: rows.iter().find(queued).map(|row| BatchId(row.get(11))),
+        tickets: rows.iter().filter(queued).map(ticket).collect(),
+        seen: rows.len(),
+        last: rows.last().map(|row| MessageId(row.get(0))),
+    })
+}
+
+/// The ticket of a row: id, epoch, attempt, endpoint, created_at, recipient, content, content_type,
+/// headers and ordering_key, from the first column on.
+pub(super) fn ticket(row: &Row) -> Ticket {
+    let headers: Option<Json<&RawValue>> = row.get(8);
+    Ticket {
+        id: MessageId(row.get(0)),
+        epoch: row.get(1),
+        attempt: row.get(2),
+        endpoint: row.get(3),
+        created_at: time(row, 4),
+        recipient: row.get(5),
+        content: row.get(6),
+        content_type: row.get(7),
+        headers: headers.map(|headers| headers.0.to_owned()),
+        ordering_key: row.get(9),
+    }
+}
+
+/// Notes where the broker put a batch.
+pub(super) async fn acknowledge(db: &Object, batch: BatchId, place: Place) -> Result<()> {
+    let statement = db
+        .prepare_cached(
+            "/* ams:acknowledge */ update batches set partition = $2, last_offset = $3 where id = $1",
+        )
+        .await?;
+    db.execute(&statement, &[&batch.0, &place.partition, &place.offset])
+        .await?;
+    Ok(())
+}
+
+/// The oldest ledger rows.
+pub(super) async fn batches(db: &Object, now: Timestamp, count: usize) -> Result<Vec<Batch>> {
+    let statement = db
+        .prepare_cached(
+            "/* ams:batches */ select id, lane, owner, created_at, partition, last_offset, not exists ( \
+                 select 1 from instances where instances.id = batches.owner and lease_until > $1) \
+             from batches order by id limit $2",
+        )
+        .await?;
+    let rows = db.query(&statement, &[&written(now), &limit(count)]).await?;
+    let place = |row: &Row| {
+        let (partition, offset): (Option<i32>, Option<i64>) = (row.get(4), row.get(5));
+        Some(Place {
+            partition: partition?,
+            offset: offset?,
+        })
+    };
+    Ok(rows
+        .iter()
+        .map(|row| Batch {
+            id: BatchId(row.get(0)),
+            lane: row.get(1),
+            owner: InstanceId(row.get(2)),
+            created_at: optional_time(row, 3).unwrap_or_default(),
+            place: place(row),
+            orphaned: row.get(6),
+        })
+        .collect())
+}
+
+/// Gives back what of these batches is still `queued` in their epoch, and removes them.
+pub(super) async fn requeue(db: &mut Object, batches: &[BatchId], now: Timestamp) -> Result<u64> {
+    let numbers: Vec<i64> = batches.iter().map(|batch| batch.0).collect();
+    let transaction = db.transaction().await?;
+    let remove = transaction
+        .prepare_cached("/* ams:requeue */ delete from batches where id = any($1) returning ids, epochs")
+        .await?;
+    let mut pairs: Vec<(i64, Epoch)> = Vec::new();
+    for row in transaction.query(&remove, &[&numbers]).await? {
+        let (ids, epochs): (Vec<i64>, Vec<Epoch>) = (row.get(0), row.get(1));
+        pairs.extend(ids.into_iter().zip(epochs));
+    }
+    let mut given = 0;
+    for (epoch, ids) in by_epoch(pairs) {
+        given += give_back(&transaction, &ids, epoch, "queued", now).await?;
+    }
+    transaction.commit().await?;
+    Ok(given)
+}
+
+/// Gives rows back as they were before their claim when they are `status` in this epoch.
+pub(super) async fn give_back(
+    db: &deadpool_postgres::Transaction<'_>,
+    ids: &[i64],
+    epoch: Epoch,
+    status: &str,
+    now: Timestamp,
+) -> Result<u64> {
+    let statement = db
+        .prepare_cached(
+            "/* ams:give_back */ update messages set \
+                 status = case when attempts = 0 then 'pending'::message_state else 'retrying' end, \
+                 due_at = case when attempts = 0 then null else $6::timestamptz end \
+             where id = any($1) and epoch = $2 and status = $3::text::message_state and id between $4 and $5",
+        )
+        .await?;
+    let (first, last) = bounds(ids);
+    Ok(db
+        .execute(&statement, &[&ids, &epoch, &status, &first, &last, &written(now)])
+        .await?)
+}

@@ -1,0 +1,246 @@
+//! Against a real server.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::store::conformance::store_conformance;
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "tests are told by the environment where PostgreSQL is"
+)]
+fn server() -> String {
+    std::env::var("DATABASE_URL")
+        .expect("DATABASE_URL is set by `make test`, or by `eval \"$(dev/services env)\"`")
+}
+
+async fn scratch() -> Scratch {
+    Scratch::create(&server(), &format!("test_{:016x}", fastrand::u64(..)))
+        .await
+        .unwrap()
+}
+
+fn open(url: &str) -> PostgresStore {
+    PostgresStore::open(&PostgresOptions::parse(url).unwrap()).unwrap()
+}
+
+async fn make() -> Arc<dyn Store> {
+    let store = open(scratch().await.url());
+    store.migrate().await.unwrap();
+    Arc::new(store)
+}
+
+store_conformance!(make);
+
+async fn client(url: &str) -> tokio_postgres::Client {
+    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+#[tokio::test]
+async fn two_processes_may_migrate_at_once() {
+    let scratch = scratch().await;
+    let (one, other) = (open(scratch.url()), open(scratch.url()));
+    let (first, second) = tokio::join!(one.migrate(), other.migrate());
+    assert_eq!(first.unwrap().len() + second.unwrap().len(), 3);
+    assert_eq!(one.missing_migrations().await.unwrap(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_store_of_an_unknown_version_is_refused() {
+    let scratch = scratch().await;
+    let store = open(scratch.url());
+    store.migrate().await.unwrap();
+    let newer = "insert into refinery_schema_history (version, name, applied_on, checksum) values (99, 'later', '', '1')";
+    client(scratch.url()).await.execute(newer, &[]).await.unwrap();
+    let refused = store.missing_migrations().await.unwrap_err();
+    assert!(
+        matches!(&refused, StoreError::Version(sentence) if sentence.contains("V99__later")),
+        "{refused}"
+    );
+}
+
+#[tokio::test]
+async fn a_writer_may_insert_and_nothing_else() {
+    let scratch = scratch().await;
+    open(scratch.url()).migrate().await.unwrap();
+    let writer = client(scratch.url()).await;
+    writer.batch_execute("set role ams_writer").await.unwrap();
+    let insert = "insert into messages (recipient, content, idempotency_key) values ('+90', 'Hello', 'k')";
+    writer.execute(insert, &[]).await.unwrap();
+    let again = writer.execute(insert, &[]).await.unwrap_err();
+    assert!(
+        again
+            .as_db_error()
+            .unwrap()
+            .message()
+            .contains("idempotency_key was used before"),
+        "{again}"
+    );
+    for forbidden in [
+        "insert into messages (recipient, content, status) values ('+90', 'Hello', 'sent')",
+        "select * from messages",
+        "update messages set content = ''",
+        "delete from messages",
+        "select * from endpoints",
+        "select make_partitions()",
+    ] {
+        let error = writer.execute(forbidden, &[]).await.unwrap_err();
+        assert_eq!(
+            error.code(),
+            Some(&SqlState::INSUFFICIENT_PRIVILEGE),
+            "{forbidden}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn even_an_owner_can_not_insert_what_is_ours() {
+    let scratch = scratch().await;
+    open(scratch.url()).migrate().await.unwrap();
+    let owner = client(scratch.url()).await;
+    for (column, value) in [
+        ("status", "'sent'"),
+        ("epoch", "3"),
+        ("held", "'endpoint_busy'"),
+        ("due_at", "now()"),
+    ] {
+        let insert =
+            format!("insert into messages (recipient, content, {column}) values ('+90', 'Hello', {value})");
+        let error = owner.execute(&insert, &[]).await.unwrap_err();
+        let sentence = error.as_db_error().unwrap().message().to_owned();
+        assert_eq!(sentence, format!("{column} is set by AMS; insert without it"));
+    }
+}
+
+#[tokio::test]
+async fn partitions_are_made_ahead_while_a_writer_holds_a_transaction_open() {
+    let scratch = scratch().await;
+    let store = open(scratch.url());
+    store.migrate().await.unwrap();
+    let mut writer = client(scratch.url()).await;
+    let open = writer.transaction().await.unwrap();
+    let insert = "insert into messages (recipient, content) values ('+90', 'Hello')";
+    open.execute(insert, &[]).await.unwrap();
+    let other = client(scratch.url()).await;
+    other
+        .batch_execute("select setval('message_ids', 1700000)")
+        .await
+        .unwrap();
+    let made = tokio::time::timeout(Duration::from_secs(10), store.make_partitions()).await;
+    made.expect("making partitions waits for nobody who writes")
+        .unwrap();
+    open.commit().await.unwrap();
+    other
+        .batch_execute("select setval('message_ids', 3600000)")
+        .await
+        .unwrap();
+    other.execute(insert, &[]).await.unwrap();
+}
+
+/// Pages that a statement touches, by its plan.
+async fn pages(db: &tokio_postgres::Client, statement: &str) -> i64 {
+    let explained = db
+        .query(
+            &format!("explain (analyze, buffers, format json) {statement}"),
+            &[],
+        )
+        .await
+        .unwrap();
+    let plan: serde_json::Value = explained[0].get(0);
+    let at = |name: &str| plan[0]["Plan"][name].as_i64().unwrap();
+    at("Shared Hit Blocks") + at("Shared Read Blocks")
+}
+
+/// Statistics that say "no row is queued" or "no row is pending" must not make a plan quadratic, or
+/// make it read a partition to its end: claim, begin and record touch a bounded number of pages.
+#[tokio::test]
+async fn hostile_statistics_change_nothing() {
+    let scratch = scratch().await;
+    let store = open(scratch.url());
+    store.migrate().await.unwrap();
+    let db = client(scratch.url()).await;
+    db.batch_execute(
+        "set plan_cache_mode = force_generic_plan; \
+         insert into messages (recipient, content) select '+90', 'Hello' from generate_series(1, 100000)",
+    )
+    .await
+    .unwrap();
+    // With 20 bytes of content a page holds some 40 rows: a thousand rows by index touch a few thousand pages.
+    const BOUND: i64 = 40_000;
+    for round in 0..3_i64 {
+        let claim = claim::FRESH;
+        db.batch_execute(&format!(
+            "prepare claim_{round} (bigint, bigint, timestamptz, text[], text, bigint) as {claim}"
+        ))
+        .await
+        .unwrap();
+        let first = round * 1_000 + 1;
+        let run = format!(
+            "execute claim_{round} ({}, 1000, now(), '{{default}}', 'messages', 1)",
+            first - 1
+        );
+        let claimed = pages(&db, &run).await;
+        db.batch_execute(&format!(
+            "prepare begin_{round} (bigint[], int, bigint, bigint, timestamptz, bigint, bigint) as {}",
+            begin::BEGIN
+        ))
+        .await
+        .unwrap();
+        let ids = format!(
+            "(select array_agg(i) from generate_series({first}, {}) i)",
+            first + 999
+        );
+        let ids: String = db
+            .query_one(&format!("select {ids}::text"), &[])
+            .await
+            .unwrap()
+            .get(0);
+        let run = format!(
+            "execute begin_{round} ('{ids}', 1, {first}, {}, now(), {round}, 1)",
+            first + 999
+        );
+        let begun = pages(&db, &run).await;
+        let retry = record::RETRY;
+        db.batch_execute(&format!(
+            "prepare retry_{round} (bigint[], int[], text[], int[], timestamptz[], text[], bigint, bigint) as {retry}"
+        ))
+        .await
+        .unwrap();
+        let each = |what: &str| {
+            format!(
+                "(select array_agg({what}) from generate_series({first}, {}) i)",
+                first + 999
+            )
+        };
+        let literal = async |what: &str, kind: &str| -> String {
+            let text: String = db
+                .query_one(&format!("select {}::text", each(what)), &[])
+                .await
+                .unwrap()
+                .get(0);
+            format!("'{text}'::{kind}")
+        };
+        let run = format!(
+            "execute retry_{round} ({}, {}, {}, {}, {}, {}, {first}, {})",
+            literal("i", "bigint[]").await,
+            literal("1", "int[]").await,
+            literal("'messages-retry'::text", "text[]").await,
+            literal("0", "int[]").await,
+            literal("now()", "timestamptz[]").await,
+            literal("'status 500'::text", "text[]").await,
+            first + 999
+        );
+        let retried = pages(&db, &run).await;
+        println!("round {round}: claim {claimed} pages, begin {begun}, retry {retried}");
+        for (what, pages) in [("claim", claimed), ("begin", begun), ("retry", retried)] {
+            assert!(pages < BOUND, "{what} of round {round} touched {pages} pages");
+        }
+        let next = match round {
+            0 => "analyze messages",
+            _ => "update messages set status = 'sent' where id > 50000; analyze messages",
+        };
+        db.batch_execute(next).await.unwrap();
+    }
+}

@@ -1,0 +1,209 @@
+//! Instances, the active producer, endpoints and lanes.
+
+use std::time::Duration;
+
+use deadpool_postgres::Object;
+use uuid::Uuid;
+
+use super::{optional_time, written};
+use crate::clock::Timestamp;
+use crate::retry::Lane;
+use crate::store::{Bid, Endpoint, InstanceId, Leadership, Result};
+
+/// The random number of this store.
+pub(super) async fn installation(db: &Object) -> Result<Uuid> {
+    Ok(db
+        .query_one("/* ams:installation */ select id from installation", &[])
+        .await?
+        .get(0))
+}
+
+/// Makes partitions ahead of the ids in use.
+pub(super) async fn make_partitions(db: &Object) -> Result<()> {
+    let statement = db
+        .prepare_cached("/* ams:make_partitions */ select make_partitions()")
+        .await?;
+    db.execute(&statement, &[]).await?;
+    Ok(())
+}
+
+/// Registers a process.
+pub(super) async fn enroll(
+    db: &Object,
+    service: &str,
+    host: &str,
+    now: Timestamp,
+    lease_until: Timestamp,
+) -> Result<InstanceId> {
+    let statement = "/* ams:enroll */ insert into instances \
+                     (service, host, version, started_at, seen_at, lease_until) values ($1, $2, $3, $4, $4, $5) returning id";
+    let version = env!("CARGO_PKG_VERSION");
+    let row = db
+        .query_one(
+            statement,
+            &[&service, &host, &version, &written(now), &written(lease_until)],
+        )
+        .await?;
+    Ok(InstanceId(row.get(0)))
+}
+
+/// Renews a lease that has not been taken away.
+pub(super) async fn renew(
+    db: &Object,
+    instance: InstanceId,
+    now: Timestamp,
+    lease_until: Timestamp,
+) -> Result<bool> {
+    let statement = db
+        .prepare_cached("/* ams:renew */ update instances set seen_at = $2, lease_until = $3 where id = $1")
+        .await?;
+    Ok(db
+        .execute(&statement, &[&instance.0, &written(now), &written(lease_until)])
+        .await?
+        > 0)
+}
+
+/// Takes an instance and its leadership away.
+pub(super) async fn retire(db: &mut Object, instance: InstanceId) -> Result<()> {
+    let transaction = db.transaction().await?;
+    transaction
+        .execute(
+            "/* ams:retire */ delete from instances where id = $1",
+            &[&instance.0],
+        )
+        .await?;
+    let abdicate = "/* ams:abdicate */ update leader set owner = null, until = 'epoch' where owner = $1";
+    transaction.execute(abdicate, &[&instance.0]).await?;
+    Ok(transaction.commit().await?)
+}
+
+/// Makes the bidder the leader, unless another's term is not over.
+pub(super) async fn lead(db: &Object, bid: &Bid) -> Result<Option<Leadership>> {
+    let statement = db
+        .prepare_cached(
+            "/* ams:lead */ update leader set owner = $1, until = $3, paced_until = coalesce($4, paced_until) \
+             where owner is null or owner = $1 or until <= $2 returning paced_until",
+        )
+        .await?;
+    let paced_until = bid.paced_until.map(written);
+    let won = db
+        .query_opt(
+            &statement,
+            &[
+                &bid.instance.0,
+                &written(bid.now),
+                &written(bid.until),
+                &paced_until,
+            ],
+        )
+        .await?;
+    Ok(won.map(|row| Leadership {
+        paced_until: optional_time(&row, 0),
+    }))
+}
+
+/// All endpoints, by name.
+pub(super) async fn endpoints(db: &Object) -> Result<Vec<Endpoint>> {
+    let statement = db
+        .prepare_cached(
+            "/* ams:endpoints */ select name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret \
+             from endpoints order by name",
+        )
+        .await?;
+    let rows = db.query(&statement, &[]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| Endpoint {
+            name: row.get(0),
+            url: row.get(1),
+            timeout: Duration::from_millis(row.get::<_, i32>(2).unsigned_abs().into()),
+            in_flight_max: row.get::<_, i32>(3).unsigned_abs(),
+            final_statuses: row
+                .get::<_, Vec<i32>>(4)
+                .iter()
+                .filter_map(|s| u16::try_from(*s).ok())
+                .collect(),
+            enabled: row.get(5),
+            secret: row.get(6),
+        })
+        .collect())
+}
+
+/// Creates or replaces an endpoint.
+pub(super) async fn put_endpoint(db: &Object, endpoint: &Endpoint) -> Result<()> {
+    let statement = "/* ams:put_endpoint */ insert into endpoints \
+                     (name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret) \
+                     values ($1, $2, $3, $4, $5, $6, $7) on conflict (name) do update set url = excluded.url, \
+                     timeout_ms = excluded.timeout_ms, in_flight_max = excluded.in_flight_max, \
+                     final_statuses = excluded.final_statuses, enabled = excluded.enabled, secret = excluded.secret";
+    let timeout_ms = i32::try_from(endpoint.timeout.as_millis()).unwrap_or(i32::MAX);
+    let in_flight_max = i32::try_from(endpoint.in_flight_max).unwrap_or(i32::MAX);
+    let final_statuses: Vec<i32> = endpoint
+        .final_statuses
+        .iter()
+        .map(|status| i32::from(*status))
+        .collect();
+    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 7] = [
+        &endpoint.name,
+        &endpoint.url,
+        &timeout_ms,
+        &in_flight_max,
+        &final_statuses,
+        &endpoint.enabled,
+        &endpoint.secret,
+    ];
+    db.execute(statement, &values).await?;
+    Ok(())
+}
+
+/// All lanes, by topic.
+pub(super) async fn lanes(db: &Object) -> Result<Vec<Lane>> {
+    let statement = db
+        .prepare_cached(
+            "/* ams:lanes */ select topic, consumer_group, next, fresh, tries, interval_ms, interval_max_ms \
+             from lanes order by topic",
+        )
+        .await?;
+    let rows = db.query(&statement, &[]).await?;
+    let millis = |value: i64| Duration::from_millis(value.unsigned_abs());
+    Ok(rows
+        .iter()
+        .map(|row| Lane {
+            topic: row.get(0),
+            group: row.get(1),
+            next: row.get(2),
+            fresh: row.get(3),
+            tries: row.get(4),
+            interval: millis(row.get(5)),
+            interval_max: millis(row.get(6)),
+        })
+        .collect())
+}
+
+/// Registers a lane; returns what stood there before, if it was different.
+pub(super) async fn put_lane(db: &Object, lane: &Lane, now: Timestamp) -> Result<Option<Lane>> {
+    let before = lanes(db)
+        .await?
+        .into_iter()
+        .find(|before| before.topic == lane.topic);
+    let statement = "/* ams:put_lane */ insert into lanes \
+                     (topic, consumer_group, next, fresh, tries, interval_ms, interval_max_ms, registered_at) \
+                     values ($1, $2, $3, $4, $5, $6, $7, $8) on conflict (topic) do update set \
+                     consumer_group = excluded.consumer_group, next = excluded.next, fresh = excluded.fresh, \
+                     tries = excluded.tries, interval_ms = excluded.interval_ms, \
+                     interval_max_ms = excluded.interval_max_ms, registered_at = excluded.registered_at";
+    let millis = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
+    let (interval, interval_max) = (millis(lane.interval), millis(lane.interval_max));
+    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 8] = [
+        &lane.topic,
+        &lane.group,
+        &lane.next,
+        &lane.fresh,
+        &lane.tries,
+        &interval,
+        &interval_max,
+        &written(now),
+    ];
+    db.execute(statement, &values).await?;
+    Ok(before.filter(|before| before != lane))
+}

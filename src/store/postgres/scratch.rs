@@ -1,0 +1,88 @@
+//! A database of its own for a benchmark, on the server that is configured; thrown away afterwards.
+
+use tokio_postgres::Client;
+
+use super::{PostgresOptions, tls};
+use crate::store::{Result, StoreError};
+
+/// A scratch database.
+pub struct Scratch {
+    server: PostgresOptions,
+    url: String,
+    name: String,
+}
+
+impl Scratch {
+    /// Makes the database `name` on the server of `url`.
+    ///
+    /// # Errors
+    /// When the server can't be reached or the user may not make databases.
+    pub async fn create(url: &str, name: &str) -> Result<Scratch> {
+        let server = PostgresOptions::parse(url)?;
+        let mut own =
+            url::Url::parse(url).map_err(|error| StoreError::Refused(format!("DATABASE_URL: {error}")))?;
+        own.set_path(name);
+        let scratch = Scratch {
+            server,
+            url: own.into(),
+            name: name.to_owned(),
+        };
+        let client = connect(&scratch.server).await?;
+        client
+            .batch_execute(&format!("create database \"{name}\""))
+            .await?;
+        Ok(scratch)
+    }
+
+    /// The URL of the scratch database.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Forgets the statements counted so far, where the server counts them.
+    ///
+    /// # Errors
+    /// When the server can't be reached.
+    pub async fn reset_statements(&self) -> Result<()> {
+        let client = connect(&PostgresOptions::parse(&self.url)?).await?;
+        if client
+            .batch_execute("create extension if not exists pg_stat_statements")
+            .await
+            .is_ok()
+        {
+            // Without the preloaded library the extension is there and counts nothing.
+            let _ = client.batch_execute("select pg_stat_statements_reset()").await;
+        }
+        Ok(())
+    }
+
+    /// Statements run in this database since the last reset; `None` where the server does not count.
+    ///
+    /// # Errors
+    /// When the server can't be reached.
+    pub async fn statements(&self) -> Result<Option<u64>> {
+        let client = connect(&PostgresOptions::parse(&self.url)?).await?;
+        let statement = "select coalesce(sum(calls), 0)::bigint from pg_stat_statements s \
+                         join pg_database d on d.oid = s.dbid where d.datname = current_database()";
+        let counted = client.query_one(statement, &[]).await.ok();
+        Ok(counted.map(|row| u64::try_from(row.get::<_, i64>(0)).unwrap_or(0)))
+    }
+
+    /// Removes the database, whoever is still connected.
+    ///
+    /// # Errors
+    /// When the server can't be reached.
+    pub async fn remove(self) -> Result<()> {
+        let client = connect(&self.server).await?;
+        client
+            .batch_execute(&format!("drop database \"{}\" with (force)", self.name))
+            .await?;
+        Ok(())
+    }
+}
+
+async fn connect(options: &PostgresOptions) -> Result<Client> {
+    let (client, connection) = options.config.connect(tls::connector(options.verify)).await?;
+    tokio::spawn(connection);
+    Ok(client)
+}

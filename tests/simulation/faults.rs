@@ -1,0 +1,126 @@
+//! A store whose calls fail: before they happen, after they happened, or by the end of the process.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ams::clock::Timestamp;
+use ams::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
+use ams::retry::Lane;
+use ams::store::*;
+use async_trait::async_trait;
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+/// How often what goes wrong, in thousandths of calls.
+#[derive(Clone, Copy, Debug)]
+pub struct Rates {
+    pub before: u32,
+    pub after: u32,
+    pub crash: u32,
+}
+
+/// Decides the fate of each call, and remembers how often.
+pub struct Faults {
+    rates: Rates,
+    pub crashed: Notify,
+    pub count: AtomicU64,
+    /// Off while the world is set up and inspected.
+    pub on: std::sync::atomic::AtomicBool,
+}
+
+impl Faults {
+    pub fn new(rates: Rates) -> Faults {
+        Faults {
+            rates,
+            crashed: Notify::new(),
+            count: AtomicU64::new(0),
+            on: true.into(),
+        }
+    }
+
+    fn happens(&self, per_mille: u32) -> bool {
+        let happens = self.on.load(Ordering::Relaxed) && fastrand::u32(0..1000) < per_mille;
+        self.count.fetch_add(u64::from(happens), Ordering::Relaxed);
+        happens
+    }
+
+    /// Ends the process here, or not.
+    pub async fn maybe_crash(&self) {
+        if self.happens(self.rates.crash) {
+            self.crashed.notify_one();
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Carries a call out, or fails it on one side or the other.
+    pub async fn call<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        self.maybe_crash().await;
+        let lost = || StoreError::Unavailable("the simulation cut the connection".to_owned());
+        if self.happens(self.rates.before) {
+            return Err(lost());
+        }
+        let answer = call.await;
+        // The other services get their turn between any two calls.
+        for _ in 0..fastrand::u32(0..3) {
+            tokio::task::yield_now().await;
+        }
+        self.maybe_crash().await;
+        if self.happens(self.rates.after) {
+            Err(lost())
+        } else {
+            answer
+        }
+    }
+}
+
+/// The store that the services see.
+pub struct FaultyStore {
+    pub inner: Arc<dyn Store>,
+    pub faults: Arc<Faults>,
+}
+
+macro_rules! faulty {
+    ($($name:ident($($argument:ident: $type:ty),*) -> $answer:ty;)*) => {
+        #[async_trait]
+        impl Store for FaultyStore {
+            fn kind(&self) -> &'static str {
+                self.inner.kind()
+            }
+            $(async fn $name(&self, $($argument: $type),*) -> Result<$answer> {
+                self.faults.call(self.inner.$name($($argument),*)).await
+            })*
+        }
+    };
+}
+
+faulty! {
+    migrate() -> Vec<String>;
+    missing_migrations() -> Vec<String>;
+    installation() -> Uuid;
+    insert(messages: &[NewMessage], now: Timestamp) -> Vec<Inserted>;
+    enroll(service: &str, host: &str, now: Timestamp, lease_until: Timestamp) -> InstanceId;
+    renew(instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> bool;
+    retire(instance: InstanceId) -> ();
+    lead(bid: &Bid) -> Option<Leadership>;
+    changed() -> bool;
+    claim(claim: &Claim<'_>) -> Claimed;
+    acknowledge(batch: BatchId, place: Place) -> ();
+    batches(now: Timestamp, limit: usize) -> Vec<Batch>;
+    requeue(batches: &[BatchId], now: Timestamp) -> u64;
+    begin(begin: &Begin<'_>) -> Begun;
+    record(records: &Records<'_>) -> Vec<MessageId>;
+    hold(tickets: &[(MessageId, Epoch)], held: Held, now: Timestamp) -> u64;
+    held() -> Vec<(String, Held)>;
+    unhold(endpoint: &str, held: Held, limit: usize, now: Timestamp) -> u64;
+    recover(now: Timestamp) -> Recovered;
+    dead_letters(before: Timestamp, limit: usize) -> Vec<DeadLetter>;
+    dead_lettered(ids: &[MessageId]) -> ();
+    make_partitions() -> ();
+    endpoints() -> Vec<Endpoint>;
+    put_endpoint(endpoint: &Endpoint) -> ();
+    lanes() -> Vec<Lane>;
+    put_lane(lane: &Lane, now: Timestamp) -> Option<Lane>;
+    message(id: MessageId) -> Option<Message>;
+    attempts(id: MessageId) -> Vec<Attempt>;
+    overview(now: Timestamp) -> Overview;
+}

@@ -1,0 +1,236 @@
+//! Amnesia and outages of Redis, Kafka and PostgreSQL under load.
+
+use std::time::Duration;
+
+use crate::harness::*;
+use crate::kills::{Load, rows};
+use ams::testclient::TestClientOptions;
+
+/// Services that run a stack.
+fn start(stack: &Stack) -> Vec<Service> {
+    ["producer", "consumer", "retry-consumer"]
+        .iter()
+        .map(|verb| stack.start(verb, &[]))
+        .collect()
+}
+
+async fn receiver(latency_ms: u64) -> Receiver {
+    let latency = Duration::from_millis(latency_ms);
+    Receiver::start(TestClientOptions {
+        latency,
+        ..TestClientOptions::default()
+    })
+    .await
+}
+
+/// Ends the load, waits until all is final, and counts.
+async fn settle(what: &str, stack: &Stack, receiver: &Receiver, repeats_allowed: usize) {
+    let count = rows(stack).await;
+    let ended = stack.all_final(count, Duration::from_secs(120)).await;
+    let lost = usize::try_from(count).unwrap() - receiver.accepted().len();
+    println!(
+        "{what}: {count} messages, lost {lost}, repeats {} (at most {repeats_allowed})",
+        receiver.duplicates()
+    );
+    assert_eq!(ended.get("sent"), Some(&count), "{what}: {ended:?}");
+    assert_eq!(lost, 0, "{what}");
+    assert!(
+        receiver.duplicates() <= repeats_allowed,
+        "{what}: {} repeats",
+        receiver.duplicates()
+    );
+    receiver.assert_ids_are_stable();
+}
+
+/// Fills a backlog of 20,000 on a stack that is under way.
+async fn under_way(stack: &Stack, receiver: &Receiver) {
+    stack.insert(20_000).await;
+    until("it runs", Duration::from_secs(30), async || {
+        receiver.arrivals() > 200
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn redis_forgets_everything() {
+    let receiver = receiver(20).await;
+    let stack = Stack::new("flushall", &receiver).await;
+    let _services = start(&stack);
+    under_way(&stack, &receiver).await;
+    tool("redis-cli", &["-u", &stack.environment["REDIS_URL"], "flushall"]);
+    settle("FLUSHALL", &stack, &receiver, 0).await;
+}
+
+fn kafka(arguments: &[&str], class: &str) {
+    let jars = std::fs::canonicalize(".dev/kafka/jars").unwrap();
+    let path = format!("{}/*", jars.display());
+    tool("java", &[&["-cp", &path, class], arguments].concat());
+}
+
+#[tokio::test]
+async fn kafkas_topics_are_deleted() {
+    let receiver = receiver(20).await;
+    let stack = Stack::new("deleted", &receiver).await;
+    let _services = start(&stack);
+    under_way(&stack, &receiver).await;
+    let brokers = &stack.environment["KAFKA_BROKERS"];
+    let topic = format!("{}-fresh", stack.name);
+    kafka(
+        &["--bootstrap-server", brokers, "--delete", "--topic", &topic],
+        "org.apache.kafka.tools.TopicCommand",
+    );
+    settle("topic deleted", &stack, &receiver, 0).await;
+}
+
+#[tokio::test]
+async fn group_offsets_are_reset_to_the_start_and_to_the_end() {
+    for to in ["--to-earliest", "--to-latest"] {
+        let receiver = receiver(20).await;
+        let stack = Stack::new("offsets", &receiver).await;
+        let _producer = stack.start("producer", &[]);
+        let consumer = stack.start("consumer", &[]);
+        under_way(&stack, &receiver).await;
+        // Only a group without members can be reset.
+        assert!(consumer.stop().await.success());
+        let (brokers, topic) = (
+            &stack.environment["KAFKA_BROKERS"],
+            format!("{}-fresh", stack.name),
+        );
+        let arguments = [
+            "--bootstrap-server",
+            brokers,
+            "--group",
+            &stack.name,
+            "--topic",
+            &topic,
+            "--reset-offsets",
+            to,
+            "--execute",
+        ];
+        kafka(
+            &arguments,
+            "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand",
+        );
+        let _consumer = stack.start("consumer", &[]);
+        settle(to, &stack, &receiver, 0).await;
+    }
+}
+
+#[tokio::test]
+async fn kafkas_data_is_wiped() {
+    let receiver = receiver(20).await;
+    let stack = Stack::new("wiped", &receiver).await;
+    let _services = start(&stack);
+    under_way(&stack, &receiver).await;
+    services("kill", "kafka");
+    services("wipe", "kafka");
+    services("start", "kafka");
+    settle("data wiped", &stack, &receiver, 0).await;
+}
+
+/// How long an outage lasts in `make test`; issues ask for 30 and 60 s.
+fn outage() -> Duration {
+    Duration::from_secs(setting("AMS_TEST_OUTAGE_SECONDS").map_or(12, |text| text.parse().unwrap()))
+}
+
+/// Cuts a part off under load, brings it back, and measures how soon deliveries go on.
+async fn part_is_away(name: &str, repeats_allowed: usize) {
+    let receiver = receiver(1).await;
+    let stack = Stack::new(&format!("{name}_away"), &receiver).await;
+    let _services = start(&stack);
+    let load = Load::start(&stack);
+    until("it runs", Duration::from_secs(30), async || {
+        receiver.arrivals() > 500
+    })
+    .await;
+    services("kill", name);
+    let_run(outage()).await;
+    services("start", name);
+    let before = load.committed();
+    until("rows are committed again", Duration::from_secs(30), async || {
+        load.committed() > before
+    })
+    .await;
+    let newest: i64 = stack
+        .sql()
+        .await
+        .query_one("select max(id) from messages", &[])
+        .await
+        .unwrap()
+        .get(0);
+    let resumed = until(
+        "a row committed after the outage arrives",
+        Duration::from_secs(30),
+        async || receiver.accepted().range(newest..).next().is_some(),
+    )
+    .await;
+    println!(
+        "{name} away for {:?}: deliveries go on {resumed:.1?} after it is back",
+        outage()
+    );
+    load.finish().await;
+    settle(&format!("{name} killed"), &stack, &receiver, repeats_allowed).await;
+}
+
+#[tokio::test]
+async fn postgres_is_killed_and_comes_back() {
+    part_is_away("postgres", 0).await;
+}
+
+#[tokio::test]
+async fn kafka_is_killed_and_comes_back() {
+    part_is_away("kafka", 0).await;
+}
+
+#[tokio::test]
+async fn redis_is_killed_and_comes_back() {
+    part_is_away("redis", 0).await;
+}
+
+#[tokio::test]
+async fn postgres_cuts_every_connection_again_and_again() {
+    let receiver = receiver(1).await;
+    let stack = Stack::new("cut", &receiver).await;
+    let _services = start(&stack);
+    let load = Load::start(&stack);
+    until("it runs", Duration::from_secs(30), async || {
+        receiver.arrivals() > 500
+    })
+    .await;
+    for _ in 0..30 {
+        let cut = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()";
+        stack.sql().await.execute(cut, &[]).await.unwrap();
+        let_run(Duration::from_millis(fastrand::u64(20..300))).await;
+    }
+    load.finish().await;
+    settle("connections cut", &stack, &receiver, 0).await;
+}
+
+#[tokio::test]
+async fn redis_freezes_or_is_full_and_nothing_slows_down() {
+    let receiver = receiver(1).await;
+    let stack = Stack::new("redis_slow", &receiver).await;
+    let _services = start(&stack);
+    let redis = stack.environment["REDIS_URL"].clone();
+    let load = Load::start(&stack);
+    until("it runs", Duration::from_secs(30), async || {
+        receiver.arrivals() > 500
+    })
+    .await;
+    tool("redis-cli", &["-u", &redis, "config", "set", "maxmemory", "1"]);
+    goes_on(&receiver, "Redis is out of memory").await;
+    tool("redis-cli", &["-u", &redis, "config", "set", "maxmemory", "0"]);
+    services("pause", "redis");
+    goes_on(&receiver, "Redis is frozen").await;
+    services("resume", "redis");
+    load.finish().await;
+    settle("Redis frozen and full", &stack, &receiver, 0).await;
+}
+
+async fn goes_on(receiver: &Receiver, what: &str) {
+    let before = receiver.arrivals();
+    let_run(Duration::from_secs(3)).await;
+    let arrived = receiver.arrivals() - before;
+    println!("{what}: {arrived} deliveries in 3 s at a load of 1,000/s");
+    assert!(arrived > 2_000, "{what}: only {arrived} in 3 s");
+}

@@ -1,0 +1,336 @@
+//! A stack of its own for each test: a database, lanes, a receiver, and `ams` processes.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ams::clock::{Clock, Stopwatch, Timestamp};
+use ams::testclient::{self, Seen, TestClientOptions};
+use tokio::net::TcpListener;
+use tokio::sync::{Mutex as AsyncMutex, MutexGuard};
+use tokio_util::sync::CancellationToken;
+
+/// The services are shared and some tests kill them.
+static ONE_AT_A_TIME: AsyncMutex<()> = AsyncMutex::const_new(());
+
+/// A setting of the tests themselves.
+pub fn setting(name: &str) -> Option<String> {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the tests are told by the environment where the services are"
+    )]
+    std::env::var(name).ok()
+}
+
+fn service_url(name: &str) -> String {
+    setting(name).unwrap_or_else(|| {
+        panic!(
+            "{name} is not set: run `make test`, or `dev/services start` and `eval \"$(dev/services env)\"`"
+        )
+    })
+}
+
+/// Calls `dev/services` on the services that the tests run on.
+pub fn services(verb: &str, name: &str) {
+    let status = Command::new("dev/services")
+        .args([verb, name])
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success(), "dev/services {verb} {name}: {status}");
+}
+
+/// Looks every 50 ms until `condition` holds; panics with `what` after `limit`.
+pub async fn until(what: &str, limit: Duration, mut condition: impl AsyncFnMut() -> bool) -> Duration {
+    let watch = Clock::system().stopwatch();
+    let mut tick = tokio::time::interval(Duration::from_millis(50));
+    loop {
+        tick.tick().await;
+        if condition().await {
+            return watch.elapsed();
+        }
+        assert!(watch.elapsed() < limit, "after {limit:?} still not: {what}");
+    }
+}
+
+/// Lets the system under test run for a while: time is what is tested then.
+pub async fn let_run(time: Duration) {
+    let _ = tokio::time::timeout(time, std::future::pending::<()>()).await;
+}
+
+/// A receiver in the test's own process.
+pub struct Receiver {
+    pub url: String,
+    seen: Arc<Mutex<Vec<(Seen, Timestamp)>>>,
+    stop: CancellationToken,
+}
+
+impl Receiver {
+    pub async fn start(options: TestClientOptions) -> Receiver {
+        // Below the ephemeral range, so that no client takes the port first.
+        let mut listener = None;
+        while listener.is_none() {
+            listener = TcpListener::bind(("127.0.0.1", fastrand::u16(20_000..28_000)))
+                .await
+                .ok();
+        }
+        let listener = listener.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let seen: Arc<Mutex<Vec<(Seen, Timestamp)>>> = Arc::default();
+        let (sink, stop, clock) = (Arc::clone(&seen), CancellationToken::new(), Clock::system());
+        let sink = move |one: Seen| sink.lock().unwrap().push((one, clock.now()));
+        let options = TestClientOptions {
+            quiet: true,
+            sink: Some(Arc::new(sink)),
+            ..options
+        };
+        tokio::spawn(testclient::run(listener, options, stop.clone()));
+        Receiver { url, seen, stop }
+    }
+
+    /// Everything that has arrived, oldest first.
+    pub fn seen(&self) -> Vec<(Seen, Timestamp)> {
+        self.seen.lock().unwrap().clone()
+    }
+
+    pub fn arrivals(&self) -> usize {
+        self.seen.lock().unwrap().len()
+    }
+
+    /// How often each message was accepted.
+    pub fn accepted(&self) -> BTreeMap<i64, usize> {
+        let mut accepted = BTreeMap::new();
+        for (seen, _) in self
+            .seen
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|(seen, _)| (200..300).contains(&seen.status))
+        {
+            *accepted.entry(seen.id).or_default() += 1;
+        }
+        accepted
+    }
+
+    /// Accepted deliveries beyond the first of each message.
+    pub fn duplicates(&self) -> usize {
+        self.accepted().values().map(|count| count - 1).sum()
+    }
+
+    /// Asserts that every attempt of a message carried the same `webhook-id`, and that no two share one.
+    pub fn assert_ids_are_stable(&self) {
+        let mut ids: BTreeMap<i64, String> = BTreeMap::new();
+        for (seen, _) in self.seen.lock().unwrap().iter() {
+            let known = ids.entry(seen.id).or_insert_with(|| seen.webhook_id.clone());
+            assert_eq!(*known, seen.webhook_id, "message {}", seen.id);
+        }
+        let distinct: std::collections::BTreeSet<_> = ids.values().collect();
+        assert_eq!(distinct.len(), ids.len());
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// An `ams` process.
+pub struct Service {
+    pub verb: String,
+    child: Child,
+}
+
+impl Service {
+    pub fn signal(&self, signal: &str) {
+        let pid = self.child.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args([signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+
+    /// As a power cut would end it.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Asks for a clean stop and waits for it.
+    pub async fn stop(mut self) -> ExitStatus {
+        self.signal("-TERM");
+        let mut status = None;
+        until("the process has stopped", Duration::from_secs(45), async || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        })
+        .await;
+        status.unwrap()
+    }
+
+    /// Resident memory in MB.
+    pub fn memory_mb(&self) -> f64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A full stack: its database and lanes are named after it.
+pub struct Stack {
+    pub name: String,
+    pub database_url: String,
+    pub environment: BTreeMap<String, String>,
+    pub log: PathBuf,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Stack {
+    /// A migrated, empty stack whose default endpoint is `receiver`.
+    pub async fn new(test: &str, receiver: &Receiver) -> Stack {
+        let alone = ONE_AT_A_TIME.lock().await;
+        let name = format!("{test}_{:08x}", fastrand::u32(..));
+        let server = service_url("DATABASE_URL");
+        let mut url = url::Url::parse(&server).unwrap();
+        sql_on(&server)
+            .await
+            .batch_execute(&format!("create database {name}"))
+            .await
+            .unwrap();
+        url.set_path(&name);
+        let log = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.log"));
+        let set = |pairs: &[(&str, &str)]| {
+            pairs
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                .collect()
+        };
+        let environment = set(&[
+            ("DATABASE_URL", url.as_str()),
+            ("KAFKA_BROKERS", &service_url("KAFKA_BROKERS")),
+            ("REDIS_URL", &service_url("REDIS_URL")),
+            ("REQUEST_URL", &receiver.url),
+            ("KAFKA_GROUP_ID", &name),
+            ("KAFKA_TOPIC", &format!("{name}-fresh")),
+            ("KAFKA_TOPIC_RETRY", &format!("{name}-retry")),
+            ("PORT", "0"),
+        ]);
+        let stack = Stack {
+            name,
+            database_url: url.into(),
+            environment,
+            log,
+            _alone: alone,
+        };
+        assert!(stack.command("migrate", &[]).status().unwrap().success());
+        stack
+    }
+
+    /// An `ams` command in this stack's environment, logging to its file.
+    pub fn command(&self, verb: &str, more: &[(&str, &str)]) -> Command {
+        let log = || File::options().append(true).create(true).open(&self.log).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ams"));
+        command
+            .arg(verb)
+            .envs(&self.environment)
+            .stdin(Stdio::null())
+            .stdout(log())
+            .stderr(log());
+        if verb == "retry-consumer" {
+            let retry = [format!("{}-retry", self.name), format!("{}-dlq", self.name)];
+            command
+                .env("KAFKA_TOPIC", &retry[0])
+                .env("KAFKA_TOPIC_RETRY", &retry[1]);
+        }
+        command.envs(more.iter().copied());
+        command
+    }
+
+    pub fn start(&self, verb: &str, more: &[(&str, &str)]) -> Service {
+        Service {
+            verb: verb.to_owned(),
+            child: self.command(verb, more).spawn().unwrap(),
+        }
+    }
+
+    pub async fn sql(&self) -> tokio_postgres::Client {
+        sql_on(&self.database_url).await
+    }
+
+    /// Inserts `count` rows as any program would.
+    pub async fn insert(&self, count: i64) {
+        let statement = "insert into messages (recipient, content) select '+' || i, 'Hello ' || i from generate_series(1, $1::bigint) i";
+        self.sql().await.execute(statement, &[&count]).await.unwrap();
+    }
+
+    /// How many messages have each status.
+    pub async fn statuses(&self) -> BTreeMap<String, i64> {
+        let rows = self
+            .sql()
+            .await
+            .query("select status::text, count(*) from messages group by 1", &[])
+            .await;
+        // An outage is part of some tests; then nothing is known.
+        rows.map(|rows| rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+            .unwrap_or_default()
+    }
+
+    /// Waits until every message is final and `count` exist; returns how many ended how.
+    pub async fn all_final(&self, count: i64, limit: Duration) -> BTreeMap<String, i64> {
+        let mut last = BTreeMap::new();
+        let watch: Stopwatch = Clock::system().stopwatch();
+        let mut tick = tokio::time::interval(Duration::from_millis(200));
+        loop {
+            tick.tick().await;
+            last = self.statuses().await;
+            let ended = ["sent", "dead", "cancelled", "expired"]
+                .iter()
+                .filter_map(|s| last.get(*s))
+                .sum::<i64>();
+            if ended == count && last.values().sum::<i64>() == count {
+                return last;
+            }
+            assert!(
+                watch.elapsed() < limit,
+                "after {limit:?} not all final: {last:?}; log: {}",
+                self.log.display()
+            );
+        }
+    }
+}
+
+/// A connection whose other half runs until it is dropped.
+pub async fn sql_on(url: &str) -> tokio_postgres::Client {
+    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+/// Runs a tool that the tests need and returns what it printed.
+pub fn tool(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output();
+    let output =
+        output.unwrap_or_else(|error| panic!("{program} is needed: {error}; run `dev/packages services`"));
+    assert!(
+        output.status.success(),
+        "{program}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}

@@ -1,0 +1,186 @@
+//! `kill -9` of every process under steady load, at random moments: nothing lost, few repeats, soon back.
+//!
+//! `AMS_TEST_KILLS=25` kills each so often; `make test` does it three times each.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::Duration;
+
+use crate::harness::*;
+use ams::clock::Clock;
+use ams::testclient::TestClientOptions;
+
+/// Rows a second that a loader inserts while processes die.
+const RATE: i64 = 1_000;
+
+fn kills() -> usize {
+    setting("AMS_TEST_KILLS").map_or(3, |text| text.parse().unwrap())
+}
+
+/// Inserts at a steady rate until told to stop; gives back how many rows were committed.
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    committed: Arc<AtomicI64>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Load {
+    pub fn start(stack: &Stack) -> Load {
+        let (stop, committed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI64::new(0)));
+        let (stopped, count, url) = (
+            Arc::clone(&stop),
+            Arc::clone(&committed),
+            stack.database_url.clone(),
+        );
+        let task = tokio::spawn(async move {
+            let statement = "insert into messages (recipient, content) select '+' || i, 'Hello' from generate_series(1, 20) i";
+            let mut tick = tokio::time::interval(Duration::from_micros(20 * 1_000_000 / RATE.unsigned_abs()));
+            let mut sql = None;
+            while !stopped.load(Ordering::Relaxed) {
+                tick.tick().await;
+                // The server itself may be down; a writer's own retry is not what is tested.
+                if sql.is_none() {
+                    let Ok((client, connection)) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await
+                    else {
+                        continue;
+                    };
+                    tokio::spawn(connection);
+                    sql = Some(client);
+                }
+                match sql.as_ref().unwrap().execute(statement, &[]).await {
+                    Ok(rows) => drop(count.fetch_add(i64::try_from(rows).unwrap(), Ordering::Relaxed)),
+                    Err(_) => sql = None,
+                }
+            }
+        });
+        Load {
+            stop,
+            committed,
+            task,
+        }
+    }
+
+    pub fn committed(&self) -> i64 {
+        self.committed.load(Ordering::Relaxed)
+    }
+
+    pub async fn finish(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.await.unwrap();
+    }
+}
+
+/// How many rows exist: a commit whose answer was lost counts too.
+pub async fn rows(stack: &Stack) -> i64 {
+    stack
+        .sql()
+        .await
+        .query_one("select count(*) from messages", &[])
+        .await
+        .unwrap()
+        .get(0)
+}
+
+struct Line {
+    verb: &'static str,
+    kills: usize,
+    lost: usize,
+    duplicates: usize,
+    in_flight: i64,
+    resumed_max: Duration,
+}
+
+/// Kills `verb` again and again beside the other services, then settles and counts.
+async fn kill(verb: &'static str, others: &[&str]) -> Line {
+    let receiver = Receiver::start(TestClientOptions {
+        latency: Duration::from_millis(5),
+        ..TestClientOptions::default()
+    })
+    .await;
+    let stack = Stack::new("kills", &receiver).await;
+    let _others: Vec<_> = others.iter().map(|other| stack.start(other, &[])).collect();
+    let mut service = stack.start(verb, &[]);
+    let load = Load::start(&stack);
+    until("it runs", Duration::from_secs(30), async || {
+        receiver.arrivals() > 500
+    })
+    .await;
+    let mut line = Line {
+        verb,
+        kills: kills(),
+        lost: 0,
+        duplicates: 0,
+        in_flight: 0,
+        resumed_max: Duration::ZERO,
+    };
+    for _ in 0..line.kills {
+        let_run(Duration::from_millis(fastrand::u64(200..1_500))).await;
+        service.kill();
+        let processing = "select count(*) from messages where status = 'processing'";
+        line.in_flight += stack
+            .sql()
+            .await
+            .query_one(processing, &[])
+            .await
+            .unwrap()
+            .get::<_, i64>(0);
+        let watch = Clock::system().stopwatch();
+        // Rows of before the kill may still arrive from elsewhere; what counts is one committed after it.
+        let newest: i64 = stack
+            .sql()
+            .await
+            .query_one("select max(id) from messages", &[])
+            .await
+            .unwrap()
+            .get(0);
+        service = stack.start(verb, &[]);
+        until(
+            "a row committed after the kill arrives",
+            Duration::from_secs(30),
+            async || receiver.accepted().range(newest + 1..).next().is_some(),
+        )
+        .await;
+        line.resumed_max = line.resumed_max.max(watch.elapsed());
+    }
+    load.finish().await;
+    let count = rows(&stack).await;
+    let ended = stack.all_final(count, Duration::from_secs(60)).await;
+    assert_eq!(ended.get("sent"), Some(&count), "{verb}: {ended:?}");
+    receiver.assert_ids_are_stable();
+    line.lost = usize::try_from(count).unwrap() - receiver.accepted().len();
+    line.duplicates = receiver.duplicates();
+    line
+}
+
+fn check(lines: &[Line]) {
+    println!("| killed | times | lost | repeats | in flight at the kills | back within |");
+    println!("| --- | --- | --- | --- | --- | --- |");
+    for line in lines {
+        let (verb, kills, lost, duplicates) = (line.verb, line.kills, line.lost, line.duplicates);
+        println!(
+            "| {verb} | {kills} | {lost} | {duplicates} | {} | {:.1?} |",
+            line.in_flight, line.resumed_max
+        );
+    }
+    for line in lines {
+        assert_eq!(line.lost, 0, "{}", line.verb);
+        assert!(
+            i64::try_from(line.duplicates).unwrap() <= line.in_flight,
+            "{}: {} repeats",
+            line.verb,
+            line.duplicates
+        );
+    }
+}
+
+#[tokio::test]
+async fn kills_of_each_service_lose_nothing() {
+    let lines = [
+        kill("producer", &["api", "consumer", "retry-consumer"]).await,
+        kill("consumer", &["api", "producer", "retry-consumer"]).await,
+        kill("retry-consumer", &["api", "producer", "consumer"]).await,
+        kill("api", &["producer", "consumer", "retry-consumer"]).await,
+        kill("up", &[]).await,
+    ];
+    check(&lines);
+}

@@ -1,0 +1,14 @@
+//! The whole system through its public interfaces: real processes on real PostgreSQL, Kafka and Redis,
+//! real receivers, and what goes wrong with all of them.
+//!
+//! Needs `DATABASE_URL`, `KAFKA_BROKERS` and `REDIS_URL` (`make test` sets them) and fails without. The
+//! tests share the services and some of them kill those, so they run one at a time.
+
+mod calm;
+mod embedded;
+mod faults;
+mod harness;
+mod kills;
+mod lanes;
+mod neighbours;
+mod quickstart;

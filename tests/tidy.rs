@@ -1,0 +1,268 @@
+//! Rules of the house, as tests. Each names the file and line that breaks it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Rooms in the order in which they may use each other: a room may import those of earlier ranks,
+/// and nothing of its own rank but itself.
+const RANKS: &[&[&str]] = &[
+    &["clock"],
+    &["message"],
+    &["retry"],
+    &["telemetry"],
+    &["store"],
+    &["queue"],
+    &["cache"],
+    &["delivery"],
+    &["service"],
+    &["intake", "producer"],
+    &["consumer"],
+    &["janitor"],
+    &["api", "testclient"],
+    &["config"],
+    &["app"],
+    &["bench"],
+    &["cli"],
+];
+
+/// Drivers, and the one place that may name each.
+const DRIVERS: &[(&str, &[&str])] = &[
+    ("tokio_postgres", &["src/store/postgres"]),
+    ("deadpool_postgres", &["src/store/postgres"]),
+    ("rusqlite", &["src/store/sqlite"]),
+    ("refinery", &["src/store/postgres", "src/store/sqlite"]),
+    ("rdkafka", &["src/queue/kafka"]),
+    ("redis::", &["src/cache/redis"]),
+    ("moka", &["src/cache/memory"]),
+    ("axum", &["src/api", "src/testclient"]),
+    ("clap", &["src/cli"]),
+    ("prometheus_client", &["src/telemetry"]),
+    ("std::env::var", &["src/config"]),
+];
+
+fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::from(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.to_string_lossy().ends_with(ending) {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn sources() -> Vec<(String, String)> {
+    let paths = files("src", ".rs").into_iter().chain(files("tests", ".rs"));
+    paths
+        .map(|path| {
+            (
+                path.to_string_lossy().into_owned(),
+                std::fs::read_to_string(&path).unwrap(),
+            )
+        })
+        .collect()
+}
+
+/// A source without its test modules, which stand at the end of a file.
+fn program(text: &str) -> &str {
+    let end = ["#[cfg(test)]\nmod ", "#[cfg(test)]\npub(crate) mod tests"];
+    end.iter()
+        .filter_map(|mark| text.find(mark))
+        .min()
+        .map_or(text, |at| &text[..at])
+}
+
+fn is_test_file(path: &str) -> bool {
+    path.starts_with("tests/")
+        || path.ends_with("/tests.rs")
+        || path.contains("conformance")
+        || path.contains("/tests/")
+}
+
+fn assert_none(rule: &str, broken: &[String]) {
+    assert!(broken.is_empty(), "{rule}:\n  {}", broken.join("\n  "));
+}
+
+#[test]
+fn imports_point_one_way() {
+    let rank: BTreeMap<&str, usize> = RANKS
+        .iter()
+        .enumerate()
+        .flat_map(|(i, rooms)| rooms.iter().map(move |room| (*room, i)))
+        .collect();
+    let mut broken = Vec::new();
+    for (path, text) in sources() {
+        let Some(inside) = path.strip_prefix("src/") else {
+            continue;
+        };
+        let room = inside.split(['/', '.']).next().unwrap();
+        if matches!(room, "lib" | "main") {
+            continue;
+        }
+        let own = *rank
+            .get(room)
+            .unwrap_or_else(|| panic!("{path}: the room {room} has no rank; give it one"));
+        for (number, line) in program(&text).lines().enumerate() {
+            for part in line.split("crate::").skip(1) {
+                let other: String = part
+                    .chars()
+                    .take_while(|c| c.is_alphanumeric() || *c == '_')
+                    .collect();
+                let Some(its) = rank.get(other.as_str()) else {
+                    continue;
+                };
+                if other != room && *its >= own && !line.trim_start().starts_with("//") {
+                    broken.push(format!("{path}:{}: {room} uses {other}", number + 1));
+                }
+            }
+        }
+    }
+    assert_none("a room may use only rooms of an earlier rank", &broken);
+}
+
+#[test]
+fn drivers_stay_in_their_file() {
+    let mut broken = Vec::new();
+    for (path, text) in sources().into_iter().filter(|(path, _)| !is_test_file(path)) {
+        for (number, line) in program(&text).lines().enumerate() {
+            if line.trim_start().starts_with("//") {
+                continue;
+            }
+            for (driver, homes) in DRIVERS {
+                let names = line.contains(&format!("use {driver}")) || line.contains(&format!(" {driver}::"));
+                let own_module = line.contains("crate::cache::redis") || line.contains("mod redis");
+                if names && !own_module && !homes.iter().any(|home| path.starts_with(home)) {
+                    broken.push(format!("{path}:{}: {driver}", number + 1));
+                }
+            }
+        }
+    }
+    assert_none("a driver is named only in its own file", &broken);
+}
+
+#[test]
+fn every_module_says_what_it_is_for() {
+    let silent: Vec<_> = sources()
+        .into_iter()
+        .filter(|(path, text)| {
+            path.starts_with("src/") && !path.ends_with("/tests.rs") && !text.trim_start().starts_with("//!")
+        })
+        .map(|(path, _)| path)
+        .collect();
+    assert_none("a module opens with //!", &silent);
+}
+
+#[test]
+fn functions_fit_a_screen_and_files_a_sitting() {
+    let mut broken = Vec::new();
+    for (path, text) in sources() {
+        let lines: Vec<_> = text.lines().collect();
+        if lines.len() > 600 {
+            broken.push(format!("{path}: {} lines; at most 600", lines.len()));
+        }
+        let mut open: Option<(usize, String)> = None;
+        for (number, line) in lines.iter().enumerate() {
+            let indent = &line[..line.len() - line.trim_start().len()];
+            let words: Vec<_> = line.trim_start().split_whitespace().collect();
+            let is_function = words.iter().take(5).any(|word| *word == "fn")
+                && words.iter().take_while(|word| **word != "fn").all(|word| {
+                    matches!(*word, "pub" | "async" | "const" | "unsafe" | "extern")
+                        || word.starts_with("pub(")
+                });
+            if is_function && !line.trim_end().ends_with(';') && !line.trim_end().ends_with('}') {
+                open = Some((number, indent.to_owned()));
+            } else if let Some((start, indent)) = &open
+                && *line == format!("{indent}}}")
+            {
+                if number - start >= 70 {
+                    broken.push(format!(
+                        "{path}:{}: a function of {} lines; at most 70",
+                        start + 1,
+                        number - start + 1
+                    ));
+                }
+                open = None;
+            }
+        }
+    }
+    assert_none("functions have at most 70 lines and files at most 600", &broken);
+}
+
+#[test]
+fn nothing_in_the_program_can_panic_unexplained_or_is_unfinished() {
+    let mut broken = Vec::new();
+    for (path, text) in sources() {
+        for (number, line) in if is_test_file(&path) {
+            text.as_str()
+        } else {
+            program(&text)
+        }
+        .lines()
+        .enumerate()
+        {
+            let unfinished = [
+                concat!("todo", "!("),
+                concat!("unimplemented", "!("),
+                concat!("#[", "ignore"),
+                concat!("#[", "allow("),
+            ];
+            let panics =
+                !is_test_file(&path) && line.contains(".unwrap()") && !line.trim_start().starts_with("//");
+            let sleeps = is_test_file(&path)
+                && (line.contains(concat!("time::", "sleep("))
+                    || line.contains(concat!("thread::", "sleep(")));
+            if unfinished.iter().any(|mark| line.contains(mark)) || panics || sleeps {
+                broken.push(format!("{path}:{}: {}", number + 1, line.trim()));
+            }
+        }
+    }
+    assert_none(
+        "no unwrap outside tests, nothing unfinished or ignored, no sleeping tests",
+        &broken,
+    );
+}
+
+#[test]
+fn migrations_come_in_pairs() {
+    let names = |folder: &str| -> BTreeSet<String> {
+        files(folder, ".sql")
+            .iter()
+            .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
+            .collect()
+    };
+    let (postgres, sqlite) = (names("migrations/postgres"), names("migrations/sqlite"));
+    assert!(!postgres.is_empty());
+    assert_eq!(postgres, sqlite);
+}
+
+#[test]
+fn every_setting_and_metric_is_documented() {
+    let readme = std::fs::read_to_string("README.md").unwrap();
+    let mut missing: Vec<&str> = ams::config::SETTINGS.iter().map(|setting| setting.name).collect();
+    missing.retain(|name| !readme.contains(&format!("`{name}`")));
+    assert!(missing.is_empty(), "README.md does not name {missing:?}");
+}
+
+#[test]
+fn every_file_named_in_the_documents_exists() {
+    for document in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"] {
+        let text = std::fs::read_to_string(document).unwrap();
+        for part in text.split('`').skip(1).step_by(2) {
+            let is_path = part.contains('/')
+                && !part.contains([' ', ':', '{', '*', '$', '<', '…'])
+                && ["src/", "tests/", "docs/", "migrations/", "deploy/", "dev/"]
+                    .iter()
+                    .any(|start| part.starts_with(start));
+            assert!(
+                !is_path || Path::new(part).exists(),
+                "{document} names {part}, which does not exist"
+            );
+        }
+    }
+}
