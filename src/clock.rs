@@ -39,9 +39,8 @@ impl Timestamp {
     /// # Errors
     /// A sentence that says what is wrong with the text.
     pub fn parse(text: &str) -> Result<Timestamp, String> {
-        let parsed: jiff::Timestamp = text
-            .parse()
-            .map_err(|error| format!("`{text}` is not an RFC 3339 time: {error}"))?;
+        let parsed: jiff::Timestamp =
+            text.parse().map_err(|error| format!("`{text}` is not an RFC 3339 time: {error}"))?;
         Ok(Timestamp::from_micros(parsed.as_microsecond()))
     }
 
@@ -87,10 +86,7 @@ pub struct Clock(Source);
 enum Source {
     System,
     Manual(Arc<AtomicI64>),
-    Virtual {
-        start: Timestamp,
-        zero: tokio::time::Instant,
-    },
+    Virtual { start: Timestamp, zero: tokio::time::Instant },
 }
 
 impl Clock {
@@ -108,10 +104,7 @@ impl Clock {
     /// runtime moves without waiting. For the simulation.
     #[expect(clippy::disallowed_methods, reason = "this is the clock")]
     pub fn virtual_from(start: Timestamp) -> Clock {
-        Clock(Source::Virtual {
-            start,
-            zero: tokio::time::Instant::now(),
-        })
+        Clock(Source::Virtual { start, zero: tokio::time::Instant::now() })
     }
 
     /// The time.
@@ -141,13 +134,8 @@ impl Clock {
     /// # Panics
     /// When the clock is not a manual one: only a test can call this, and it has made a mistake.
     pub fn advance(&self, by: Duration) {
-        let Source::Manual(micros) = &self.0 else {
-            panic!("only a manual clock can be advanced")
-        };
-        micros.fetch_add(
-            i64::try_from(by.as_micros()).unwrap_or(i64::MAX),
-            Ordering::SeqCst,
-        );
+        let Source::Manual(micros) = &self.0 else { panic!("only a manual clock can be advanced") };
+        micros.fetch_add(i64::try_from(by.as_micros()).unwrap_or(i64::MAX), Ordering::SeqCst);
     }
 }
 
@@ -179,10 +167,7 @@ mod tests {
     fn times_read_and_write_as_rfc_3339() {
         let time = Timestamp::parse("2026-11-23T10:00:00.25+01:00").unwrap();
         assert_eq!(time.to_string(), "2026-11-23T09:00:00.25Z");
-        assert_eq!(
-            serde_json::from_str::<Timestamp>("\"2026-11-23T09:00:00.25Z\"").unwrap(),
-            time
-        );
+        assert_eq!(serde_json::from_str::<Timestamp>("\"2026-11-23T09:00:00.25Z\"").unwrap(), time);
         assert!(Timestamp::parse("tomorrow").unwrap_err().contains("tomorrow"));
         for micros in [i64::MIN, i64::MAX] {
             let edge = Timestamp::from_micros(micros);
@@ -197,10 +182,7 @@ mod tests {
         assert_eq!(clock.now(), Timestamp::from_micros(5));
         clock.advance(Duration::from_secs(1));
         assert_eq!(watch.elapsed(), Duration::from_secs(1));
-        assert_eq!(
-            clock.now().since(Timestamp::from_micros(5)),
-            Duration::from_secs(1)
-        );
+        assert_eq!(clock.now().since(Timestamp::from_micros(5)), Duration::from_secs(1));
         assert_eq!(Timestamp::from_micros(5).since(clock.now()), Duration::ZERO);
     }
 }

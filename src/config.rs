@@ -68,18 +68,13 @@ impl Raw {
     ///
     /// # Errors
     /// When `ams.toml` can't be read or names a setting that does not exist.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "this is the one reader of the environment"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "this is the one reader of the environment")]
     pub fn read(flags: &BTreeMap<&'static str, String>) -> Result<Raw> {
         let file = match std::fs::read_to_string("ams.toml") {
             Ok(text) => Some(text),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
             Err(error) => {
-                return Err(ConfigError(format!(
-                    "ams.toml can't be read: {error}; mend or remove it"
-                )));
+                return Err(ConfigError(format!("ams.toml can't be read: {error}; mend or remove it")));
             }
         };
         Raw::combine(flags, |name| std::env::var_os(name), file.as_deref())
@@ -102,10 +97,7 @@ impl Raw {
             // An empty variable counts as unset: that is how compose files and units write "nothing".
             if let Some(value) = environment(setting.name).filter(|value| !value.is_empty()) {
                 let value = value.into_string().map_err(|value| {
-                    ConfigError(format!(
-                        "{} is not UTF-8 ({value:?}); set it to plain text",
-                        setting.name
-                    ))
+                    ConfigError(format!("{} is not UTF-8 ({value:?}); set it to plain text", setting.name))
                 })?;
                 raw.values.insert(setting.name, (value, Source::Environment));
             }
@@ -127,19 +119,14 @@ impl Raw {
             .iter()
             .map(|setting| match self.values.get(setting.name) {
                 Some((value, source)) => (setting, setting.shown(value), *source),
-                None => (
-                    setting,
-                    setting.default_for(role).unwrap_or("").to_owned(),
-                    Source::Default,
-                ),
+                None => (setting, setting.default_for(role).unwrap_or("").to_owned(), Source::Default),
             })
             .collect()
     }
 
     fn value(&self, name: &'static str, role: Role) -> Option<&str> {
         let setting = SETTINGS.iter().find(|setting| setting.name == name);
-        self.get(name)
-            .or_else(|| setting.and_then(|setting| setting.default_for(role)))
+        self.get(name).or_else(|| setting.and_then(|setting| setting.default_for(role)))
     }
 
     fn parsed<T>(
@@ -152,10 +139,7 @@ impl Raw {
             return Ok(None);
         };
         parse(value).map(Some).map_err(|mend| {
-            let shown = SETTINGS
-                .iter()
-                .find(|s| s.name == name)
-                .map_or_else(String::new, |s| s.shown(value));
+            let shown = SETTINGS.iter().find(|s| s.name == name).map_or_else(String::new, |s| s.shown(value));
             ConfigError(format!("{name} is `{shown}`, which {mend}"))
         })
     }
@@ -166,8 +150,7 @@ impl Raw {
         role: Role,
         parse: impl Fn(&str) -> std::result::Result<T, String>,
     ) -> Result<T> {
-        self.parsed(name, role, parse)?
-            .ok_or_else(|| ConfigError(format!("{name} is not set; set it")))
+        self.parsed(name, role, parse)?.ok_or_else(|| ConfigError(format!("{name} is not set; set it")))
     }
 }
 
@@ -177,10 +160,7 @@ fn parse_file(text: &str) -> Result<Vec<(&'static str, String)>> {
         .map_err(|error| ConfigError(format!("ams.toml is not TOML: {error}; mend that line")))?;
     let mut values = Vec::new();
     for (key, value) in table {
-        let Some(setting) = SETTINGS
-            .iter()
-            .find(|setting| setting.name.eq_ignore_ascii_case(&key))
-        else {
+        let Some(setting) = SETTINGS.iter().find(|setting| setting.name.eq_ignore_ascii_case(&key)) else {
             return Err(ConfigError(format!(
                 "ams.toml names `{key}`, which is no setting; `ams config` lists them"
             )));
@@ -213,10 +193,7 @@ pub enum StoreConfig {
 #[derive(Clone, Debug, PartialEq)]
 pub enum QueueConfig {
     Embedded,
-    Kafka {
-        brokers: String,
-        client: BTreeMap<String, String>,
-    },
+    Kafka { brokers: String, client: BTreeMap<String, String> },
 }
 
 /// What keeps answers.
@@ -302,27 +279,20 @@ fn store(raw: &Raw, role: Role) -> Result<StoreConfig> {
             if url.starts_with("postgres://") || url.starts_with("postgresql://") {
                 return Ok(StoreConfig::Postgres(url.to_owned()));
             }
-            Err(
-                "starts with neither postgres:// nor sqlite://; write for example \
+            Err("starts with neither postgres:// nor sqlite://; write for example \
                  postgres://user:password@host:5432/automatic_message_system"
-                    .to_owned(),
-            )
+                .to_owned())
         });
     }
     let part = |name| raw.required(name, role, settings::text);
     let mut url = url::Url::parse("postgres://localhost").expect("a constant that is a URL");
     let wrong = |name: &str| ConfigError(format!("{name} can't be part of a connection URL; mend it"));
-    url.set_host(Some(&part("DB_HOST")?))
-        .map_err(|_| wrong("DB_HOST"))?;
-    url.set_port(Some(raw.required("DB_PORT", role, settings::port)?))
-        .map_err(|()| wrong("DB_PORT"))?;
-    url.set_username(&part("DB_USER")?)
-        .map_err(|()| wrong("DB_USER"))?;
-    url.set_password(raw.get("DB_PASSWORD"))
-        .map_err(|()| wrong("DB_PASSWORD"))?;
+    url.set_host(Some(&part("DB_HOST")?)).map_err(|_| wrong("DB_HOST"))?;
+    url.set_port(Some(raw.required("DB_PORT", role, settings::port)?)).map_err(|()| wrong("DB_PORT"))?;
+    url.set_username(&part("DB_USER")?).map_err(|()| wrong("DB_USER"))?;
+    url.set_password(raw.get("DB_PASSWORD")).map_err(|()| wrong("DB_PASSWORD"))?;
     url.set_path(&part("DB_NAME")?);
-    url.query_pairs_mut()
-        .append_pair("sslmode", &raw.required("DB_SSLMODE", role, settings::sslmode)?);
+    url.query_pairs_mut().append_pair("sslmode", &raw.required("DB_SSLMODE", role, settings::sslmode)?);
     Ok(StoreConfig::Postgres(url.into()))
 }
 
@@ -354,11 +324,7 @@ fn lane(raw: &Raw, role: Role) -> Result<Lane> {
     let base = raw.required("KAFKA_GROUP_ID", role, settings::text)?;
     let fresh = role != Role::RetryConsumer;
     // In one process RETRY_COUNT speaks of the retry lane: the fresh one then makes one try.
-    let tries = if role == Role::Up {
-        1
-    } else {
-        raw.required("RETRY_COUNT", role, settings::tries)?
-    };
+    let tries = if role == Role::Up { 1 } else { raw.required("RETRY_COUNT", role, settings::tries)? };
     let lane = Lane {
         group: if fresh { base } else { format!("{base}-{topic}") },
         next: raw.required("KAFKA_TOPIC_RETRY", role, settings::topic)?,
@@ -401,19 +367,18 @@ fn pacing(raw: &Raw, role: Role) -> Result<Option<Pacing>> {
     let count = raw.parsed("BATCH_COUNT", role, settings::count)?;
     match (interval, count) {
         (None, None) => Ok(None),
-        (Some(interval), Some(count)) if interval > Duration::ZERO && count > 0 => Ok(Some(Pacing {
-            count: count as usize,
-            interval,
-        })),
+        (Some(interval), Some(count)) if interval > Duration::ZERO && count > 0 => {
+            Ok(Some(Pacing { count: count as usize, interval }))
+        }
         (Some(_), Some(_)) => Err(ConfigError(
             "INTERVAL and BATCH_COUNT must both be above zero; unset both for no pacing".into(),
         )),
-        (Some(_), None) => Err(ConfigError(
-            "INTERVAL is set and BATCH_COUNT is not; set both, or neither".into(),
-        )),
-        (None, Some(_)) => Err(ConfigError(
-            "BATCH_COUNT is set and INTERVAL is not; set both, or neither".into(),
-        )),
+        (Some(_), None) => {
+            Err(ConfigError("INTERVAL is set and BATCH_COUNT is not; set both, or neither".into()))
+        }
+        (None, Some(_)) => {
+            Err(ConfigError("BATCH_COUNT is set and INTERVAL is not; set both, or neither".into()))
+        }
     }
 }
 

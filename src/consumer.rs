@@ -45,10 +45,7 @@ pub async fn run(
 ) {
     let lane = &options.lane;
     let name = format!("consumer of {}", lane.topic);
-    if service::persist(&name, stop, || register(&parts, lane))
-        .await
-        .is_none()
-    {
+    if service::persist(&name, stop, || register(&parts, lane)).await.is_none() {
         return;
     }
     let Some(subscription) = service::persist(&name, stop, || subscribe(&parts, &options)).await else {
@@ -77,12 +74,6 @@ async fn register(parts: &Parts, lane: &Lane) -> Result<(), crate::store::StoreE
 
 async fn subscribe(parts: &Parts, options: &ConsumerOptions) -> Result<Subscription, QueueError> {
     let lane = &options.lane;
-    parts
-        .queue
-        .ensure(&[lane.topic.clone(), lane.next.clone()])
-        .await?;
-    parts
-        .queue
-        .subscribe(&lane.topic, &lane.group, options.window)
-        .await
+    parts.queue.ensure(&[lane.topic.clone(), lane.next.clone()]).await?;
+    parts.queue.subscribe(&lane.topic, &lane.group, options.window).await
 }

@@ -102,9 +102,7 @@ impl Delivery {
         options: DeliveryOptions,
     ) -> Result<Delivery, DeliveryError> {
         let watch = clock.stopwatch();
-        let rule = AddressRule {
-            refuse_link_local: options.refuse_link_local,
-        };
+        let rule = AddressRule { refuse_link_local: options.refuse_link_local };
         let connector = Connector::new(options.ca_file.as_deref(), rule, watch.clone())?;
         let network = Network {
             writer: Writer::new(installation),
@@ -112,18 +110,12 @@ impl Delivery {
             prepared: Mutex::default(),
             watch,
         };
-        Ok(Delivery {
-            clock,
-            way: Way::Network(Box::new(network)),
-        })
+        Ok(Delivery { clock, way: Way::Network(Box::new(network)) })
     }
 
     /// Deliveries that `script` makes up. For the simulation.
     pub fn scripted(clock: Clock, script: Script) -> Delivery {
-        Delivery {
-            clock,
-            way: Way::Script(script),
-        }
+        Delivery { clock, way: Way::Script(script) }
     }
 
     /// Tries `ticket` at `endpoint` once. Ends by the endpoint's deadline, whatever the receiver does.
@@ -217,10 +209,7 @@ impl Network {
         let (prepared, request) = match request {
             Ok(request) => request,
             Err(error) => {
-                let failure = Failure {
-                    class: Class::Invalid,
-                    error,
-                };
+                let failure = Failure { class: Class::Invalid, error };
                 return outcome(endpoint, started_at, progress, Err(failure));
             }
         };
@@ -283,9 +272,7 @@ impl Network {
         let told = answer::keeps_idle_for(answer.headers());
         progress.whole = read(&mut connection, answer.into_body(), &mut progress.body).await;
         if progress.whole {
-            self.pool
-                .give_back(host, connection, self.watch.elapsed(), told)
-                .await;
+            self.pool.give_back(host, connection, self.watch.elapsed(), told).await;
         }
         Ok(())
     }
@@ -363,20 +350,11 @@ fn outcome(
 }
 
 fn refused(error: String) -> Failure {
-    Failure {
-        class: Class::Refused,
-        error,
-    }
+    Failure { class: Class::Refused, error }
 }
 
 fn late(class: Class, what: &str, endpoint: &Endpoint) -> Failure {
-    Failure {
-        class,
-        error: format!(
-            "no {what} within {}",
-            humantime::format_duration(endpoint.timeout)
-        ),
-    }
+    Failure { class, error: format!("no {what} within {}", humantime::format_duration(endpoint.timeout)) }
 }
 
 /// A connection that broke after the request may have gone out.
@@ -384,22 +362,13 @@ fn broken(error: &hyper::Error) -> Failure {
     if error.is_parse_too_large() {
         return Failure {
             class: Class::BadAnswer,
-            error: format!(
-                "the answer's head is larger than {} KiB",
-                connection::HEAD_MAX / 1024
-            ),
+            error: format!("the answer's head is larger than {} KiB", connection::HEAD_MAX / 1024),
         };
     }
     if error.is_parse() {
-        return Failure {
-            class: Class::BadAnswer,
-            error: format!("the answer is not HTTP: {error}"),
-        };
+        return Failure { class: Class::BadAnswer, error: format!("the answer is not HTTP: {error}") };
     }
-    Failure {
-        class: Class::Reset,
-        error: words(error),
-    }
+    Failure { class: Class::Reset, error: words(error) }
 }
 
 /// What lies behind an error of the HTTP library, in plain words.

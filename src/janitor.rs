@@ -3,14 +3,13 @@
 //!
 //! It gives rows back and nothing else; the epoch makes that harmless when it was wrong. It still
 //! waits before it believes that somebody is dead: when the store itself was away, nobody could renew
-//! a lease, so the others get a whole lease's time to speak up first.
+//! a lease, so everybody gets a whole lease's time to speak up first. The leader's row says since when
+//! the store has been there, because the janitor may itself have been away.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Timestamp;
@@ -30,21 +29,15 @@ const BATCHES: usize = 100_000;
 /// The janitor of one process.
 pub struct Janitor {
     parts: Parts,
-    leading: Arc<AtomicBool>,
-    /// Since when the store has answered without a break; `None` while it does not.
-    store_up_since: Option<Timestamp>,
+    leading: watch::Receiver<Option<Timestamp>>,
     rounds: u64,
 }
 
 impl Janitor {
-    /// A janitor that works while `leading` is true.
-    pub fn new(parts: Parts, leading: Arc<AtomicBool>) -> Janitor {
-        Janitor {
-            parts,
-            leading,
-            store_up_since: None,
-            rounds: 0,
-        }
+    /// A janitor that works while the producer beside it is the active one; `leading` says since when
+    /// there has been one without a break.
+    pub fn new(parts: Parts, leading: watch::Receiver<Option<Timestamp>>) -> Janitor {
+        Janitor { parts, leading, rounds: 0 }
     }
 
     /// Works until `stop`.
@@ -57,25 +50,20 @@ impl Janitor {
     /// # Errors
     /// Those of the store. The broker's are taken as "not now": its positions are only hints.
     pub async fn step(&mut self) -> Result<Step, StoreError> {
-        if !self.leading.load(Ordering::Relaxed) {
-            self.store_up_since = None;
-            return Ok(Step::Idle(ROUND));
+        let steady_since = *self.leading.borrow();
+        if let Some(since) = steady_since {
+            self.round(since).await?;
         }
-        let done = self.round().await;
-        if done.is_err() {
-            self.store_up_since = None;
-        }
-        done.map(|()| Step::Idle(ROUND))
+        Ok(Step::Idle(ROUND))
     }
 
-    async fn round(&mut self) -> Result<(), StoreError> {
+    async fn round(&mut self, steady_since: Timestamp) -> Result<(), StoreError> {
         let now = self.parts.clock.now();
         if self.rounds.is_multiple_of(5) {
             self.parts.store.make_partitions().await?;
         }
         self.rounds += 1;
-        let since = *self.store_up_since.get_or_insert(now);
-        let sure = now.since(since) >= LEASE;
+        let sure = now.since(steady_since) >= LEASE;
         self.settle_batches(now, sure).await?;
         if sure {
             let recovered = self.parts.store.recover(now).await?;
@@ -179,11 +167,7 @@ impl Fate {
 fn fate(batch: &Batch, depth: Option<&[Depth]>, now: Timestamp) -> Fate {
     let Some(place) = batch.place else {
         let stuck = now.since(batch.created_at) > UNACKNOWLEDGED_MAX;
-        return if batch.orphaned || stuck {
-            Fate::Orphaned
-        } else {
-            Fate::UnderWay
-        };
+        return if batch.orphaned || stuck { Fate::Orphaned } else { Fate::UnderWay };
     };
     let Some(depth) = depth else { return Fate::UnderWay };
     match depth.iter().find(|depth| depth.partition == place.partition) {
@@ -213,13 +197,7 @@ mod tests {
     #[test]
     fn a_batchs_fate_follows_from_what_the_broker_says() {
         let at = |offset| Some(Place { partition: 2, offset });
-        let depth = |position, end| {
-            vec![Depth {
-                partition: 2,
-                position,
-                end,
-            }]
-        };
+        let depth = |position, end| vec![Depth { partition: 2, position, end }];
         let soon = Timestamp::EPOCH.after(Duration::from_secs(1));
         let late = Timestamp::EPOCH.after(Duration::from_secs(61));
         for (batch, depth, now, expected) in [
@@ -232,11 +210,7 @@ mod tests {
             (batch(at(9), false), Some(depth(0, 9)), soon, Fate::Wiped),
             (batch(at(9), false), Some(Vec::new()), soon, Fate::Wiped),
         ] {
-            assert_eq!(
-                fate(&batch, depth.as_deref(), now),
-                expected,
-                "{batch:?} {depth:?}"
-            );
+            assert_eq!(fate(&batch, depth.as_deref(), now), expected, "{batch:?} {depth:?}");
         }
     }
 }

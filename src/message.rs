@@ -80,10 +80,7 @@ impl Status {
 
     /// Whether no service will touch the message again unless somebody redrives it.
     pub fn is_final(self) -> bool {
-        matches!(
-            self,
-            Status::Sent | Status::Dead | Status::Cancelled | Status::Expired
-        )
+        matches!(self, Status::Sent | Status::Dead | Status::Cancelled | Status::Expired)
     }
 
     /// Whether a message may go from this status to `next`. A success is accepted from everywhere,
@@ -129,9 +126,7 @@ impl Held {
 
     /// The reason that `text` names, if it names one.
     pub fn parse(text: &str) -> Option<Held> {
-        [Held::EndpointBusy, Held::EndpointClosed]
-            .into_iter()
-            .find(|held| held.as_str() == text)
+        [Held::EndpointBusy, Held::EndpointClosed].into_iter().find(|held| held.as_str() == text)
     }
 }
 
@@ -293,9 +288,7 @@ pub struct Times {
 impl Times {
     /// The whole try, in microseconds.
     pub fn total_us(&self) -> i32 {
-        self.connect_us
-            .saturating_add(self.head_us)
-            .saturating_add(self.body_us)
+        self.connect_us.saturating_add(self.head_us).saturating_add(self.body_us)
     }
 }
 
@@ -305,11 +298,7 @@ pub enum Verdict {
     /// The receiver has it.
     Sent,
     /// Try again on `lane` at `at`. `lane_tries` is how many tries it has already had on that lane.
-    Retry {
-        lane: String,
-        lane_tries: i32,
-        at: Timestamp,
-    },
+    Retry { lane: String, lane_tries: i32, at: Timestamp },
     /// No more tries. `lane` is the dead-letter lane that its record goes to.
     Dead { reason: String, lane: String },
     /// This was not a try: give the message back as it was, due at once.
@@ -346,10 +335,7 @@ mod tests {
         }
         for class in Class::ALL {
             assert_eq!(Class::parse(class.as_str()), Some(class));
-            assert_eq!(
-                serde_json::to_string(&class).unwrap(),
-                format!("\"{}\"", class.as_str())
-            );
+            assert_eq!(serde_json::to_string(&class).unwrap(), format!("\"{}\"", class.as_str()));
         }
         assert_eq!(Status::parse("delivered"), None);
     }
@@ -358,11 +344,7 @@ mod tests {
     fn nothing_leaves_sent_and_success_is_accepted_from_everywhere_else() {
         for status in Status::ALL {
             assert!(!Status::Sent.may_become(status), "sent -> {status}");
-            assert_eq!(
-                status.may_become(Status::Sent),
-                status != Status::Sent,
-                "{status} -> sent"
-            );
+            assert_eq!(status.may_become(Status::Sent), status != Status::Sent, "{status} -> sent");
         }
     }
 

@@ -10,11 +10,9 @@ mod pacing;
 mod rooms;
 mod ticket;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -59,8 +57,8 @@ const PUBLISHING_MAX: usize = 8;
 pub struct Producer {
     parts: Parts,
     options: ProducerOptions,
-    /// Whether this producer is the active one, for the janitor beside it.
-    leading: Arc<AtomicBool>,
+    /// Since when there has been an active producer, while this one is it; for the janitor beside it.
+    leading: watch::Sender<Option<Timestamp>>,
     rooms: Rooms,
     pacer: Option<Pacer>,
     publishing: JoinSet<()>,
@@ -85,7 +83,7 @@ impl Producer {
             rooms,
             pacer,
             options,
-            leading: Arc::default(),
+            leading: watch::Sender::new(None),
             publishing: JoinSet::new(),
             unsure: false,
             led_until: Timestamp::EPOCH,
@@ -98,9 +96,9 @@ impl Producer {
         }
     }
 
-    /// Tells whether this producer is the active one.
-    pub fn leading(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.leading)
+    /// Tells since when there has been an active producer without a break; `None` while this one is not it.
+    pub fn leading(&self) -> watch::Receiver<Option<Timestamp>> {
+        self.leading.subscribe()
     }
 
     /// Works until `stop`; then waits for what is being published, so that a clean stop leaves no
@@ -108,7 +106,7 @@ impl Producer {
     pub async fn run(mut self, stop: &CancellationToken, wake: &Notify) {
         service::run("producer", stop, wake, async || self.step().await).await;
         while self.publishing.join_next().await.is_some() {}
-        self.leading.store(false, Ordering::Relaxed);
+        self.leading.send_replace(None);
     }
 
     /// One look for due rows: claims and publishes what there is.
@@ -155,12 +153,7 @@ impl Producer {
             return Ok(now < self.led_until);
         }
         let until = now.after(LEADERSHIP);
-        let bid = Bid {
-            instance,
-            now,
-            until,
-            paced_until: None,
-        };
+        let bid = Bid { instance, now, until, paced_until: None };
         let won = self.parts.store.lead(&bid).await?;
         self.next_bid = now.after(LEADERSHIP / 4);
         let led = now < self.led_until;
@@ -168,11 +161,7 @@ impl Producer {
             Some(leadership) => {
                 self.led_until = until;
                 if !led {
-                    tracing::info!(
-                        instance = instance.0,
-                        "instance {} is the active producer",
-                        instance.0
-                    );
+                    tracing::info!(instance = instance.0, "instance {} is the active producer", instance.0);
                     self.cursor = MessageId(0);
                     self.unsure = true;
                     if let Some(pacer) = &mut self.pacer {
@@ -182,7 +171,7 @@ impl Producer {
             }
             None => self.led_until = Timestamp::EPOCH,
         }
-        self.leading.store(won.is_some(), Ordering::Relaxed);
+        self.leading.send_replace(won.map(|leadership| leadership.steady_since));
         Ok(won.is_some())
     }
 
@@ -252,32 +241,14 @@ impl Producer {
             return Ok(Taken::NoRoom);
         }
         let directory = self.parts.directory.snapshot();
-        let claim = Claim {
-            due,
-            limit,
-            lane,
-            open: &directory.open,
-            owner,
-            now,
-        };
+        let claim = Claim { due, limit, lane, open: &directory.open, owner, now };
         let watch = self.parts.clock.stopwatch();
-        let claimed = self
-            .parts
-            .store
-            .claim(&claim)
-            .await
-            .inspect_err(|_| self.unsure = true)?;
+        let claimed = self.parts.store.claim(&claim).await.inspect_err(|_| self.unsure = true)?;
         if claimed.seen == 0 {
             return Ok(Taken::Nothing);
         }
-        self.parts
-            .metrics
-            .batch("claim", claimed.tickets.len(), watch.elapsed());
-        let taken = if claimed.seen >= limit {
-            Taken::Full
-        } else {
-            Taken::Some
-        };
+        self.parts.metrics.batch("claim", claimed.tickets.len(), watch.elapsed());
+        let taken = if claimed.seen >= limit { Taken::Full } else { Taken::Some };
         if let (Due::Fresh { .. }, Some(last)) = (due, claimed.last) {
             self.cursor = self.cursor.max(last);
         }
@@ -325,11 +296,7 @@ impl Producer {
         let mut more = false;
         for (endpoint, held) in self.parts.store.held().await? {
             if held == Held::EndpointClosed && directory.open_endpoint(&endpoint).is_some() {
-                let freed = self
-                    .parts
-                    .store
-                    .unhold(&endpoint, held, self.options.batch, now)
-                    .await?;
+                let freed = self.parts.store.unhold(&endpoint, held, self.options.batch, now).await?;
                 more |= freed > 0;
             }
         }

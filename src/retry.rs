@@ -44,9 +44,7 @@ impl Lane {
         if doublings < 0 {
             return Duration::ZERO;
         }
-        let factor = 2_u32
-            .checked_pow(u32::try_from(doublings).unwrap_or(0))
-            .unwrap_or(u32::MAX);
+        let factor = 2_u32.checked_pow(u32::try_from(doublings).unwrap_or(0)).unwrap_or(u32::MAX);
         self.interval.saturating_mul(factor).min(self.interval_max)
     }
 
@@ -94,14 +92,7 @@ impl Policy<'_> {
         match self.next {
             Some(next) => retry(next, 0),
             // Nobody has registered the next lane yet: its first wait is then ours.
-            None => retry(
-                &Lane {
-                    topic: self.lane.next.clone(),
-                    fresh: false,
-                    ..self.lane.clone()
-                },
-                0,
-            ),
+            None => retry(&Lane { topic: self.lane.next.clone(), fresh: false, ..self.lane.clone() }, 0),
         }
     }
 
@@ -174,22 +165,13 @@ mod tests {
     }
 
     fn policy<'a>(lane: &'a Lane, next: Option<&'a Lane>) -> Policy<'a> {
-        Policy {
-            lane,
-            next,
-            dead_letter: "messages-dlq",
-            final_statuses: &[410],
-        }
+        Policy { lane, next, dead_letter: "messages-dlq", final_statuses: &[410] }
     }
 
     const NOW: Timestamp = Timestamp::EPOCH;
 
     fn retry(lane: &str, lane_tries: i32, seconds: u64) -> Verdict {
-        Verdict::Retry {
-            lane: lane.into(),
-            lane_tries,
-            at: NOW.after(Duration::from_secs(seconds)),
-        }
+        Verdict::Retry { lane: lane.into(), lane_tries, at: NOW.after(Duration::from_secs(seconds)) }
     }
 
     #[test]
@@ -198,10 +180,7 @@ mod tests {
         let again = lane("messages-retry", "messages-dlq", false, 3);
         let failed = outcome(Class::Rejected, Some(500));
         let judge = |policy: Policy<'_>, lane_try| policy.judge(&failed, lane_try, NOW, 0.0);
-        assert_eq!(
-            judge(policy(&fresh, Some(&again)), 1),
-            retry("messages-retry", 0, 3)
-        );
+        assert_eq!(judge(policy(&fresh, Some(&again)), 1), retry("messages-retry", 0, 3));
         assert_eq!(judge(policy(&again, None), 1), retry("messages-retry", 1, 6));
         assert_eq!(judge(policy(&again, None), 2), retry("messages-retry", 2, 12));
         let dead = Verdict::Dead {
@@ -230,10 +209,7 @@ mod tests {
     fn retry_after_only_lengthens_and_is_bounded() {
         let fresh = lane("messages", "messages-dlq", true, 9);
         let judge = |ms| {
-            let asked = Outcome {
-                retry_after_ms: Some(ms),
-                ..outcome(Class::Rejected, Some(429))
-            };
+            let asked = Outcome { retry_after_ms: Some(ms), ..outcome(Class::Rejected, Some(429)) };
             policy(&fresh, None).judge(&asked, 1, NOW, 0.0)
         };
         assert_eq!(judge(1_000), retry("messages", 1, 3));

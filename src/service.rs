@@ -114,31 +114,17 @@ impl Backoff {
 
     /// A backoff for the work called `name` in the log.
     pub fn new(name: &str) -> Backoff {
-        Backoff {
-            name: name.to_owned(),
-            failures: 0,
-        }
+        Backoff { name: name.to_owned(), failures: 0 }
     }
 
     /// Notes a failure; returns how long to wait.
     pub fn failed(&mut self, error: &impl Display) -> Duration {
         if self.failures == 0 {
-            tracing::warn!(
-                service = self.name,
-                "{}: {error}; trying again until it works",
-                self.name
-            );
+            tracing::warn!(service = self.name, "{}: {error}; trying again until it works", self.name);
         } else {
-            tracing::debug!(
-                service = self.name,
-                failures = self.failures,
-                "{}: {error}",
-                self.name
-            );
+            tracing::debug!(service = self.name, failures = self.failures, "{}: {error}", self.name);
         }
-        let wait = Backoff::FIRST
-            .saturating_mul(2_u32.saturating_pow(self.failures))
-            .min(Backoff::MAX);
+        let wait = Backoff::FIRST.saturating_mul(2_u32.saturating_pow(self.failures)).min(Backoff::MAX);
         self.failures = self.failures.saturating_add(1);
         wait
     }

@@ -84,9 +84,7 @@ impl TestClientOptions {
     pub fn check(&self) -> Result<(), String> {
         for (name, share) in [("error_rate", self.error_rate), ("hang", self.hang)] {
             if !(0.0..=1.0).contains(&share) {
-                return Err(format!(
-                    "{name} is {share}, which is no share; give a number from 0 to 1"
-                ));
+                return Err(format!("{name} is {share}, which is no share; give a number from 0 to 1"));
             }
         }
         if !(200..=599).contains(&self.status) {
@@ -205,13 +203,9 @@ async fn serve(stream: TcpStream, service: Arc<Service>) {
 impl Service {
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Stopped> {
         if request.method() != Method::POST {
-            let mut response = json(
-                StatusCode::METHOD_NOT_ALLOWED,
-                r#"{"message":"Only POST is answered"}"#.into(),
-            );
-            response
-                .headers_mut()
-                .insert(ALLOW, HeaderValue::from_static("POST"));
+            let mut response =
+                json(StatusCode::METHOD_NOT_ALLOWED, r#"{"message":"Only POST is answered"}"#.into());
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static("POST"));
             return Ok(response);
         }
         let (head, body) = request.into_parts();
@@ -222,12 +216,8 @@ impl Service {
         let status = self.decide();
         if !self.options.quiet || self.options.sink.is_some() {
             let at = self.options.clock.now();
-            let seen = report::seen(
-                &head.headers,
-                &body.to_bytes(),
-                status.map_or(0, |status| status.as_u16()),
-                at,
-            );
+            let seen =
+                report::seen(&head.headers, &body.to_bytes(), status.map_or(0, |status| status.as_u16()), at);
             if !self.options.quiet {
                 report::print(&seen, self.options.colour);
             }
@@ -244,11 +234,7 @@ impl Service {
         if !self.options.latency.is_zero() {
             tokio::time::sleep(self.options.latency).await;
         }
-        let counter = if status.is_success() {
-            &self.accepted
-        } else {
-            &self.failed
-        };
+        let counter = if status.is_success() { &self.accepted } else { &self.failed };
         counter.fetch_add(1, Ordering::Relaxed);
         Ok(self.response(status))
     }
@@ -276,9 +262,7 @@ impl Service {
             && !status.is_success()
         {
             let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-            response
-                .headers_mut()
-                .insert(RETRY_AFTER, HeaderValue::from(seconds));
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
     }
@@ -296,9 +280,7 @@ fn write_answer(body: &mut String, status: StatusCode, message_id: Uuid) {
 fn json(status: StatusCode, body: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    response
-        .headers_mut()
-        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
 

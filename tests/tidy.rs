@@ -59,23 +59,13 @@ fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
 
 fn sources() -> Vec<(String, String)> {
     let paths = files("src", ".rs").into_iter().chain(files("tests", ".rs"));
-    paths
-        .map(|path| {
-            (
-                path.to_string_lossy().into_owned(),
-                std::fs::read_to_string(&path).unwrap(),
-            )
-        })
-        .collect()
+    paths.map(|path| (path.to_string_lossy().into_owned(), std::fs::read_to_string(&path).unwrap())).collect()
 }
 
 /// A source without its test modules, which stand at the end of a file.
 fn program(text: &str) -> &str {
     let end = ["#[cfg(test)]\nmod ", "#[cfg(test)]\npub(crate) mod tests"];
-    end.iter()
-        .filter_map(|mark| text.find(mark))
-        .min()
-        .map_or(text, |at| &text[..at])
+    end.iter().filter_map(|mark| text.find(mark)).min().map_or(text, |at| &text[..at])
 }
 
 fn is_test_file(path: &str) -> bool {
@@ -91,11 +81,8 @@ fn assert_none(rule: &str, broken: &[String]) {
 
 #[test]
 fn imports_point_one_way() {
-    let rank: BTreeMap<&str, usize> = RANKS
-        .iter()
-        .enumerate()
-        .flat_map(|(i, rooms)| rooms.iter().map(move |room| (*room, i)))
-        .collect();
+    let rank: BTreeMap<&str, usize> =
+        RANKS.iter().enumerate().flat_map(|(i, rooms)| rooms.iter().map(move |room| (*room, i))).collect();
     let mut broken = Vec::new();
     for (path, text) in sources() {
         let Some(inside) = path.strip_prefix("src/") else {
@@ -105,15 +92,11 @@ fn imports_point_one_way() {
         if matches!(room, "lib" | "main") {
             continue;
         }
-        let own = *rank
-            .get(room)
-            .unwrap_or_else(|| panic!("{path}: the room {room} has no rank; give it one"));
+        let own =
+            *rank.get(room).unwrap_or_else(|| panic!("{path}: the room {room} has no rank; give it one"));
         for (number, line) in program(&text).lines().enumerate() {
             for part in line.split("crate::").skip(1) {
-                let other: String = part
-                    .chars()
-                    .take_while(|c| c.is_alphanumeric() || *c == '_')
-                    .collect();
+                let other: String = part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
                 let Some(its) = rank.get(other.as_str()) else {
                     continue;
                 };
@@ -198,13 +181,8 @@ fn functions_fit_a_screen_and_files_a_sitting() {
 fn nothing_in_the_program_can_panic_unexplained_or_is_unfinished() {
     let mut broken = Vec::new();
     for (path, text) in sources() {
-        for (number, line) in if is_test_file(&path) {
-            text.as_str()
-        } else {
-            program(&text)
-        }
-        .lines()
-        .enumerate()
+        for (number, line) in
+            if is_test_file(&path) { text.as_str() } else { program(&text) }.lines().enumerate()
         {
             let unfinished = [
                 concat!("todo", "!("),
@@ -222,10 +200,7 @@ fn nothing_in_the_program_can_panic_unexplained_or_is_unfinished() {
             }
         }
     }
-    assert_none(
-        "no unwrap outside tests, nothing unfinished or ignored, no sleeping tests",
-        &broken,
-    );
+    assert_none("no unwrap outside tests, nothing unfinished or ignored, no sleeping tests", &broken);
 }
 
 #[test]
@@ -259,10 +234,7 @@ fn every_file_named_in_the_documents_exists() {
                 && ["src/", "tests/", "docs/", "migrations/", "deploy/", "dev/"]
                     .iter()
                     .any(|start| part.starts_with(start));
-            assert!(
-                !is_path || Path::new(part).exists(),
-                "{document} names {part}, which does not exist"
-            );
+            assert!(!is_path || Path::new(part).exists(), "{document} names {part}, which does not exist");
         }
     }
 }

@@ -17,6 +17,8 @@ create table leader (
     id integer primary key check (id = 1),
     owner bigint,
     until timestamptz not null,
+    -- Since when somebody has led without a break: so long the store has been there for all.
+    steady_since timestamptz,
     paced_until timestamptz
 );
 

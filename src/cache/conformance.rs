@@ -20,9 +20,7 @@ pub(crate) async fn all(cache: &dyn Cache) {
     cache.ping().await.unwrap();
     assert_eq!(cache.get(id(1)).await.unwrap(), None);
 
-    let many: Vec<_> = (0..500)
-        .map(|i| (id(i), response(&format!("answer {i}"))))
-        .collect();
+    let many: Vec<_> = (0..500).map(|i| (id(i), response(&format!("answer {i}")))).collect();
     cache.put(&many).await.unwrap();
     for (id, response) in [&many[0], &many[499]] {
         assert_eq!(cache.get(*id).await.unwrap().as_ref(), Some(response));
@@ -33,11 +31,7 @@ pub(crate) async fn all(cache: &dyn Cache) {
     assert_eq!(cache.get(id(1)).await.unwrap(), Some(response("newer")));
     cache.put(&[]).await.unwrap();
 
-    let bare = Response {
-        message: None,
-        message_id: None,
-        ..response("")
-    };
+    let bare = Response { message: None, message_id: None, ..response("") };
     cache.put(&[(id(2), bare.clone())]).await.unwrap();
     assert_eq!(cache.get(id(2)).await.unwrap(), Some(bare));
 }

@@ -17,12 +17,7 @@ pub struct MemoryCache {
 impl MemoryCache {
     /// An empty cache.
     pub fn new() -> MemoryCache {
-        MemoryCache {
-            answers: Moka::builder()
-                .max_capacity(ANSWERS_MAX)
-                .time_to_live(TIME_TO_LIVE)
-                .build(),
-        }
+        MemoryCache { answers: Moka::builder().max_capacity(ANSWERS_MAX).time_to_live(TIME_TO_LIVE).build() }
     }
 }
 

@@ -139,10 +139,7 @@ mod real {
     use super::*;
     use crate::cache::conformance;
 
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "tests are told by the environment where Redis is"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "tests are told by the environment where Redis is")]
     fn url() -> String {
         std::env::var("REDIS_URL")
             .expect("REDIS_URL is set by `make test`, or by `eval \"$(dev/services env)\"`")
@@ -165,9 +162,7 @@ mod real {
         };
         cache.put(&[(id, response)]).await.unwrap();
         let mut pipeline = redis::pipe();
-        pipeline
-            .get(format!("ams:response:{id}"))
-            .ttl(format!("ams:response:{id}"));
+        pipeline.get(format!("ams:response:{id}")).ttl(format!("ams:response:{id}"));
         let (text, ttl): (String, i64) = cache.run(&pipeline).await.unwrap();
         assert_eq!(
             text,

@@ -22,11 +22,7 @@ pub struct Setting {
 impl Setting {
     /// The default in a role.
     pub fn default_for(&self, role: Role) -> Option<&'static str> {
-        self.roles
-            .iter()
-            .find(|(other, _)| *other == role)
-            .map(|(_, value)| *value)
-            .or(self.default)
+        self.roles.iter().find(|(other, _)| *other == role).map(|(_, value)| *value).or(self.default)
     }
 
     /// The flag that sets it.
@@ -50,79 +46,31 @@ impl Setting {
 }
 
 const fn setting(name: &'static str, default: Option<&'static str>, help: &'static str) -> Setting {
-    Setting {
-        name,
-        default,
-        roles: &[],
-        help,
-        secret: false,
-    }
+    Setting { name, default, roles: &[], help, secret: false }
 }
 
 const fn secret(name: &'static str, help: &'static str) -> Setting {
-    Setting {
-        name,
-        default: None,
-        roles: &[],
-        help,
-        secret: true,
-    }
+    Setting { name, default: None, roles: &[], help, secret: true }
 }
 
 /// All settings, in the order of the README's table.
 pub const SETTINGS: &[Setting] = &[
-    setting(
-        "DATABASE_URL",
-        Some("sqlite://ams-data/ams.db"),
-        "the store: postgres://… or sqlite://PATH",
-    ),
+    setting("DATABASE_URL", Some("sqlite://ams-data/ams.db"), "the store: postgres://… or sqlite://PATH"),
     setting("DB_HOST", None, "the store's host, when DATABASE_URL is not set"),
     setting("DB_PORT", Some("5432"), "the store's port"),
     setting("DB_USER", Some("postgres"), "the store's user"),
     secret("DB_PASSWORD", "the store's password"),
-    setting(
-        "DB_NAME",
-        Some("automatic_message_system"),
-        "the store's database",
-    ),
-    setting(
-        "DB_SSLMODE",
-        Some("prefer"),
-        "TLS to the store: disable, prefer, require or verify-full",
-    ),
-    setting(
-        "KAFKA_BROKERS",
-        None,
-        "the queue: host:port,host:port; unset: in this process",
-    ),
-    setting(
-        "KAFKA_SECURITY_PROTOCOL",
-        None,
-        "plaintext, ssl, sasl_plaintext or sasl_ssl",
-    ),
-    setting(
-        "KAFKA_SASL_MECHANISM",
-        None,
-        "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512",
-    ),
+    setting("DB_NAME", Some("automatic_message_system"), "the store's database"),
+    setting("DB_SSLMODE", Some("prefer"), "TLS to the store: disable, prefer, require or verify-full"),
+    setting("KAFKA_BROKERS", None, "the queue: host:port,host:port; unset: in this process"),
+    setting("KAFKA_SECURITY_PROTOCOL", None, "plaintext, ssl, sasl_plaintext or sasl_ssl"),
+    setting("KAFKA_SASL_MECHANISM", None, "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512"),
     setting("KAFKA_SASL_USERNAME", None, "the broker's user"),
     secret("KAFKA_SASL_PASSWORD", "the broker's password"),
-    setting(
-        "KAFKA_SSL_CA",
-        None,
-        "file with the authorities that sign the brokers' certificates",
-    ),
-    setting(
-        "KAFKA_SSL_CERTIFICATE",
-        None,
-        "file with this client's certificate",
-    ),
+    setting("KAFKA_SSL_CA", None, "file with the authorities that sign the brokers' certificates"),
+    setting("KAFKA_SSL_CERTIFICATE", None, "file with this client's certificate"),
     setting("KAFKA_SSL_KEY", None, "file with this client's key"),
-    setting(
-        "REDIS_URL",
-        None,
-        "the cache: redis://… or rediss://…; unset: in this process",
-    ),
+    setting("REDIS_URL", None, "the cache: redis://… or rediss://…; unset: in this process"),
     setting("REDIS_HOST", None, "the cache's host, when REDIS_URL is not set"),
     setting("REDIS_PORT", Some("6379"), "the cache's port"),
     setting("REDIS_DB", Some("0"), "the cache's database number"),
@@ -133,11 +81,7 @@ pub const SETTINGS: &[Setting] = &[
     ),
     Setting {
         roles: &[(Role::RetryConsumer, "messages-retry")],
-        ..setting(
-            "KAFKA_TOPIC",
-            Some("messages"),
-            "the lane a consumer reads, or the producer's fresh lane",
-        )
+        ..setting("KAFKA_TOPIC", Some("messages"), "the lane a consumer reads, or the producer's fresh lane")
     },
     Setting {
         roles: &[(Role::RetryConsumer, "messages-dlq")],
@@ -149,11 +93,7 @@ pub const SETTINGS: &[Setting] = &[
     },
     Setting {
         roles: &[(Role::RetryConsumer, "3"), (Role::Up, "3")],
-        ..setting(
-            "RETRY_COUNT",
-            Some("1"),
-            "tries in this lane; in `up` and `demo`, in the retry lane",
-        )
+        ..setting("RETRY_COUNT", Some("1"), "tries in this lane; in `up` and `demo`, in the retry lane")
     },
     setting(
         "RETRY_INTERVAL",
@@ -161,26 +101,10 @@ pub const SETTINGS: &[Setting] = &[
         "wait before the k-th try of a retry lane: this × 2^(k-1), and up to a tenth more",
     ),
     setting("RETRY_MAX_INTERVAL", Some("1h"), "the longest such wait"),
-    setting(
-        "INTERVAL",
-        None,
-        "pacing: at most BATCH_COUNT first tries per INTERVAL, over all producers",
-    ),
-    setting(
-        "BATCH_COUNT",
-        None,
-        "see INTERVAL; both unset: as fast as the endpoints take them",
-    ),
-    setting(
-        "REQUEST_URL",
-        Some("http://localhost:3000"),
-        "URL of the endpoint named `default`",
-    ),
-    setting(
-        "REQUEST_CA_FILE",
-        None,
-        "further authorities that sign endpoints' certificates (PEM)",
-    ),
+    setting("INTERVAL", None, "pacing: at most BATCH_COUNT first tries per INTERVAL, over all producers"),
+    setting("BATCH_COUNT", None, "see INTERVAL; both unset: as fast as the endpoints take them"),
+    setting("REQUEST_URL", Some("http://localhost:3000"), "URL of the endpoint named `default`"),
+    setting("REQUEST_CA_FILE", None, "further authorities that sign endpoints' certificates (PEM)"),
     setting("HOST", Some("127.0.0.1"), "address to listen on"),
     Setting {
         roles: &[(Role::TestClient, "3000")],
@@ -191,27 +115,15 @@ pub const SETTINGS: &[Setting] = &[
         None,
         "port for /livez, /readyz and /metrics of services other than the API; unset: none",
     ),
-    setting(
-        "ERROR_RATE",
-        Some("0"),
-        "test client: share of requests it fails, 0 to 1",
-    ),
-    setting(
-        "SHUTDOWN_TIMEOUT",
-        Some("30s"),
-        "how long a stop waits for attempts in flight",
-    ),
+    setting("ERROR_RATE", Some("0"), "test client: share of requests it fails, 0 to 1"),
+    setting("SHUTDOWN_TIMEOUT", Some("30s"), "how long a stop waits for attempts in flight"),
     setting(
         "LOG_LEVEL",
         Some("info"),
         "error, warn, info, debug or trace; or a filter such as info,ams::consumer=debug",
     ),
     setting("LOG_FORMAT", Some("text"), "text or json"),
-    setting(
-        "LOG_FILE",
-        None,
-        "append the log to this file; unset: standard error",
-    ),
+    setting("LOG_FILE", None, "append the log to this file; unset: standard error"),
     setting("NO_COLOR", None, "any value: no colours"),
 ];
 
@@ -229,11 +141,7 @@ pub(super) const KAFKA_CLIENT: &[(&str, &str)] = &[
 type Parsed<T> = Result<T, String>;
 
 pub(super) fn text(text: &str) -> Parsed<String> {
-    if text.trim().is_empty() {
-        Err("is empty; write a name".into())
-    } else {
-        Ok(text.to_owned())
-    }
+    if text.trim().is_empty() { Err("is empty; write a name".into()) } else { Ok(text.to_owned()) }
 }
 
 /// `500ms`, `3s`, `2m`, `1h`, or a bare number as seconds.
@@ -247,13 +155,11 @@ pub fn duration(text: &str) -> Parsed<Duration> {
 }
 
 pub(super) fn port(text: &str) -> Parsed<u16> {
-    text.parse()
-        .map_err(|_| "is no port; write a number from 0 to 65535".into())
+    text.parse().map_err(|_| "is no port; write a number from 0 to 65535".into())
 }
 
 pub(super) fn count(text: &str) -> Parsed<u32> {
-    text.parse()
-        .map_err(|_| "is no whole number of zero or more; write one".into())
+    text.parse().map_err(|_| "is no whole number of zero or more; write one".into())
 }
 
 pub(super) fn tries(text: &str) -> Parsed<i32> {
@@ -308,11 +214,7 @@ pub(super) fn redis_url(text: &str) -> Parsed<String> {
 
 pub(super) fn file(text: &str) -> Parsed<PathBuf> {
     let path = PathBuf::from(text);
-    if path.is_file() {
-        Ok(path)
-    } else {
-        Err("is not a file that can be read; name one".into())
-    }
+    if path.is_file() { Ok(path) } else { Err("is not a file that can be read; name one".into()) }
 }
 
 pub(super) fn sslmode(text: &str) -> Parsed<String> {

@@ -19,14 +19,8 @@ fn refusal(role: Role, values: &[(&str, &str)]) -> String {
 fn with_nothing_set_everything_is_embedded() {
     let config = config(Role::Up, &[]);
     assert_eq!(config.store, StoreConfig::Sqlite("ams-data/ams.db".into()));
-    assert_eq!(
-        (config.queue, config.cache),
-        (QueueConfig::Embedded, CacheConfig::Memory)
-    );
-    assert_eq!(
-        (config.host.as_str(), config.port, config.pacing),
-        ("127.0.0.1", 8080, None)
-    );
+    assert_eq!((config.queue, config.cache), (QueueConfig::Embedded, CacheConfig::Memory));
+    assert_eq!((config.host.as_str(), config.port, config.pacing), ("127.0.0.1", 8080, None));
     assert_eq!((config.lane.tries, config.retry_lane.tries), (1, 3));
     assert_eq!(
         (config.lane.next.as_str(), config.retry_lane.topic.as_str()),
@@ -74,10 +68,7 @@ fn flags_win_over_environment_over_file_over_defaults() {
     let raw = Raw::combine(&flags, environment, Some(file)).unwrap();
     let explained = raw.explain(Role::Api);
     let of = |name| {
-        let (_, value, source) = explained
-            .iter()
-            .find(|(setting, ..)| setting.name == name)
-            .unwrap();
+        let (_, value, source) = explained.iter().find(|(setting, ..)| setting.name == name).unwrap();
         (value.as_str(), *source)
     };
     assert_eq!(of("HOST"), ("flag", Source::Flag));
@@ -105,10 +96,7 @@ fn bad_settings_are_named_with_value_and_mend() {
         ("REQUEST_CA_FILE", "/nowhere", "file"),
     ] {
         let refusal = refusal(Role::Up, &[(name, value)]);
-        assert!(
-            refusal.contains(name) && refusal.contains(value) && refusal.contains(mend),
-            "{refusal}"
-        );
+        assert!(refusal.contains(name) && refusal.contains(value) && refusal.contains(mend), "{refusal}");
     }
     assert!(refusal(Role::Producer, &[("INTERVAL", "1s")]).contains("BATCH_COUNT"));
     assert!(refusal(Role::Consumer, &[("KAFKA_TOPIC", "x-dlq")]).contains("dead-letter"));
@@ -117,11 +105,7 @@ fn bad_settings_are_named_with_value_and_mend() {
 
 #[test]
 fn an_unknown_setting_in_the_file_is_refused() {
-    let refused = |file| {
-        Raw::combine(&BTreeMap::new(), |_| None, Some(file))
-            .unwrap_err()
-            .to_string()
-    };
+    let refused = |file| Raw::combine(&BTreeMap::new(), |_| None, Some(file)).unwrap_err().to_string();
     assert!(refused("kafka_brokrs = 'x:1'").contains("kafka_brokrs"));
     assert!(refused("port = [1]").contains("port"));
     assert!(refused("port = ").contains("not TOML"));
@@ -129,30 +113,18 @@ fn an_unknown_setting_in_the_file_is_refused() {
 
 #[test]
 fn secrets_are_never_shown() {
-    let raw = raw(&[
-        ("DB_PASSWORD", "tiger"),
-        ("DATABASE_URL", "postgres://scott:tiger@db/x"),
-        ("PORT", "tiger"),
-    ]);
-    for (setting, shown, _) in raw
-        .explain(Role::Api)
-        .iter()
-        .filter(|(setting, ..)| setting.name != "PORT")
-    {
+    let raw =
+        raw(&[("DB_PASSWORD", "tiger"), ("DATABASE_URL", "postgres://scott:tiger@db/x"), ("PORT", "tiger")]);
+    for (setting, shown, _) in raw.explain(Role::Api).iter().filter(|(setting, ..)| setting.name != "PORT") {
         assert!(!shown.contains("tiger"), "{} shows {shown}", setting.name);
     }
 }
 
 #[test]
 fn durations_are_understood() {
-    for (text, ms) in [
-        ("500ms", 500),
-        ("3s", 3_000),
-        ("2m", 120_000),
-        ("1h", 3_600_000),
-        ("3", 3_000),
-        ("0.5", 500),
-    ] {
+    for (text, ms) in
+        [("500ms", 500), ("3s", 3_000), ("2m", 120_000), ("1h", 3_600_000), ("3", 3_000), ("0.5", 500)]
+    {
         assert_eq!(settings::duration(text), Ok(Duration::from_millis(ms)), "{text}");
     }
 }

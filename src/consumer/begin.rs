@@ -85,15 +85,8 @@ pub(super) async fn start(
         begin(&parts, &arrivals.admitted, &stop),
     );
     let (Some(()), Some(()), Some((lease, instance, messages))) = done.await else {
-        let stale = arrivals
-            .admitted
-            .into_iter()
-            .map(|(_, endpoint)| endpoint)
-            .collect();
-        return Started {
-            stale,
-            ..Started::default()
-        };
+        let stale = arrivals.admitted.into_iter().map(|(_, endpoint)| endpoint).collect();
+        return Started { stale, ..Started::default() };
     };
     if !messages.is_empty() {
         parts.metrics.batch("begin", messages.len(), watch.elapsed());
@@ -111,10 +104,7 @@ fn sort(
     instance: InstanceId,
     messages: Vec<BegunMessage>,
 ) -> Started {
-    let lease = Arc::new(Lease {
-        id: lease,
-        unrecorded: messages.len().into(),
-    });
+    let lease = Arc::new(Lease { id: lease, unrecorded: messages.len().into() });
     let mut begun: std::collections::HashMap<_, _> = messages.into_iter().map(|m| (m.id, m)).collect();
     let mut started = Started::default();
     for (ticket, endpoint) in admitted {
@@ -145,29 +135,13 @@ async fn begin(
     if admitted.is_empty() {
         return Some((lease, InstanceId(0), Vec::new()));
     }
-    let tickets: Vec<_> = admitted
-        .iter()
-        .map(|(ticket, _)| (ticket.id, ticket.epoch))
-        .collect();
+    let tickets: Vec<_> = admitted.iter().map(|(ticket, _)| (ticket.id, ticket.epoch)).collect();
     let tried = std::sync::atomic::AtomicBool::new(false);
     service::persist("begin", stop, || async {
-        let instance = parts
-            .presence
-            .instance()
-            .ok_or_else(|| "not enrolled in the store yet".to_owned())?;
+        let instance = parts.presence.instance().ok_or_else(|| "not enrolled in the store yet".to_owned())?;
         let repeated = tried.swap(true, std::sync::atomic::Ordering::Relaxed);
-        let begin = Begin {
-            lease,
-            repeated,
-            tickets: &tickets,
-            owner: instance,
-            now: parts.clock.now(),
-        };
-        let begun = parts
-            .store
-            .begin(&begin)
-            .await
-            .map_err(|error| error.to_string())?;
+        let begin = Begin { lease, repeated, tickets: &tickets, owner: instance, now: parts.clock.now() };
+        let begun = parts.store.begin(&begin).await.map_err(|error| error.to_string())?;
         Ok::<_, String>((lease, instance, begun.messages))
     })
     .await
@@ -175,19 +149,12 @@ async fn begin(
 
 async fn hold(parts: &Parts, refused: &[(MessageId, Epoch, Held)], stop: &CancellationToken) -> Option<()> {
     for held in [Held::EndpointBusy, Held::EndpointClosed] {
-        let tickets: Vec<_> = refused
-            .iter()
-            .filter(|r| r.2 == held)
-            .map(|r| (r.0, r.1))
-            .collect();
+        let tickets: Vec<_> = refused.iter().filter(|r| r.2 == held).map(|r| (r.0, r.1)).collect();
         if tickets.is_empty() {
             continue;
         }
         let watch = parts.clock.stopwatch();
-        service::persist("hold", stop, || {
-            parts.store.hold(&tickets, held, parts.clock.now())
-        })
-        .await?;
+        service::persist("hold", stop, || parts.store.hold(&tickets, held, parts.clock.now())).await?;
         parts.metrics.batch("hold", tickets.len(), watch.elapsed());
     }
     Some(())
@@ -212,12 +179,7 @@ async fn dead_letter_raw(
         .collect();
     let directory = parts.directory.snapshot();
     let to = dead_letter_of(lane, &directory.lanes).to_owned();
-    tracing::warn!(
-        lane,
-        "{} unreadable records on {lane} go to {to}: {}",
-        records.len(),
-        unreadable[0].2
-    );
+    tracing::warn!(lane, "{} unreadable records on {lane} go to {to}: {}", records.len(), unreadable[0].2);
     service::persist("dead-letter lane", stop, || async {
         parts.queue.ensure(std::slice::from_ref(&to)).await?;
         parts.queue.publish(&to, records.clone()).await.map(drop)

@@ -154,22 +154,14 @@ impl Desk {
                 busy.expected = busy.expected.saturating_sub(1);
             }
             match directory.open_endpoint(&ticket.endpoint) {
-                None => self
-                    .arrivals
-                    .refused
-                    .push((ticket.id, ticket.epoch, Held::EndpointClosed)),
+                None => self.arrivals.refused.push((ticket.id, ticket.epoch, Held::EndpointClosed)),
                 Some(endpoint) if self.limits.admit(&endpoint.name, endpoint.in_flight_max) => {
                     self.arrivals.admitted.push((ticket, Arc::clone(endpoint)));
                 }
                 Some(_) => {
                     let now = self.parts.clock.now();
-                    self.busy.entry(ticket.endpoint).or_insert(Busy {
-                        expected: 0,
-                        since: now,
-                    });
-                    self.arrivals
-                        .refused
-                        .push((ticket.id, ticket.epoch, Held::EndpointBusy));
+                    self.busy.entry(ticket.endpoint).or_insert(Busy { expected: 0, since: now });
+                    self.arrivals.refused.push((ticket.id, ticket.epoch, Held::EndpointBusy));
                 }
             }
         }
@@ -180,12 +172,8 @@ impl Desk {
         if self.beginning.is_none() && !self.arrivals.is_empty() {
             let arrivals = std::mem::take(&mut self.arrivals);
             let lane = self.options.lane.topic.clone();
-            self.beginning = Some(Box::pin(begin::start(
-                self.parts.clone(),
-                lane,
-                arrivals,
-                self.stop.clone(),
-            )));
+            self.beginning =
+                Some(Box::pin(begin::start(self.parts.clone(), lane, arrivals, self.stop.clone())));
         }
     }
 
@@ -227,17 +215,10 @@ impl Desk {
             tokio::spawn(async move {
                 let watch = parts.clock.stopwatch();
                 let ours = parts.presence.holds(job.instance) && !stop.is_cancelled();
-                let outcome = if ours {
-                    Some(delivery.deliver(&job.ticket, &job.endpoint).await)
-                } else {
-                    None
-                };
+                let outcome =
+                    if ours { Some(delivery.deliver(&job.ticket, &job.endpoint).await) } else { None };
                 // Nobody listens any more only when a stop has run out of patience.
-                let _ = finished.send(Finished {
-                    job,
-                    outcome,
-                    took: watch.elapsed(),
-                });
+                let _ = finished.send(Finished { job, outcome, took: watch.elapsed() });
             });
         }
         if queue.is_empty() {
@@ -265,9 +246,7 @@ impl Desk {
             Some(outcome) => {
                 self.parts.metrics.attempted(&lane.topic, outcome.class, took);
                 let directory = self.parts.directory.snapshot();
-                directory
-                    .policy(lane, &job.endpoint)
-                    .judge(outcome, job.lane_try, now, fastrand::f64())
+                directory.policy(lane, &job.endpoint).judge(outcome, job.lane_try, now, fastrand::f64())
             }
         };
         let record = Record {
@@ -280,12 +259,7 @@ impl Desk {
         };
         self.unrecorded += 1;
         // The recorder ends only after this sender is dropped.
-        let _ = self.records.send(Judged {
-            record,
-            ticket: job.ticket,
-            lease: job.lease,
-            judged_at: now,
-        });
+        let _ = self.records.send(Judged { record, ticket: job.ticket, lease: job.lease, judged_at: now });
     }
 
     /// Housekeeping: frees held rows of endpoints that have room again.
@@ -304,10 +278,7 @@ impl Desk {
             if now.since(busy.since) > EXPECTED {
                 busy.expected = 0;
             }
-            let room = self
-                .limits
-                .room(name, endpoint.in_flight_max)
-                .saturating_sub(busy.expected);
+            let room = self.limits.room(name, endpoint.in_flight_max).saturating_sub(busy.expected);
             // Not one by one: a write for each row that ends would cost what holding saves.
             if room >= endpoint.in_flight_max.min(32) as usize {
                 wanted.push((name.clone(), room.min(BATCH)));
@@ -334,10 +305,7 @@ impl Desk {
             }
         }
         for name in freed.found {
-            self.busy.entry(name).or_insert(Busy {
-                expected: 0,
-                since: now,
-            });
+            self.busy.entry(name).or_insert(Busy { expected: 0, since: now });
         }
     }
 
@@ -398,11 +366,9 @@ async fn free(parts: Parts, wanted: Vec<(String, usize)>, look: bool) -> Freed {
     }
     if look {
         match parts.store.held().await {
-            Ok(held) => freed.found.extend(
-                held.into_iter()
-                    .filter(|h| h.1 == Held::EndpointBusy)
-                    .map(|h| h.0),
-            ),
+            Ok(held) => {
+                freed.found.extend(held.into_iter().filter(|h| h.1 == Held::EndpointBusy).map(|h| h.0))
+            }
             Err(error) => tracing::debug!("held rows could not be looked for: {error}"),
         }
     }

@@ -65,10 +65,8 @@ pub(super) async fn run(
 async fn write(parts: &Parts, batch: Vec<Judged>, answers: &mpsc::Sender<Vec<(MessageId, Response)>>) {
     let watch = parts.clock.stopwatch();
     let finished = finished(&batch);
-    let (records, tickets): (Vec<_>, Vec<_>) = batch
-        .into_iter()
-        .map(|j| (j.record, (j.ticket, j.judged_at)))
-        .unzip();
+    let (records, tickets): (Vec<_>, Vec<_>) =
+        batch.into_iter().map(|j| (j.record, (j.ticket, j.judged_at))).unzip();
     let refused = write_records(parts, records.clone(), &finished).await;
     parts.metrics.batch("record", records.len(), watch.elapsed());
     parts.metrics.stale("record", refused.len());
@@ -120,11 +118,7 @@ fn finished(batch: &[Judged]) -> Vec<LeaseId> {
 async fn write_records(parts: &Parts, mut records: Vec<Record>, finished: &[LeaseId]) -> Vec<MessageId> {
     let mut backoff = Backoff::new("recorder");
     loop {
-        let call = Records {
-            records: &records,
-            finished,
-            now: parts.clock.now(),
-        };
+        let call = Records { records: &records, finished, now: parts.clock.now() };
         match parts.store.record(&call).await {
             Ok(refused) => {
                 backoff.succeeded();
@@ -204,11 +198,7 @@ pub(crate) async fn publish_dead_letters(parts: Parts, letters: Vec<DeadLetter>)
         let records = letters.iter().map(|letter| dead_letter_record(letter)).collect();
         let ids: Vec<_> = letters.iter().map(|letter| letter.ticket.id).collect();
         if let Err(error) = parts.queue.publish(lane, records).await {
-            tracing::warn!(
-                lane,
-                "{} dead letters will be published later: {error}",
-                ids.len()
-            );
+            tracing::warn!(lane, "{} dead letters will be published later: {error}", ids.len());
             continue;
         }
         let mark = || parts.store.dead_lettered(&ids);

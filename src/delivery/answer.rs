@@ -94,10 +94,7 @@ pub(super) fn retry_after_ms(headers: &HeaderMap, now: Timestamp) -> Option<u64>
         // More digits than fit mean a very long time; whoever obeys has a bound of its own.
         return Some(text.parse::<u64>().unwrap_or(u64::MAX).saturating_mul(1000));
     }
-    let at = httpdate::parse_http_date(text)
-        .ok()?
-        .duration_since(UNIX_EPOCH)
-        .ok()?;
+    let at = httpdate::parse_http_date(text).ok()?.duration_since(UNIX_EPOCH).ok()?;
     let wait = Timestamp::EPOCH.after(at).since(now);
     u64::try_from(wait.as_millis()).ok()
 }
@@ -105,9 +102,7 @@ pub(super) fn retry_after_ms(headers: &HeaderMap, now: Timestamp) -> Option<u64>
 /// How long the receiver says that it keeps an idle connection (`Keep-Alive: timeout=5`).
 pub(super) fn keeps_idle_for(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("keep-alive")?.to_str().ok()?;
-    let seconds = text
-        .split(',')
-        .find_map(|part| part.trim().strip_prefix("timeout="))?;
+    let seconds = text.split(',').find_map(|part| part.trim().strip_prefix("timeout="))?;
     seconds.trim().parse().ok().map(Duration::from_secs)
 }
 
@@ -131,10 +126,7 @@ mod tests {
     #[test]
     fn strange_json_is_kept_as_text() {
         for (body, id) in [
-            (
-                r#"{"messageId":12345678901234567890}"#,
-                Some("12345678901234567890"),
-            ),
+            (r#"{"messageId":12345678901234567890}"#, Some("12345678901234567890")),
             (r#"{"messageId":null,"message":{"a":1}}"#, None),
             (r#"{"messageId":["x"]}"#, None),
             (r#"{"messageId":"a\u0000b"}"#, Some("ab")),
@@ -190,12 +182,9 @@ mod tests {
 
     #[test]
     fn keep_alive_is_read() {
-        for (value, idle) in [
-            ("timeout=5", Some(5)),
-            ("max=100, timeout=60", Some(60)),
-            ("timeout=x", None),
-            ("max=1", None),
-        ] {
+        for (value, idle) in
+            [("timeout=5", Some(5)), ("max=100, timeout=60", Some(60)), ("timeout=x", None), ("max=1", None)]
+        {
             let headers = HeaderMap::from_iter([("keep-alive".parse().unwrap(), value.parse().unwrap())]);
             assert_eq!(keeps_idle_for(&headers), idle.map(Duration::from_secs), "{value}");
         }

@@ -41,9 +41,7 @@ impl Connector {
         rule: AddressRule,
         watch: Stopwatch,
     ) -> Result<Connector, DeliveryError> {
-        let mut roots = RootCertStore {
-            roots: webpki_roots::TLS_SERVER_ROOTS.to_vec(),
-        };
+        let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
         // A machine without a store of its own, or with an odd certificate in it, is no reason not to start.
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         if let Some(path) = ca_file {
@@ -56,11 +54,7 @@ impl Connector {
             .with_root_certificates(roots)
             .with_no_client_auth();
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Connector {
-            tls: TlsConnector::from(Arc::new(config)),
-            rule,
-            watch,
-        })
+        Ok(Connector { tls: TlsConnector::from(Arc::new(config)), rule, watch })
     }
 
     /// Opens a connection to one of the origin's addresses, tried in turn. The caller has a deadline,
@@ -115,9 +109,7 @@ impl Connector {
                 }
             };
             let stream = self.tls.connect(name, stream).await;
-            Stream::Tls(Box::new(
-                stream.map_err(|error| format!("TLS failed: {}", words(&error)))?,
-            ))
+            Stream::Tls(Box::new(stream.map_err(|error| format!("TLS failed: {}", words(&error)))?))
         } else {
             Stream::Plain(stream)
         };
@@ -126,10 +118,7 @@ impl Connector {
 }
 
 fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), DeliveryError> {
-    let wrong = |why: String| DeliveryError::CaFile {
-        path: path.to_owned(),
-        why,
-    };
+    let wrong = |why: String| DeliveryError::CaFile { path: path.to_owned(), why };
     let mut count = 0;
     for certificate in CertificateDer::pem_file_iter(path).map_err(|error| wrong(error.to_string()))? {
         let certificate = certificate.map_err(|error| wrong(error.to_string()))?;
@@ -193,17 +182,12 @@ impl Names {
                 Err(error) => Err(format!("the name `{name}` can't be resolved: {}", reason(&error))),
             };
             let wait = if addresses.is_ok() { KNOWN_FOR } else { UNKNOWN_FOR };
-            let known = Known {
-                until: watch.elapsed() + wait,
-                addresses: addresses.clone(),
-            };
+            let known = Known { until: watch.elapsed() + wait, addresses: addresses.clone() };
             *names.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(known);
             drop(turn);
             addresses
         });
-        look_up
-            .await
-            .unwrap_or_else(|_| Err("the name look-up was stopped".to_owned()))
+        look_up.await.unwrap_or_else(|_| Err("the name look-up was stopped".to_owned()))
     }
 
     fn fresh(&self, watch: &Stopwatch) -> Option<Result<Vec<SocketAddr>, String>> {

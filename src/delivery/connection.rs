@@ -32,14 +32,9 @@ pub(super) struct Connection {
 
 impl Connection {
     pub(super) async fn open(stream: Stream) -> Result<Connection, hyper::Error> {
-        let (sender, driver) = http1::Builder::new()
-            .max_buf_size(HEAD_MAX)
-            .handshake(TokioIo::new(stream))
-            .await?;
-        Ok(Connection {
-            sender,
-            driver: Some(Box::new(driver)),
-        })
+        let (sender, driver) =
+            http1::Builder::new().max_buf_size(HEAD_MAX).handshake(TokioIo::new(stream)).await?;
+        Ok(Connection { sender, driver: Some(Box::new(driver)) })
     }
 
     /// Lets the connection do what it can now.

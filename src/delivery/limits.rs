@@ -40,11 +40,7 @@ struct Load {
 impl Limits {
     /// Limits for at most `window` messages at once.
     pub fn new(window: usize) -> Limits {
-        Limits {
-            window,
-            total: 0,
-            loads: HashMap::new(),
-        }
+        Limits { window, total: 0, loads: HashMap::new() }
     }
 
     /// How many messages are admitted, over all endpoints.
@@ -116,9 +112,7 @@ impl Limits {
         if !self.loads.contains_key(endpoint) {
             self.loads.insert(endpoint.into(), Load::default());
         }
-        self.loads
-            .get_mut(endpoint)
-            .expect("it was inserted above if it was missing")
+        self.loads.get_mut(endpoint).expect("it was inserted above if it was missing")
     }
 }
 
@@ -127,11 +121,7 @@ impl Limits {
 fn in_flight_target(latency_s: f64, in_flight_max: u32) -> u32 {
     let factor = latency_s / LATENCY_AT_MIN.as_secs_f64();
     let wanted = f64::from(IN_FLIGHT_MIN) * factor.max(1.0);
-    if wanted >= f64::from(in_flight_max) {
-        in_flight_max.max(1)
-    } else {
-        wanted as u32
-    }
+    if wanted >= f64::from(in_flight_max) { in_flight_max.max(1) } else { wanted as u32 }
 }
 
 #[cfg(test)]
@@ -173,11 +163,7 @@ mod tests {
             (0.0, 1, 1),
             (0.0, 0, 1),
         ] {
-            assert_eq!(
-                in_flight_target(latency_s, max),
-                expected,
-                "{latency_s} s, at most {max}"
-            );
+            assert_eq!(in_flight_target(latency_s, max), expected, "{latency_s} s, at most {max}");
         }
     }
 

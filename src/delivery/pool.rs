@@ -39,13 +39,7 @@ struct Idle {
 
 impl Pool {
     pub(super) fn new(connector: Connector, idle_max: usize, idle_for: Duration) -> Pool {
-        Pool {
-            connector,
-            idle_max,
-            idle_for,
-            hosts: Mutex::default(),
-            next_sweep_ms: AtomicU64::new(0),
-        }
+        Pool { connector, idle_max, idle_for, hosts: Mutex::default(), next_sweep_ms: AtomicU64::new(0) }
     }
 
     /// The place of an origin's connections.
@@ -54,11 +48,7 @@ impl Pool {
         if let Some(host) = hosts.get(origin) {
             return Arc::clone(host);
         }
-        let host = Arc::new(Host {
-            origin: origin.clone(),
-            names: Arc::default(),
-            idle: Mutex::default(),
-        });
+        let host = Arc::new(Host { origin: origin.clone(), names: Arc::default(), idle: Mutex::default() });
         hosts.insert(origin.clone(), Arc::clone(&host));
         host
     }
@@ -105,11 +95,7 @@ impl Pool {
         let idle_for = told.map_or(self.idle_for, |told| self.idle_for.min(told.mul_f64(0.75)));
         let mut idle = lock(&host.idle);
         if idle.len() < self.idle_max {
-            idle.push(Idle {
-                connection,
-                since: now,
-                until: now + idle_for,
-            });
+            idle.push(Idle { connection, since: now, until: now + idle_for });
         }
     }
 
@@ -131,10 +117,7 @@ impl Pool {
     /// How many connections are kept, over all origins.
     #[cfg(test)]
     pub(super) fn idle(&self) -> usize {
-        lock(&self.hosts)
-            .values()
-            .map(|host| lock(&host.idle).len())
-            .sum()
+        lock(&self.hosts).values().map(|host| lock(&host.idle).len()).sum()
     }
 }
 

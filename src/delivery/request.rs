@@ -64,9 +64,7 @@ impl Writer {
     pub(super) fn new(installation: Uuid) -> Writer {
         let mut hex = installation.simple().to_string();
         hex.truncate(12);
-        Writer {
-            prefix: format!("msg_{hex}_"),
-        }
+        Writer { prefix: format!("msg_{hex}_") }
     }
 
     /// The request for one try of `ticket`, made at `now`.
@@ -92,10 +90,7 @@ impl Writer {
         );
         headers.insert(CONTENT_TYPE, content_type(ticket)?);
         if let Some(key) = key {
-            headers.insert(
-                WEBHOOK_SIGNATURE,
-                key.sign(id.as_bytes(), timestamp.as_bytes(), &body),
-            );
+            headers.insert(WEBHOOK_SIGNATURE, key.sign(id.as_bytes(), timestamp.as_bytes(), &body));
         }
         headers.insert(WEBHOOK_ID, id.clone());
         headers.insert(IDEMPOTENCY_KEY, id);
@@ -144,12 +139,7 @@ fn add(headers: &mut HeaderMap, extra: &RawValue) -> Result<(), String> {
     if pairs.len() > EXTRA_MAX {
         return Err(format!("it has more than {EXTRA_MAX} headers"));
     }
-    if pairs
-        .iter()
-        .map(|(name, value)| name.len() + value.len())
-        .sum::<usize>()
-        > EXTRA_BYTES_MAX
-    {
+    if pairs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() > EXTRA_BYTES_MAX {
         return Err(format!("its headers are larger than {EXTRA_BYTES_MAX} bytes"));
     }
     for (name, value) in pairs {
@@ -206,10 +196,7 @@ mod tests {
     }
 
     fn with_headers(json: &str) -> Ticket {
-        Ticket {
-            headers: Some(RawValue::from_string(json.to_owned()).unwrap()),
-            ..ticket(7)
-        }
+        Ticket { headers: Some(RawValue::from_string(json.to_owned()).unwrap()), ..ticket(7) }
     }
 
     async fn body_of(request: Request<Full<Bytes>>) -> String {
@@ -242,10 +229,7 @@ mod tests {
 
     #[tokio::test]
     async fn content_with_a_type_of_its_own_is_the_body() {
-        let plain = Ticket {
-            content_type: Some("text/plain; charset=utf-8".into()),
-            ..ticket(7)
-        };
+        let plain = Ticket { content_type: Some("text/plain; charset=utf-8".into()), ..ticket(7) };
         let request = write(&plain).unwrap();
         assert_eq!(request.headers()[CONTENT_TYPE], "text/plain; charset=utf-8");
         assert_eq!(body_of(request).await, "Hi \"there\"");
@@ -280,10 +264,7 @@ mod tests {
             let error = write(&with_headers(json)).unwrap_err();
             assert!(error.contains(why), "{json}: {error}");
         }
-        let bad_type = Ticket {
-            content_type: Some("text/plain\r\nx: y".into()),
-            ..ticket(7)
-        };
+        let bad_type = Ticket { content_type: Some("text/plain\r\nx: y".into()), ..ticket(7) };
         assert!(write(&bad_type).unwrap_err().contains("content type"));
     }
 

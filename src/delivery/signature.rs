@@ -54,11 +54,7 @@ mod tests {
     #[test]
     fn signs_the_standards_own_example() {
         let key = Key::parse("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
-        let signature = key.sign(
-            b"msg_p5jXN8AQM9LWM0D4loKWxJek",
-            b"1614265330",
-            br#"{"test": 2432232314}"#,
-        );
+        let signature = key.sign(b"msg_p5jXN8AQM9LWM0D4loKWxJek", b"1614265330", br#"{"test": 2432232314}"#);
         assert_eq!(signature, "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
     }
 
@@ -72,11 +68,7 @@ mod tests {
 
     #[test]
     fn bad_secrets_are_explained_without_being_told() {
-        for (secret, why) in [
-            ("hunter2", "whsec_"),
-            ("whsec_", "empty"),
-            ("whsec_hunter2!", "base64"),
-        ] {
+        for (secret, why) in [("hunter2", "whsec_"), ("whsec_", "empty"), ("whsec_hunter2!", "base64")] {
             let error = Key::parse(secret).map(|_| ()).unwrap_err();
             assert!(error.contains(why), "{error}");
             assert!(!error.contains("hunter2"), "{error}");

@@ -35,9 +35,7 @@ impl Target {
             "http" => false,
             "https" => true,
             other => {
-                return Err(format!(
-                    "the URL's scheme is `{other}`; only http and https are possible"
-                ));
+                return Err(format!("the URL's scheme is `{other}`; only http and https are possible"));
             }
         };
         if !url.username().is_empty() || url.password().is_some() {
@@ -51,11 +49,7 @@ impl Target {
         }
         let header = &url[Position::BeforeHost..Position::AfterPort];
         Ok(Target {
-            origin: Origin {
-                tls,
-                host: host.to_owned(),
-                port,
-            },
+            origin: Origin { tls, host: host.to_owned(), port },
             host: HeaderValue::try_from(header)
                 .map_err(|_| "the URL's host is no header value".to_owned())?,
             path: url[Position::BeforePath..Position::AfterQuery]
@@ -102,13 +96,7 @@ mod tests {
     fn urls_are_taken_apart() {
         for (url, tls, host, port, path) in [
             ("http://localhost:3000", false, "localhost:3000", 3000, "/"),
-            (
-                "https://Example.ORG/hook?a=b#c",
-                true,
-                "example.org",
-                443,
-                "/hook?a=b",
-            ),
+            ("https://Example.ORG/hook?a=b#c", true, "example.org", 443, "/hook?a=b"),
             ("http://[::1]:81/x y", false, "[::1]:81", 81, "/x%20y"),
             ("http://2130706433/", false, "127.0.0.1", 80, "/"),
         ] {
@@ -140,15 +128,8 @@ mod tests {
 
     #[test]
     fn link_local_addresses_are_refused_only_when_asked_for() {
-        let strict = AddressRule {
-            refuse_link_local: true,
-        };
-        for address in [
-            "169.254.169.254",
-            "::ffff:169.254.169.254",
-            "fe80::1",
-            "fd00:ec2::254",
-        ] {
+        let strict = AddressRule { refuse_link_local: true };
+        for address in ["169.254.169.254", "::ffff:169.254.169.254", "fe80::1", "fd00:ec2::254"] {
             let address = address.parse().unwrap();
             assert!(strict.check(address).is_err(), "{address}");
             assert!(AddressRule::default().check(address).is_ok(), "{address}");

@@ -32,10 +32,7 @@ pub(super) fn ticket(id: i64) -> Ticket {
 }
 
 fn endpoint(url: &str, timeout: Duration) -> Endpoint {
-    Endpoint {
-        timeout,
-        ..Endpoint::new("default", url)
-    }
+    Endpoint { timeout, ..Endpoint::new("default", url) }
 }
 
 fn delivery() -> Delivery {
@@ -72,10 +69,7 @@ fn idle(delivery: &Delivery) -> usize {
 async fn a_script_stands_in_for_the_network() {
     let script: Script = Arc::new(|ticket, endpoint| {
         Box::pin(async move {
-            let progress = Progress {
-                status: Some(202),
-                ..Progress::new(Duration::ZERO)
-            };
+            let progress = Progress { status: Some(202), ..Progress::new(Duration::ZERO) };
             outcome(&endpoint, ticket.created_at, progress, Ok(()))
         })
     });

@@ -23,11 +23,7 @@ pub(super) struct Pacer {
 
 impl Pacer {
     pub(super) fn new(pacing: Pacing) -> Pacer {
-        Pacer {
-            pacing,
-            ends: Timestamp::EPOCH,
-            used: 0,
-        }
+        Pacer { pacing, ends: Timestamp::EPOCH, used: 0 }
     }
 
     /// Takes over from a predecessor: the window that it had opened counts as used up.
@@ -40,11 +36,7 @@ impl Pacer {
 
     /// How many first tries may start now.
     pub(super) fn allowance(&self, now: Timestamp) -> usize {
-        if self.opens_window(now) {
-            self.pacing.count
-        } else {
-            self.pacing.count - self.used
-        }
+        if self.opens_window(now) { self.pacing.count } else { self.pacing.count - self.used }
     }
 
     /// Whether a claim now would be the first of a new window.
@@ -56,11 +48,7 @@ impl Pacer {
     pub(super) fn window_end(&self, now: Timestamp) -> Timestamp {
         let late = now.since(self.ends);
         let on_grid = self.ends.after(self.pacing.interval);
-        if late < self.pacing.interval {
-            on_grid
-        } else {
-            now.after(self.pacing.interval)
-        }
+        if late < self.pacing.interval { on_grid } else { now.after(self.pacing.interval) }
     }
 
     /// Opens a window.
@@ -86,10 +74,7 @@ mod tests {
     }
 
     fn pacer() -> Pacer {
-        Pacer::new(Pacing {
-            count: 100,
-            interval: Duration::from_secs(1),
-        })
+        Pacer::new(Pacing { count: 100, interval: Duration::from_secs(1) })
     }
 
     /// Takes all that is allowed at `ms`; returns how many.
@@ -105,9 +90,7 @@ mod tests {
     #[test]
     fn a_late_look_does_not_shift_the_grid() {
         let mut pacer = pacer();
-        let taken: Vec<_> = [0, 500, 1_040, 2_010, 2_999, 3_000]
-            .map(|ms| take(&mut pacer, ms))
-            .into();
+        let taken: Vec<_> = [0, 500, 1_040, 2_010, 2_999, 3_000].map(|ms| take(&mut pacer, ms)).into();
         assert_eq!(taken, [100, 0, 100, 100, 0, 100]);
     }
 
@@ -116,10 +99,7 @@ mod tests {
         let mut pacer = pacer();
         pacer.inherit(Some(at(700)));
         assert_eq!((take(&mut pacer, 600), take(&mut pacer, 700)), (0, 100));
-        let mut first = super::Pacer::new(Pacing {
-            count: 3,
-            interval: Duration::from_secs(60),
-        });
+        let mut first = super::Pacer::new(Pacing { count: 3, interval: Duration::from_secs(60) });
         first.inherit(None);
         assert_eq!(take(&mut first, 0), 3);
     }

@@ -39,10 +39,7 @@ pub(super) struct UnderWay {
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        self.all
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&self.batch);
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.batch);
     }
 }
 
@@ -75,9 +72,7 @@ impl Rooms {
             room.since -= before;
             room.known = true;
             for d in depth {
-                self.parts
-                    .metrics
-                    .lag(&lane.topic, d.partition, d.end - d.position);
+                self.parts.metrics.lag(&lane.topic, d.partition, d.end - d.position);
             }
         }
         // Before any consumer has registered the fresh lane, tickets may already wait for it there.
@@ -99,28 +94,16 @@ impl Rooms {
 
     /// Notes that a batch is being published, until the result is dropped.
     pub(super) fn under_way(&self, batch: BatchId) -> UnderWay {
-        self.under_way
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(batch);
-        UnderWay {
-            batch,
-            all: Arc::clone(&self.under_way),
-        }
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).insert(batch);
+        UnderWay { batch, all: Arc::clone(&self.under_way) }
     }
 
     /// Whether a batch is being published by this process.
     pub(super) fn is_under_way(&self, batch: BatchId) -> bool {
-        self.under_way
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .contains(&batch)
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).contains(&batch)
     }
 }
 
 fn lag(depth: &[Depth]) -> usize {
-    depth
-        .iter()
-        .map(|d| usize::try_from(d.end - d.position).unwrap_or(0))
-        .sum()
+    depth.iter().map(|d| usize::try_from(d.end - d.position).unwrap_or(0)).sum()
 }

@@ -30,11 +30,7 @@ pub fn dead_letter_record(letter: &DeadLetter) -> LaneRecord {
         ("attempts", letter.attempts.to_string()),
         ("dead_at", dead_at.clone()),
     ];
-    headers.extend(
-        letter
-            .last_status
-            .map(|status| ("last_status", status.to_string())),
-    );
+    headers.extend(letter.last_status.map(|status| ("last_status", status.to_string())));
     headers.extend(letter.last_error.clone().map(|error| ("last_error", error)));
     let value = Value {
         ticket: &letter.ticket,
@@ -60,11 +56,7 @@ fn record(ticket: &Ticket, value: &impl Serialize, more: Vec<(&'static str, Stri
         ("traceparent", traceparent()),
     ];
     headers.extend(more);
-    LaneRecord {
-        key,
-        value: value.into(),
-        headers,
-    }
+    LaneRecord { key, value: value.into(), headers }
 }
 
 /// A fresh W3C trace context (version 00, sampled): a trace begins where the ticket does.
@@ -97,10 +89,7 @@ mod tests {
     fn a_ticket_reads_back_and_carries_the_contracts_headers() {
         let record = lane_record(&ticket());
         let back: Ticket = serde_json::from_slice(&record.value).unwrap();
-        assert_eq!(
-            (back.id, back.epoch, back.content.as_str()),
-            (MessageId(7), 2, "Hi \"you\"")
-        );
+        assert_eq!((back.id, back.epoch, back.content.as_str()), (MessageId(7), 2, "Hi \"you\""));
         assert_eq!(&record.key[..], b"7");
         let names: Vec<_> = record.headers.iter().map(|header| header.0).collect();
         assert_eq!(names, ["ams-id", "ams-attempt", "traceparent"]);
@@ -110,10 +99,7 @@ mod tests {
 
     #[test]
     fn the_ordering_key_is_the_key() {
-        let record = lane_record(&Ticket {
-            ordering_key: Some("order-9".into()),
-            ..ticket()
-        });
+        let record = lane_record(&Ticket { ordering_key: Some("order-9".into()), ..ticket() });
         assert_eq!(&record.key[..], b"order-9");
     }
 
@@ -130,14 +116,7 @@ mod tests {
         });
         let value: serde_json::Value = serde_json::from_slice(&record.value).unwrap();
         assert_eq!(value["content"], "Hi \"you\"");
-        assert_eq!(
-            (&value["attempts"], &value["last_status"]),
-            (&4.into(), &500.into())
-        );
-        assert!(
-            record
-                .headers
-                .contains(&("reason", "all tries failed; last: status 500".into()))
-        );
+        assert_eq!((&value["attempts"], &value["last_status"]), (&4.into(), &500.into()));
+        assert!(record.headers.contains(&("reason", "all tries failed; last: status 500".into())));
     }
 }

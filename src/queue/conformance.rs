@@ -65,10 +65,7 @@ async fn batches_come_whole_and_in_order(queue: &dyn Queue) {
     let mut subscription = queue.subscribe(&lane, &lane, 10_000).await.unwrap();
     let mut places = BTreeSet::new();
     for i in 0..4 {
-        let place = queue
-            .publish(&lane, records(i * 100..(i + 1) * 100))
-            .await
-            .unwrap();
+        let place = queue.publish(&lane, records(i * 100..(i + 1) * 100)).await.unwrap();
         assert_eq!(place.offset % 100, 99, "one batch goes to one partition whole");
         places.insert((place.partition, place.offset));
     }
@@ -111,10 +108,7 @@ async fn the_window_bounds_what_is_out(queue: &dyn Queue) {
     let lane = lane();
     queue.ensure(std::slice::from_ref(&lane)).await.unwrap();
     for i in 0..30 {
-        queue
-            .publish(&lane, records(i * 100..(i + 1) * 100))
-            .await
-            .unwrap();
+        queue.publish(&lane, records(i * 100..(i + 1) * 100)).await.unwrap();
     }
     let mut subscription = queue.subscribe(&lane, &lane, 200).await.unwrap();
     let mut out = take(&mut subscription, 1).await;
@@ -126,10 +120,7 @@ async fn the_window_bounds_what_is_out(queue: &dyn Queue) {
     subscription.done.send(receipts(&out)).unwrap();
     let mut rest = out.len();
     while rest < 3_000 {
-        let more = timeout(PATIENCE, subscription.taken.recv())
-            .await
-            .expect("more comes")
-            .unwrap();
+        let more = timeout(PATIENCE, subscription.taken.recv()).await.expect("more comes").unwrap();
         rest += more.len();
         subscription.done.send(receipts(&more)).unwrap();
     }
@@ -138,14 +129,7 @@ async fn the_window_bounds_what_is_out(queue: &dyn Queue) {
 
 async fn groups_are_independent_and_depth_tells(queue: &dyn Queue) {
     let lane = lane();
-    assert!(
-        queue
-            .depth(&lane, "nobody")
-            .await
-            .unwrap()
-            .iter()
-            .all(|depth| depth.end == 0)
-    );
+    assert!(queue.depth(&lane, "nobody").await.unwrap().iter().all(|depth| depth.end == 0));
     queue.ensure(std::slice::from_ref(&lane)).await.unwrap();
     let place = queue.publish(&lane, records(0..50)).await.unwrap();
     let (one, other) = (format!("{lane}-one"), format!("{lane}-other"));
@@ -156,10 +140,7 @@ async fn groups_are_independent_and_depth_tells(queue: &dyn Queue) {
     first.done.send(receipts(&taken)).unwrap();
     first.close().await;
     let at = |depth: Vec<super::Depth>| {
-        let depth = depth
-            .into_iter()
-            .find(|depth| depth.partition == place.partition)
-            .unwrap();
+        let depth = depth.into_iter().find(|depth| depth.partition == place.partition).unwrap();
         (depth.position, depth.end)
     };
     assert_eq!(at(queue.depth(&lane, &one).await.unwrap()), (50, 50));
@@ -179,17 +160,13 @@ async fn members_share_a_lane(queue: &dyn Queue) {
     let mut other = queue.subscribe(&lane, &lane, 10_000).await.unwrap();
     let mut numbers = BTreeSet::new();
     for i in 1..13 {
-        queue
-            .publish(&lane, records(i * 100..i * 100 + 10))
-            .await
-            .unwrap();
+        queue.publish(&lane, records(i * 100..i * 100 + 10)).await.unwrap();
     }
     one.close().await;
     while numbers.len() < 130 {
         let batch = timeout(PATIENCE, other.taken.recv()).await;
-        let batch = batch
-            .unwrap_or_else(|_| panic!("{} of 130 came to the one that stayed", numbers.len()))
-            .unwrap();
+        let batch =
+            batch.unwrap_or_else(|_| panic!("{} of 130 came to the one that stayed", numbers.len())).unwrap();
         numbers.extend(batch.iter().map(number));
         other.done.send(receipts(&batch)).unwrap();
     }

@@ -56,10 +56,7 @@ struct Progress {
 impl EmbeddedQueue {
     /// An empty queue whose lanes have this many partitions, at least one.
     pub fn new(partitions: usize) -> EmbeddedQueue {
-        EmbeddedQueue {
-            partitions: i32::try_from(partitions).unwrap_or(1).max(1),
-            lanes: Arc::default(),
-        }
+        EmbeddedQueue { partitions: i32::try_from(partitions).unwrap_or(1).max(1), lanes: Arc::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Lane>> {
@@ -86,11 +83,7 @@ impl Lane {
         self.groups.entry(name.to_owned()).or_insert_with(|| Group {
             partitions: firsts
                 .into_iter()
-                .map(|first| Progress {
-                    committed: first,
-                    next: first,
-                    watermark: Watermark::default(),
-                })
+                .map(|first| Progress { committed: first, next: first, watermark: Watermark::default() })
                 .collect(),
             ..Group::default()
         })
@@ -99,12 +92,7 @@ impl Lane {
     /// Drops what every group has done.
     fn trim(&mut self) {
         for (i, partition) in self.partitions.iter_mut().enumerate() {
-            let Some(done) = self
-                .groups
-                .values()
-                .map(|group| group.partitions[i].committed)
-                .min()
-            else {
+            let Some(done) = self.groups.values().map(|group| group.partitions[i].committed).min() else {
                 continue;
             };
             while partition.first < done && partition.records.pop_front().is_some() {
@@ -130,9 +118,7 @@ impl Group {
         let Some(rank) = self.members.keys().position(|id| *id == member) else {
             return Vec::new();
         };
-        (0..self.partitions.len())
-            .filter(|i| i % self.members.len() == rank)
-            .collect()
+        (0..self.partitions.len()).filter(|i| i % self.members.len() == rank).collect()
     }
 }
 
@@ -171,16 +157,8 @@ impl Member {
                 progress.watermark.take(offset);
                 progress.next += 1;
                 room -= 1;
-                let receipt = Receipt {
-                    partition: i as i32,
-                    generation: group.generation,
-                    offset,
-                };
-                taken.push(Taken {
-                    receipt,
-                    key: record.key.clone(),
-                    value: record.value.clone(),
-                });
+                let receipt = Receipt { partition: i as i32, generation: group.generation, offset };
+                taken.push(Taken { receipt, key: record.key.clone(), value: record.value.clone() });
             }
         }
         taken
@@ -194,10 +172,7 @@ impl Member {
         let Some(group) = lane.groups.get_mut(&self.group) else {
             return;
         };
-        for receipt in receipts
-            .iter()
-            .filter(|receipt| receipt.generation == group.generation)
-        {
+        for receipt in receipts.iter().filter(|receipt| receipt.generation == group.generation) {
             if let Some(progress) = group.partitions.get_mut(receipt.partition as usize) {
                 progress.watermark.done(receipt.offset);
                 progress.committed = progress.watermark.position().unwrap_or(progress.committed);
@@ -208,9 +183,7 @@ impl Member {
 
     fn leave(&self) {
         let mut lanes = self.queue.lock();
-        let group = lanes
-            .get_mut(&self.lane)
-            .and_then(|lane| lane.groups.get_mut(&self.group));
+        let group = lanes.get_mut(&self.lane).and_then(|lane| lane.groups.get_mut(&self.group));
         if let Some(group) = group {
             group.members.remove(&self.id);
             group.rebalance();
@@ -276,10 +249,7 @@ impl Queue for EmbeddedQueue {
         lane.next_partition = (at + 1) % lane.partitions.len();
         let partition = &mut lane.partitions[at];
         partition.records.extend(records);
-        let place = Place {
-            partition: at as i32,
-            offset: partition.end() - 1,
-        };
+        let place = Place { partition: at as i32, offset: partition.end() - 1 };
         for group in lane.groups.values() {
             group.members.values().for_each(|member| member.notify_one());
         }
@@ -299,14 +269,7 @@ impl Queue for EmbeddedQueue {
             group_state.members.insert(id, Arc::clone(&wake));
             group_state.rebalance();
             let (lane, group) = (lane.to_owned(), group.to_owned());
-            Member {
-                queue: self.clone(),
-                lane,
-                group,
-                id,
-                window,
-                wake,
-            }
+            Member { queue: self.clone(), lane, group, id, window, wake }
         };
         tokio::spawn(member.run(give, receipts, ended));
         Ok(Subscription { taken, done, closed })
@@ -351,10 +314,7 @@ mod tests {
         let mut subscription = queue.subscribe("lane", "group", 1_000).await.unwrap();
         queue.publish("lane", conformance::records(0..100)).await.unwrap();
         let batch = subscription.taken.recv().await.unwrap();
-        subscription
-            .done
-            .send(batch.iter().map(|taken| taken.receipt).collect())
-            .unwrap();
+        subscription.done.send(batch.iter().map(|taken| taken.receipt).collect()).unwrap();
         subscription.close().await;
         assert!(queue.lock()["lane"].partitions[0].records.is_empty());
     }

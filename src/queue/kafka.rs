@@ -71,11 +71,7 @@ impl KafkaQueue {
             config.set(key, value);
         }
         let publisher = Publisher::new(&config).map_err(refused)?;
-        Ok(KafkaQueue {
-            config,
-            publisher,
-            askers: Mutex::default(),
-        })
+        Ok(KafkaQueue { config, publisher, askers: Mutex::default() })
     }
 
     /// The client that asks for `group`'s positions; it never joins the group.
@@ -89,9 +85,8 @@ impl KafkaQueue {
             .set("group.id", group)
             .set("enable.auto.commit", "false")
             .set("allow.auto.create.topics", "false");
-        let asker: BaseConsumer<LogContext> = config
-            .create_with_context(LogContext::default())
-            .map_err(refused)?;
+        let asker: BaseConsumer<LogContext> =
+            config.create_with_context(LogContext::default()).map_err(refused)?;
         let asker = Arc::new(asker);
         askers.insert(group.to_owned(), Arc::clone(&asker));
         Ok(asker)
@@ -132,19 +127,13 @@ impl Queue for KafkaQueue {
                     .set("max.message.bytes", RECORD_BYTES_MAX)
             })
             .collect();
-        let options = AdminOptions::new()
-            .operation_timeout(Some(ANSWER))
-            .request_timeout(Some(ANSWER));
-        let made = admin
-            .create_topics(&topics, &options)
-            .await
-            .map_err(unavailable)?;
+        let options = AdminOptions::new().operation_timeout(Some(ANSWER)).request_timeout(Some(ANSWER));
+        let made = admin.create_topics(&topics, &options).await.map_err(unavailable)?;
         for topic in made {
             match topic {
-                Ok(name) => tracing::info!(
-                    lane = name,
-                    "created the lane {name} with {PARTITIONS} partitions"
-                ),
+                Ok(name) => {
+                    tracing::info!(lane = name, "created the lane {name} with {PARTITIONS} partitions")
+                }
                 Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
                 Err((name, code)) => {
                     return Err(QueueError::Unavailable(format!(
@@ -161,10 +150,7 @@ impl Queue for KafkaQueue {
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        Err(QueueError::Unavailable(format!(
-            "the lanes {} are not there yet",
-            missing.join(", ")
-        )))
+        Err(QueueError::Unavailable(format!("the lanes {} are not there yet", missing.join(", "))))
     }
 
     async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<Place> {
@@ -199,25 +185,15 @@ impl Queue for KafkaQueue {
 
     async fn ping(&self) -> Result<()> {
         let asker = self.asker("ams")?;
-        blocking(move || {
-            asker
-                .fetch_metadata(Some("ams-ping"), Duration::from_secs(1))
-                .map(drop)
-        })
-        .await
+        blocking(move || asker.fetch_metadata(Some("ams-ping"), Duration::from_secs(1)).map(drop)).await
     }
 }
 
 /// How many partitions a lane has; none when it does not exist.
 fn partitions(asker: &BaseConsumer<LogContext>, lane: &str) -> std::result::Result<i32, KafkaError> {
     let metadata = asker.fetch_metadata(Some(lane), ANSWER)?;
-    let topic = metadata
-        .topics()
-        .iter()
-        .find(|topic| topic.name() == lane && topic.error().is_none());
-    Ok(topic.map_or(0, |topic| {
-        i32::try_from(topic.partitions().len()).unwrap_or(i32::MAX)
-    }))
+    let topic = metadata.topics().iter().find(|topic| topic.name() == lane && topic.error().is_none());
+    Ok(topic.map_or(0, |topic| i32::try_from(topic.partitions().len()).unwrap_or(i32::MAX)))
 }
 
 fn depth(asker: &BaseConsumer<LogContext>, lane: &str) -> std::result::Result<Vec<Depth>, KafkaError> {
@@ -246,14 +222,8 @@ fn depth(asker: &BaseConsumer<LogContext>, lane: &str) -> std::result::Result<Ve
     Ok((0..count)
         .filter_map(|partition| {
             let (end, first) = (at(&ends, partition)?, at(&firsts, partition).unwrap_or(0));
-            let position = at(&committed, partition)
-                .unwrap_or(first)
-                .clamp(first, end.max(first));
-            Some(Depth {
-                partition,
-                position,
-                end,
-            })
+            let position = at(&committed, partition).unwrap_or(first).clamp(first, end.max(first));
+            Some(Depth { partition, position, end })
         })
         .collect())
 }
@@ -271,14 +241,8 @@ async fn blocking<T: Send + 'static>(
 fn refused(error: KafkaError) -> QueueError {
     match error {
         KafkaError::ClientConfig(_, why, key, value) => {
-            let value = if key.contains("password") {
-                "(hidden)"
-            } else {
-                &value
-            };
-            QueueError::Refused(format!(
-                "the Kafka setting {key} is `{value}`: {why}; mend or unset it"
-            ))
+            let value = if key.contains("password") { "(hidden)" } else { &value };
+            QueueError::Refused(format!("the Kafka setting {key} is `{value}`: {why}; mend or unset it"))
         }
         other => QueueError::Refused(other.to_string()),
     }
@@ -294,18 +258,13 @@ mod tests {
 
     fn open(key: &str, value: &str) -> Result<KafkaQueue> {
         let client = BTreeMap::from([(key.to_owned(), value.to_owned())]);
-        KafkaQueue::open(KafkaOptions {
-            brokers: "127.0.0.1:1".into(),
-            client,
-        })
+        KafkaQueue::open(KafkaOptions { brokers: "127.0.0.1:1".into(), client })
     }
 
     #[tokio::test]
     async fn a_bad_client_setting_is_named_and_a_password_is_not_shown() {
         for (key, value) in [("security.protocol", "smoke"), ("no.such.setting", "1")] {
-            let Err(QueueError::Refused(sentence)) = open(key, value) else {
-                panic!("{key} was taken")
-            };
+            let Err(QueueError::Refused(sentence)) = open(key, value) else { panic!("{key} was taken") };
             assert!(sentence.contains(key), "{sentence}");
         }
     }
@@ -318,14 +277,8 @@ mod tests {
             ("sasl.username", "me"),
             ("sasl.password", "secret"),
         ];
-        let client = settings
-            .map(|(key, value)| (key.to_owned(), value.to_owned()))
-            .into();
-        let queue = KafkaQueue::open(KafkaOptions {
-            brokers: "127.0.0.1:1".into(),
-            client,
-        })
-        .unwrap();
+        let client = settings.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        let queue = KafkaQueue::open(KafkaOptions { brokers: "127.0.0.1:1".into(), client }).unwrap();
         assert_eq!(queue.config.get("sasl.mechanisms"), Some("SCRAM-SHA-512"));
     }
 

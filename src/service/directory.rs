@@ -49,10 +49,7 @@ impl Snapshot {
 impl Directory {
     /// An empty directory; [`Directory::refresh`] fills it.
     pub fn new(store: Arc<dyn Store>) -> Directory {
-        Directory {
-            store,
-            snapshot: ArcSwap::default(),
-        }
+        Directory { store, snapshot: ArcSwap::default() }
     }
 
     /// What is known now.
@@ -67,28 +64,14 @@ impl Directory {
     pub async fn refresh(&self) -> Result<Step> {
         let endpoints = self.store.endpoints().await?;
         let lanes = self.store.lanes().await?;
-        let open = endpoints
-            .iter()
-            .filter(|endpoint| endpoint.enabled)
-            .map(|e| e.name.clone())
-            .collect();
-        let endpoints = endpoints
-            .into_iter()
-            .map(|e| (e.name.clone(), Arc::new(e)))
-            .collect();
-        self.snapshot.store(Arc::new(Snapshot {
-            endpoints,
-            lanes,
-            open,
-        }));
+        let open = endpoints.iter().filter(|endpoint| endpoint.enabled).map(|e| e.name.clone()).collect();
+        let endpoints = endpoints.into_iter().map(|e| (e.name.clone(), Arc::new(e))).collect();
+        self.snapshot.store(Arc::new(Snapshot { endpoints, lanes, open }));
         Ok(Step::Idle(REFRESH))
     }
 
     /// Keeps the directory fresh until `stop`.
     pub async fn run(&self, stop: &CancellationToken) {
-        super::run("directory", stop, &tokio::sync::Notify::new(), async || {
-            self.refresh().await
-        })
-        .await;
+        super::run("directory", stop, &tokio::sync::Notify::new(), async || self.refresh().await).await;
     }
 }

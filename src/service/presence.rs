@@ -46,10 +46,7 @@ impl Presence {
     /// Whether `instance` is still this process and its lease has not run out. A process that was
     /// frozen for longer than its lease learns here that what it had begun is no longer its own.
     pub fn holds(&self, instance: InstanceId) -> bool {
-        self.lease
-            .load()
-            .as_ref()
-            .is_some_and(|lease| lease.0 == instance && self.clock.now() < lease.1)
+        self.lease.load().as_ref().is_some_and(|lease| lease.0 == instance && self.clock.now() < lease.1)
     }
 
     /// Renews the lease, or enrolls when there is none or it was taken away.
@@ -84,10 +81,7 @@ impl Presence {
 
     /// Keeps the lease renewed until `stop`.
     pub async fn run(&self, stop: &CancellationToken) {
-        super::run("heartbeat", stop, &tokio::sync::Notify::new(), async || {
-            self.step().await
-        })
-        .await;
+        super::run("heartbeat", stop, &tokio::sync::Notify::new(), async || self.step().await).await;
     }
 
     /// Ends the instance in good order, when the store can be reached.

@@ -139,10 +139,7 @@ impl Bench {
 
     async fn enroll(&self) -> InstanceId {
         let until = self.now().after(LEASE);
-        self.store
-            .enroll("consumer", "there", self.now(), until)
-            .await
-            .unwrap()
+        self.store.enroll("consumer", "there", self.now(), until).await.unwrap()
     }
 
     async fn insert(&self, messages: &[NewMessage]) -> Vec<MessageId> {
@@ -152,8 +149,7 @@ impl Bench {
 
     /// Inserts `count` messages that differ in their text.
     async fn fill(&self, count: usize) -> Vec<MessageId> {
-        self.insert(&(0..count).map(|n| text(&format!("text {n}"))).collect::<Vec<_>>())
-            .await
+        self.insert(&(0..count).map(|n| text(&format!("text {n}"))).collect::<Vec<_>>()).await
     }
 
     async fn claim_by(&self, owner: InstanceId, due: Due<'_>, limit: usize) -> Claimed {
@@ -162,14 +158,7 @@ impl Bench {
             _ => FRESH,
         };
         let open = &["default".to_owned()];
-        let claim = Claim {
-            due,
-            limit,
-            lane,
-            open,
-            owner,
-            now: self.now(),
-        };
+        let claim = Claim { due, limit, lane, open, owner, now: self.now() };
         self.store.claim(&claim).await.unwrap()
     }
 
@@ -193,13 +182,7 @@ impl Bench {
         tickets: &[(MessageId, Epoch)],
     ) -> Vec<BegunMessage> {
         let lease = LeaseId(lease);
-        let begin = Begin {
-            lease,
-            repeated: false,
-            tickets,
-            owner,
-            now: self.now(),
-        };
+        let begin = Begin { lease, repeated: false, tickets, owner, now: self.now() };
         let mut messages = self.store.begin(&begin).await.unwrap().messages;
         messages.sort_by_key(|message| message.id);
         messages
@@ -222,30 +205,16 @@ impl Bench {
     }
 
     async fn record_finished(&self, records: &[Record], finished: &[LeaseId]) -> Result<Vec<MessageId>> {
-        self.store
-            .record(&Records {
-                records,
-                finished,
-                now: self.now(),
-            })
-            .await
+        self.store.record(&Records { records, finished, now: self.now() }).await
     }
 
     async fn message(&self, id: MessageId) -> Message {
-        self.store
-            .message(id)
-            .await
-            .unwrap()
-            .expect("the message is there")
+        self.store.message(id).await.unwrap().expect("the message is there")
     }
 
     /// A record of a failed try whose next is due in three seconds on the retry lane.
     fn failed(&self, (id, epoch): (MessageId, Epoch), attempt: i32) -> Record {
-        let verdict = Verdict::Retry {
-            lane: RETRY.to_owned(),
-            lane_tries: 0,
-            at: self.in_seconds(3),
-        };
+        let verdict = Verdict::Retry { lane: RETRY.to_owned(), lane_tries: 0, at: self.in_seconds(3) };
         let outcome = outcome(Class::Rejected, Some(500), self.now());
         record((id, epoch), attempt, Some(outcome), verdict)
     }
@@ -256,10 +225,8 @@ impl Bench {
     }
 
     fn dead(&self, ticket: (MessageId, Epoch), attempt: i32) -> Record {
-        let verdict = Verdict::Dead {
-            reason: "all tries failed".to_owned(),
-            lane: "messages-dlq".to_owned(),
-        };
+        let verdict =
+            Verdict::Dead { reason: "all tries failed".to_owned(), lane: "messages-dlq".to_owned() };
         let outcome = outcome(Class::Timeout, None, self.now());
         record(ticket, attempt, Some(outcome), verdict)
     }
@@ -270,11 +237,7 @@ impl Bench {
 }
 
 fn text(content: &str) -> NewMessage {
-    NewMessage {
-        recipient: "+905551111111".to_owned(),
-        content: content.to_owned(),
-        ..NewMessage::default()
-    }
+    NewMessage { recipient: "+905551111111".to_owned(), content: content.to_owned(), ..NewMessage::default() }
 }
 
 fn new_id(inserted: &Inserted) -> MessageId {
@@ -296,11 +259,7 @@ fn outcome(class: Class, status: Option<u16>, started_at: Timestamp) -> Outcome 
         provider_message: accepted.then(|| "Accepted".to_owned()),
         retry_after_ms: None,
         started_at,
-        times: Times {
-            connect_us: 1,
-            head_us: 20,
-            body_us: 300,
-        },
+        times: Times { connect_us: 1, head_us: 20, body_us: 300 },
     }
 }
 
@@ -310,14 +269,7 @@ fn record(
     outcome: Option<Outcome>,
     verdict: Verdict,
 ) -> Record {
-    Record {
-        id,
-        epoch,
-        attempt,
-        lane: FRESH.to_owned(),
-        outcome,
-        verdict,
-    }
+    Record { id, epoch, attempt, lane: FRESH.to_owned(), outcome, verdict }
 }
 
 fn pairs(claimed: &Claimed) -> Vec<(MessageId, Epoch)> {

@@ -83,9 +83,7 @@ impl PostgresStore {
     /// # Errors
     /// When the options can't be used.
     pub fn open(options: &PostgresOptions) -> Result<PostgresStore> {
-        let manager = ManagerConfig {
-            recycling_method: RecyclingMethod::Fast,
-        };
+        let manager = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let tls = tls::connector(options.verify);
         let manager = Manager::from_config(options.config.clone(), tls, manager);
         let pool = Pool::builder(manager)
@@ -95,10 +93,7 @@ impl PostgresStore {
             .create_timeout(Some(CONNECT))
             .build()
             .map_err(|error| StoreError::Internal(error.to_string()))?;
-        Ok(PostgresStore {
-            pool,
-            options: options.clone(),
-        })
+        Ok(PostgresStore { pool, options: options.clone() })
     }
 
     async fn connection(&self) -> Result<Object> {
@@ -189,10 +184,7 @@ fn word<T>(row: &Row, column: usize, parse: impl Fn(&str) -> Option<T>) -> Resul
 
 /// The lowest and the highest id: the bounds that prune partitions.
 fn bounds(ids: &[i64]) -> (i64, i64) {
-    (
-        ids.iter().copied().min().unwrap_or(0),
-        ids.iter().copied().max().unwrap_or(0),
-    )
+    (ids.iter().copied().min().unwrap_or(0), ids.iter().copied().max().unwrap_or(0))
 }
 
 /// Ids by epoch: a guarded update speaks of one epoch.
@@ -227,8 +219,7 @@ impl Store for PostgresStore {
     }
 
     async fn insert(&self, messages: &[NewMessage], now: Timestamp) -> Result<Vec<Inserted>> {
-        self.call(async |db| insert::insert(db, messages, now).await)
-            .await
+        self.call(async |db| insert::insert(db, messages, now).await).await
     }
 
     async fn enroll(
@@ -238,13 +229,11 @@ impl Store for PostgresStore {
         now: Timestamp,
         lease_until: Timestamp,
     ) -> Result<InstanceId> {
-        self.call(async |db| registry::enroll(db, service, host, now, lease_until).await)
-            .await
+        self.call(async |db| registry::enroll(db, service, host, now, lease_until).await).await
     }
 
     async fn renew(&self, instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> Result<bool> {
-        self.call(async |db| registry::renew(db, instance, now, lease_until).await)
-            .await
+        self.call(async |db| registry::renew(db, instance, now, lease_until).await).await
     }
 
     async fn retire(&self, instance: InstanceId) -> Result<()> {
@@ -265,8 +254,7 @@ impl Store for PostgresStore {
     }
 
     async fn acknowledge(&self, batch: BatchId, place: Place) -> Result<()> {
-        self.call(async |db| claim::acknowledge(db, batch, place).await)
-            .await
+        self.call(async |db| claim::acknowledge(db, batch, place).await).await
     }
 
     async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
@@ -286,8 +274,7 @@ impl Store for PostgresStore {
     }
 
     async fn hold(&self, tickets: &[(MessageId, Epoch)], held: Held, now: Timestamp) -> Result<u64> {
-        self.call(async |db| hold::hold(db, tickets, held, now).await)
-            .await
+        self.call(async |db| hold::hold(db, tickets, held, now).await).await
     }
 
     async fn held(&self) -> Result<Vec<(String, Held)>> {
@@ -295,8 +282,7 @@ impl Store for PostgresStore {
     }
 
     async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
-        self.call(async |db| hold::unhold(db, endpoint, held, limit, now).await)
-            .await
+        self.call(async |db| hold::unhold(db, endpoint, held, limit, now).await).await
     }
 
     async fn recover(&self, now: Timestamp) -> Result<Recovered> {
@@ -304,8 +290,7 @@ impl Store for PostgresStore {
     }
 
     async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>> {
-        self.call(async |db| read::dead_letters(db, before, limit).await)
-            .await
+        self.call(async |db| read::dead_letters(db, before, limit).await).await
     }
 
     async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()> {
@@ -321,8 +306,7 @@ impl Store for PostgresStore {
     }
 
     async fn put_endpoint(&self, endpoint: &Endpoint) -> Result<()> {
-        self.call(async |db| registry::put_endpoint(db, endpoint).await)
-            .await
+        self.call(async |db| registry::put_endpoint(db, endpoint).await).await
     }
 
     async fn lanes(&self) -> Result<Vec<Lane>> {
@@ -330,13 +314,11 @@ impl Store for PostgresStore {
     }
 
     async fn put_lane(&self, lane: &Lane, now: Timestamp) -> Result<Option<Lane>> {
-        self.call(async |db| registry::put_lane(db, lane, now).await)
-            .await
+        self.call(async |db| registry::put_lane(db, lane, now).await).await
     }
 
     async fn message(&self, id: MessageId) -> Result<Option<Message>> {
-        self.call(async |db| Ok(read::messages(db, &[id.0]).await?.pop()))
-            .await
+        self.call(async |db| Ok(read::messages(db, &[id.0]).await?.pop())).await
     }
 
     async fn attempts(&self, id: MessageId) -> Result<Vec<Attempt>> {

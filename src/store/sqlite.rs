@@ -69,10 +69,7 @@ struct Version {
 
 impl Clone for SqliteStore {
     fn clone(&self) -> SqliteStore {
-        SqliteStore {
-            shared: Arc::clone(&self.shared),
-            seen: Mutex::new(None),
-        }
+        SqliteStore { shared: Arc::clone(&self.shared), seen: Mutex::new(None) }
     }
 }
 
@@ -124,14 +121,8 @@ impl SqliteStore {
     }
 
     fn over(backend: Backend) -> SqliteStore {
-        let shared = Shared {
-            backend,
-            wakes: Arc::default(),
-        };
-        SqliteStore {
-            shared: Arc::new(shared),
-            seen: Mutex::new(None),
-        }
+        let shared = Shared { backend, wakes: Arc::default() };
+        SqliteStore { shared: Arc::new(shared), seen: Mutex::new(None) }
     }
 
     /// Runs `job` in a transaction and answers after its commit. `wakes`: rows may be due by it.
@@ -206,8 +197,7 @@ impl Store for SqliteStore {
             return Ok(Vec::new());
         }
         let messages = messages.to_vec();
-        self.write(true, move |db| insert::insert(db, &messages, now))
-            .await
+        self.write(true, move |db| insert::insert(db, &messages, now)).await
     }
 
     async fn enroll(
@@ -218,15 +208,11 @@ impl Store for SqliteStore {
         lease_until: Timestamp,
     ) -> Result<InstanceId> {
         let (service, host) = (service.to_owned(), host.to_owned());
-        self.write(false, move |db| {
-            registry::enroll(db, &service, &host, now, lease_until)
-        })
-        .await
+        self.write(false, move |db| registry::enroll(db, &service, &host, now, lease_until)).await
     }
 
     async fn renew(&self, instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> Result<bool> {
-        self.write(false, move |db| registry::renew(db, instance, now, lease_until))
-            .await
+        self.write(false, move |db| registry::renew(db, instance, now, lease_until)).await
     }
 
     async fn retire(&self, instance: InstanceId) -> Result<()> {
@@ -258,10 +244,7 @@ impl Store for SqliteStore {
         }
         let wakes = Arc::clone(&self.shared.wakes);
         let call = move |db: &Connection| {
-            let version = Version {
-                wakes: wakes.load(Ordering::SeqCst),
-                others: others(db)?,
-            };
+            let version = Version { wakes: wakes.load(Ordering::SeqCst), others: others(db)? };
             Ok((claim::claim(db, &owned)?, version))
         };
         let (claimed, version) = self.write(false, call).await?;
@@ -272,8 +255,7 @@ impl Store for SqliteStore {
     }
 
     async fn acknowledge(&self, batch: BatchId, place: Place) -> Result<()> {
-        self.write(false, move |db| claim::acknowledge(db, batch, place))
-            .await
+        self.write(false, move |db| claim::acknowledge(db, batch, place)).await
     }
 
     async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
@@ -282,24 +264,14 @@ impl Store for SqliteStore {
 
     async fn requeue(&self, batches: &[BatchId], now: Timestamp) -> Result<u64> {
         let batches = batches.to_vec();
-        self.write(true, move |db| claim::requeue(db, &batches, now))
-            .await
+        self.write(true, move |db| claim::requeue(db, &batches, now)).await
     }
 
     async fn begin(&self, begin: &Begin<'_>) -> Result<Begun> {
         let tickets = begin.tickets.to_vec();
         let (lease, repeated, owner, now) = (begin.lease, begin.repeated, begin.owner, begin.now);
         let call = move |db: &Connection| {
-            begin::begin(
-                db,
-                &Begin {
-                    lease,
-                    repeated,
-                    tickets: &tickets,
-                    owner,
-                    now,
-                },
-            )
+            begin::begin(db, &Begin { lease, repeated, tickets: &tickets, owner, now })
         };
         self.write(false, call).await
     }
@@ -307,22 +279,14 @@ impl Store for SqliteStore {
     async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>> {
         let (written, finished, now) = (records.records.to_vec(), records.finished.to_vec(), records.now);
         let call = move |db: &Connection| {
-            record::record(
-                db,
-                &Records {
-                    records: &written,
-                    finished: &finished,
-                    now,
-                },
-            )
+            record::record(db, &Records { records: &written, finished: &finished, now })
         };
         self.write(record::wakes(records), call).await
     }
 
     async fn hold(&self, tickets: &[(MessageId, Epoch)], held: Held, now: Timestamp) -> Result<u64> {
         let tickets = tickets.to_vec();
-        self.write(false, move |db| hold::hold(db, &tickets, held, now))
-            .await
+        self.write(false, move |db| hold::hold(db, &tickets, held, now)).await
     }
 
     async fn held(&self) -> Result<Vec<(String, Held)>> {
@@ -331,8 +295,7 @@ impl Store for SqliteStore {
 
     async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
         let endpoint = endpoint.to_owned();
-        self.write(true, move |db| hold::unhold(db, &endpoint, held, limit, now))
-            .await
+        self.write(true, move |db| hold::unhold(db, &endpoint, held, limit, now)).await
     }
 
     async fn recover(&self, now: Timestamp) -> Result<Recovered> {
@@ -361,8 +324,7 @@ impl Store for SqliteStore {
 
     async fn put_endpoint(&self, endpoint: &Endpoint) -> Result<()> {
         let endpoint = endpoint.clone();
-        self.write(false, move |db| registry::put_endpoint(db, &endpoint))
-            .await
+        self.write(false, move |db| registry::put_endpoint(db, &endpoint)).await
     }
 
     async fn lanes(&self) -> Result<Vec<Lane>> {
@@ -371,8 +333,7 @@ impl Store for SqliteStore {
 
     async fn put_lane(&self, lane: &Lane, now: Timestamp) -> Result<Option<Lane>> {
         let lane = lane.clone();
-        self.write(false, move |db| registry::put_lane(db, &lane, now))
-            .await
+        self.write(false, move |db| registry::put_lane(db, &lane, now)).await
     }
 
     async fn message(&self, id: MessageId) -> Result<Option<Message>> {

@@ -18,21 +18,13 @@ struct Envelope<'a> {
 
 /// What a request tells of the message it carries.
 pub(super) fn seen(headers: &HeaderMap, body: &[u8], status: u16, at: Timestamp) -> Seen {
-    let text = |name| {
-        headers
-            .get(name)
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default()
-    };
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let webhook_id = text("webhook-id");
     let (id, recipient) = match serde_json::from_slice::<Envelope<'_>>(body) {
         Ok(envelope) => (envelope.id, envelope.recipient.into_owned()),
         // A message with a content type of its own has no envelope, but its header ends in its number.
         Err(_) => {
-            let number = webhook_id
-                .rsplit('_')
-                .next()
-                .and_then(|number| number.parse().ok());
+            let number = webhook_id.rsplit('_').next().and_then(|number| number.parse().ok());
             (number.unwrap_or(0), String::new())
         }
     };

@@ -21,19 +21,10 @@ async fn start(options: TestClientOptions) -> Client {
     let url = format!("http://{}/any/path", listener.local_addr().unwrap());
     let (sender, seen) = mpsc::unbounded_channel();
     let sink: Sink = Arc::new(move |one| sender.send(one).unwrap());
-    let options = TestClientOptions {
-        quiet: true,
-        sink: Some(sink),
-        ..options
-    };
+    let options = TestClientOptions { quiet: true, sink: Some(sink), ..options };
     let stop = CancellationToken::new();
     let running = tokio::spawn(run(listener, options, stop.clone()));
-    Client {
-        url,
-        seen,
-        stop,
-        running,
-    }
+    Client { url, seen, stop, running }
 }
 
 impl Client {
@@ -61,10 +52,7 @@ async fn send(delivery: &Delivery, url: &str, id: i64) -> Outcome {
         headers: None,
         ordering_key: None,
     };
-    let endpoint = Endpoint {
-        timeout: Duration::from_millis(300),
-        ..Endpoint::new("default", url)
-    };
+    let endpoint = Endpoint { timeout: Duration::from_millis(300), ..Endpoint::new("default", url) };
     delivery.deliver(&ticket, &endpoint).await
 }
 
@@ -81,10 +69,7 @@ async fn it_accepts_and_tells_what_it_saw() {
         let seen = client.seen.recv().await.unwrap();
         assert_eq!(seen.id, id);
         assert_eq!(seen.webhook_id, format!("msg_0123456789ab_{id}"));
-        assert_eq!(
-            (seen.attempt, seen.recipient.as_str(), seen.status),
-            (3, "+90", 200)
-        );
+        assert_eq!((seen.attempt, seen.recipient.as_str(), seen.status), (3, "+90", 200));
         assert!(seen.at > Timestamp::EPOCH);
     }
     let summary = client.stop().await;
@@ -109,10 +94,7 @@ async fn it_fails_as_told() {
 
 #[tokio::test]
 async fn it_fails_about_the_share_it_was_told() {
-    let options = TestClientOptions {
-        error_rate: 0.25,
-        ..TestClientOptions::default()
-    };
+    let options = TestClientOptions { error_rate: 0.25, ..TestClientOptions::default() };
     let client = start(options).await;
     let delivery = delivery();
     for id in 0..400 {
@@ -126,10 +108,7 @@ async fn it_fails_about_the_share_it_was_told() {
 
 #[tokio::test]
 async fn it_hangs_as_told_and_stops_all_the_same() {
-    let options = TestClientOptions {
-        hang: 1.0,
-        ..TestClientOptions::default()
-    };
+    let options = TestClientOptions { hang: 1.0, ..TestClientOptions::default() };
     let mut client = start(options).await;
     assert_eq!(send(&delivery(), &client.url, 1).await.class, Class::Timeout);
     assert_eq!(client.seen.recv().await.unwrap().status, 0);
@@ -142,10 +121,7 @@ async fn it_hangs_as_told_and_stops_all_the_same() {
 
 #[tokio::test]
 async fn it_answers_late_as_told() {
-    let options = TestClientOptions {
-        latency: Duration::from_millis(50),
-        ..TestClientOptions::default()
-    };
+    let options = TestClientOptions { latency: Duration::from_millis(50), ..TestClientOptions::default() };
     let client = start(options).await;
     let outcome = send(&delivery(), &client.url, 1).await;
     assert_eq!(outcome.class, Class::Accepted);
@@ -155,14 +131,7 @@ async fn it_answers_late_as_told() {
 #[tokio::test]
 async fn only_posts_are_messages() {
     let mut client = start(TestClientOptions::default()).await;
-    let address = client
-        .url
-        .strip_prefix("http://")
-        .unwrap()
-        .split('/')
-        .next()
-        .unwrap()
-        .to_owned();
+    let address = client.url.strip_prefix("http://").unwrap().split('/').next().unwrap().to_owned();
     let mut stream = TcpStream::connect(address).await.unwrap();
     let request = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
     stream.write_all(request).await.unwrap();
@@ -177,34 +146,10 @@ fn options_are_checked() {
     let default = TestClientOptions::default();
     assert_eq!(default.check(), Ok(()));
     for (options, why) in [
-        (
-            TestClientOptions {
-                error_rate: 1.5,
-                ..default.clone()
-            },
-            "error_rate is 1.5",
-        ),
-        (
-            TestClientOptions {
-                error_rate: f64::NAN,
-                ..default.clone()
-            },
-            "error_rate is NaN",
-        ),
-        (
-            TestClientOptions {
-                hang: -0.1,
-                ..default.clone()
-            },
-            "hang is -0.1",
-        ),
-        (
-            TestClientOptions {
-                status: 99,
-                ..default.clone()
-            },
-            "status is 99",
-        ),
+        (TestClientOptions { error_rate: 1.5, ..default.clone() }, "error_rate is 1.5"),
+        (TestClientOptions { error_rate: f64::NAN, ..default.clone() }, "error_rate is NaN"),
+        (TestClientOptions { hang: -0.1, ..default.clone() }, "hang is -0.1"),
+        (TestClientOptions { status: 99, ..default.clone() }, "status is 99"),
     ] {
         let error = options.check().unwrap_err();
         assert!(error.starts_with(why), "{error}");

@@ -30,12 +30,7 @@ pub struct Faults {
 
 impl Faults {
     pub fn new(rates: Rates) -> Faults {
-        Faults {
-            rates,
-            crashed: Notify::new(),
-            count: AtomicU64::new(0),
-            on: true.into(),
-        }
+        Faults { rates, crashed: Notify::new(), count: AtomicU64::new(0), on: true.into() }
     }
 
     fn happens(&self, per_mille: u32) -> bool {
@@ -65,11 +60,7 @@ impl Faults {
             tokio::task::yield_now().await;
         }
         self.maybe_crash().await;
-        if self.happens(self.rates.after) {
-            Err(lost())
-        } else {
-            answer
-        }
+        if self.happens(self.rates.after) { Err(lost()) } else { answer }
     }
 }
 

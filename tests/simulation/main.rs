@@ -17,25 +17,22 @@ use world::World;
 fn setting(name: &str) -> Option<u64> {
     #[expect(clippy::disallowed_methods, reason = "a test's own settings")]
     let text = std::env::var(name).ok()?;
-    Some(
-        text.parse()
-            .unwrap_or_else(|_| panic!("{name} is `{text}`, which is no number")),
-    )
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} is `{text}`, which is no number")))
 }
 
 fn run(seed: u64) -> Result<world::Report, String> {
     let run = std::panic::catch_unwind(|| World::new(seed).run());
     run.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
-        Err(text
-            .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-            .unwrap_or_default())
+        Err(text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default())
     })
 }
 
 #[test]
 fn nothing_is_lost_and_duplicates_only_follow_crashes() {
     if let Some(seed) = setting("AMS_SIMULATION_SEED") {
+        // A replay tells what happened.
+        tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_writer(std::io::stderr).init();
         let report = run(seed).unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
         println!("seed {seed}: {report:?}");
         return;

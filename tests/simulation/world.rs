@@ -82,11 +82,7 @@ impl World {
         fastrand::seed(seed);
         let calm = fastrand::u32(0..4) == 0;
         let rate = |max| if calm { 0 } else { fastrand::u32(0..=max) };
-        let rates = Rates {
-            before: rate(20),
-            after: rate(20),
-            crash: rate(4),
-        };
+        let rates = Rates { before: rate(20), after: rate(20), crash: rate(4) };
         World {
             store: Arc::new(SqliteStore::in_memory().unwrap()),
             receivers: Arc::default(),
@@ -167,17 +163,10 @@ impl World {
     }
 
     fn parts(&self, clock: &Clock) -> Parts {
-        let store: Arc<dyn Store> = Arc::new(FaultyStore {
-            inner: self.store.clone(),
-            faults: Arc::clone(&self.faults),
-        });
+        let store: Arc<dyn Store> =
+            Arc::new(FaultyStore { inner: self.store.clone(), faults: Arc::clone(&self.faults) });
         Parts {
-            presence: Arc::new(Presence::new(
-                Arc::clone(&store),
-                clock.clone(),
-                "up",
-                "simulation",
-            )),
+            presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "simulation")),
             directory: Arc::new(Directory::new(Arc::clone(&store))),
             queue: Arc::new(EmbeddedQueue::new(3)),
             cache: Arc::new(MemoryCache::new()),
@@ -201,11 +190,7 @@ impl World {
         );
         let janitor = Janitor::new(parts.clone(), producer.leading());
         let delivery = Arc::new(Delivery::scripted(parts.clock.clone(), self.script()));
-        let options = |lane| ConsumerOptions {
-            lane,
-            window: 50,
-            drain: Duration::from_secs(30),
-        };
+        let options = |lane| ConsumerOptions { lane, window: 50, drain: Duration::from_secs(30) };
         let [fresh, retry] = lanes();
         let wake = Notify::new();
         let work = async {
@@ -225,10 +210,7 @@ impl World {
     async fn set_up(&self, parts: &Parts) {
         let store = self.store.as_ref();
         if store.endpoints().await.unwrap().is_empty() {
-            let endpoint = Endpoint {
-                in_flight_max: 3,
-                ..Endpoint::new("default", "http://localhost:3000")
-            };
+            let endpoint = Endpoint { in_flight_max: 3, ..Endpoint::new("default", "http://localhost:3000") };
             store.put_endpoint(&endpoint).await.unwrap();
             let messages: Vec<_> = (0..self.messages)
                 .map(|i| NewMessage {
@@ -240,10 +222,7 @@ impl World {
             store.insert(&messages, parts.clock.now()).await.unwrap();
         }
         ams::service::persist("presence", &CancellationToken::new(), || parts.presence.step()).await;
-        ams::service::persist("directory", &CancellationToken::new(), || {
-            parts.directory.refresh()
-        })
-        .await;
+        ams::service::persist("directory", &CancellationToken::new(), || parts.directory.refresh()).await;
     }
 
     /// A receiver that takes its time, refuses a share, and sometimes accepts without our hearing of it.
@@ -299,10 +278,7 @@ impl World {
             .flatten()
             .filter(|message| !message.status.is_final())
             .map(|m| {
-                format!(
-                    "{} is {} held {:?} epoch {} due {:?}",
-                    m.id, m.status, m.held, m.epoch, m.due_at
-                )
+                format!("{} is {} held {:?} epoch {} due {:?}", m.id, m.status, m.held, m.epoch, m.due_at)
             })
             .collect();
         open.join("; ")
@@ -313,16 +289,11 @@ impl World {
         let receivers = self.receivers.lock().unwrap();
         let of = |map: &BTreeMap<MessageId, u64>, id| map.get(&id).copied().unwrap_or(0);
         for id in (1..=self.messages).map(MessageId) {
-            let message = runtime
-                .block_on(self.store.message(id))
-                .unwrap()
-                .ok_or(format!("message {id} is gone"))?;
+            let message =
+                runtime.block_on(self.store.message(id)).unwrap().ok_or(format!("message {id} is gone"))?;
             let attempts = runtime.block_on(self.store.attempts(id)).unwrap();
-            let (accepted, tried, allowed) = (
-                of(&receivers.accepted, id),
-                of(&receivers.tried, id),
-                of(&receivers.allowed, id),
-            );
+            let (accepted, tried, allowed) =
+                (of(&receivers.accepted, id), of(&receivers.tried, id), of(&receivers.allowed, id));
             match message.status {
                 Status::Sent => {
                     self.report.sent += 1;
@@ -338,10 +309,7 @@ impl World {
                 }
                 Status::Dead => {
                     self.report.dead += 1;
-                    let failed = attempts
-                        .iter()
-                        .filter(|attempt| attempt.class != Class::Accepted)
-                        .count();
+                    let failed = attempts.iter().filter(|attempt| attempt.class != Class::Accepted).count();
                     if failed != 4 || attempts.len() != 4 {
                         return Err(format!(
                             "message {id} is dead after {} attempts instead of 4",
@@ -373,10 +341,7 @@ fn lanes() -> [Lane; 2] {
         interval: Duration::from_secs(3),
         interval_max: Duration::from_secs(3600),
     };
-    [
-        lane("messages", "messages-retry", true, 1),
-        lane("messages-retry", "messages-dlq", false, 3),
-    ]
+    [lane("messages", "messages-retry", true, 1), lane("messages-retry", "messages-dlq", false, 3)]
 }
 
 fn outcome(class: Class) -> Outcome {

@@ -9,29 +9,15 @@ use ams::testclient::TestClientOptions;
 async fn settle(what: &str, stack: &Stack, receiver: &Receiver, repeats_allowed: usize) {
     let count = rows(stack).await;
     let ended = stack.all_final(count, Duration::from_secs(60)).await;
-    println!(
-        "{what}: {count} messages, repeats {} (at most {repeats_allowed})",
-        receiver.duplicates()
-    );
+    println!("{what}: {count} messages, repeats {} (at most {repeats_allowed})", receiver.duplicates());
     assert_eq!(ended.get("sent"), Some(&count), "{what}: {ended:?}");
-    assert_eq!(
-        receiver.accepted().len(),
-        usize::try_from(count).unwrap(),
-        "{what}"
-    );
-    assert!(
-        receiver.duplicates() <= repeats_allowed,
-        "{what}: {} repeats",
-        receiver.duplicates()
-    );
+    assert_eq!(receiver.accepted().len(), usize::try_from(count).unwrap(), "{what}");
+    assert!(receiver.duplicates() <= repeats_allowed, "{what}: {} repeats", receiver.duplicates());
 }
 
 async fn slow_receiver() -> Receiver {
-    Receiver::start(TestClientOptions {
-        latency: Duration::from_millis(30),
-        ..TestClientOptions::default()
-    })
-    .await
+    Receiver::start(TestClientOptions { latency: Duration::from_millis(30), ..TestClientOptions::default() })
+        .await
 }
 
 #[tokio::test]
@@ -39,15 +25,10 @@ async fn rolling_restarts_leave_no_repeat() {
     let rounds: usize = setting("AMS_TEST_RESTARTS").map_or(3, |text| text.parse().unwrap());
     let receiver = slow_receiver().await;
     let stack = Stack::new("rolling", &receiver).await;
-    let mut services: Vec<_> = ["producer", "consumer", "retry-consumer", "api"]
-        .iter()
-        .map(|verb| stack.start(verb, &[]))
-        .collect();
+    let mut services: Vec<_> =
+        ["producer", "consumer", "retry-consumer", "api"].iter().map(|verb| stack.start(verb, &[])).collect();
     let load = Load::start(&stack);
-    until("it runs", Duration::from_secs(30), async || {
-        receiver.arrivals() > 500
-    })
-    .await;
+    until("it runs", Duration::from_secs(30), async || receiver.arrivals() > 500).await;
     for _ in 0..rounds {
         for service in &mut services {
             let verb = service.verb.clone();
@@ -70,10 +51,7 @@ async fn a_stop_without_a_successor_leaves_no_repeat() {
     for _ in 0..3 {
         let before = receiver.arrivals();
         let up = stack.start("up", &[]);
-        until("it delivers", Duration::from_secs(30), async || {
-            receiver.arrivals() > before + 300
-        })
-        .await;
+        until("it delivers", Duration::from_secs(30), async || receiver.arrivals() > before + 300).await;
         assert!(up.stop().await.success());
         assert_eq!(processing(&stack).await, 0, "left processing after a clean stop");
     }
@@ -94,10 +72,7 @@ async fn consumers_join_and_leave() {
     let stack = Stack::new("rebalance", &receiver).await;
     let _fixed = [stack.start("producer", &[]), stack.start("consumer", &[])];
     let load = Load::start(&stack);
-    until("it runs", Duration::from_secs(30), async || {
-        receiver.arrivals() > 500
-    })
-    .await;
+    until("it runs", Duration::from_secs(30), async || receiver.arrivals() > 500).await;
     for _ in 0..rounds {
         let guest = stack.start("consumer", &[]);
         let_run(Duration::from_secs(5)).await;
@@ -115,23 +90,14 @@ async fn a_frozen_consumer_does_no_harm_when_it_wakes() {
     let _fixed = [stack.start("producer", &[]), stack.start("consumer", &[])];
     let frozen = stack.start("consumer", &[]);
     let load = Load::start(&stack);
-    until("it runs", Duration::from_secs(30), async || {
-        receiver.arrivals() > 3_000
-    })
-    .await;
+    until("it runs", Duration::from_secs(30), async || receiver.arrivals() > 3_000).await;
     frozen.signal("-STOP");
     let in_flight = usize::try_from(processing(&stack).await).unwrap();
     let_run(ams::service::LEASE * 2).await;
     frozen.signal("-CONT");
     let_run(Duration::from_secs(2)).await;
     load.finish().await;
-    settle(
-        "a consumer frozen for twice its lease",
-        &stack,
-        &receiver,
-        in_flight,
-    )
-    .await;
+    settle("a consumer frozen for twice its lease", &stack, &receiver, in_flight).await;
     let older = "select count(*) from messages where status <> 'sent'";
     let older: i64 = stack.sql().await.query_one(older, &[]).await.unwrap().get(0);
     assert_eq!(older, 0, "stale results over newer ones");

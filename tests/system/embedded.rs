@@ -18,79 +18,41 @@ fn ams(folder: &std::path::Path) -> Command {
 #[test]
 fn the_demo_ends_with_its_summary() {
     let folder = tempfile::tempdir().unwrap();
-    let output = ams(folder.path())
-        .args(["demo", "--exit-when-done"])
-        .output()
-        .unwrap();
+    let output = ams(folder.path()).args(["demo", "--exit-when-done"]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(
-        output.status.success(),
-        "{text}\n{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
     assert!(
         text.contains("/swagger/index.html") && text.contains("curl ") && text.contains("sqlite3 "),
         "{text}"
     );
-    assert!(
-        text.lines().last().unwrap().starts_with("10 messages: "),
-        "{text}"
-    );
+    assert!(text.lines().last().unwrap().starts_with("10 messages: "), "{text}");
 }
 
 #[tokio::test]
 async fn a_shell_inserts_into_the_embedded_store_and_a_kill_loses_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let receiver = Receiver::start(TestClientOptions::default()).await;
-    let start = || {
-        ams(folder.path())
-            .args(["up", "--port", "0"])
-            .env("REQUEST_URL", &receiver.url)
-            .spawn()
-            .unwrap()
-    };
+    let start =
+        || ams(folder.path()).args(["up", "--port", "0"]).env("REQUEST_URL", &receiver.url).spawn().unwrap();
     let mut up = start();
     let file = folder.path().join("ams-data/ams.db");
-    until("the store is there", Duration::from_secs(10), async || {
-        file.exists()
-    })
-    .await;
+    until("the store is there", Duration::from_secs(10), async || file.exists()).await;
     let shell = |sql: &str| {
-        Command::new("sqlite3")
-            .args(["-cmd", ".timeout 5000"])
-            .arg(&file)
-            .arg(sql)
-            .output()
-            .unwrap()
+        Command::new("sqlite3").args(["-cmd", ".timeout 5000"]).arg(&file).arg(sql).output().unwrap()
     };
     let insert = "insert into messages (recipient, content) values ('+90', 'Hello')";
-    until("the store is migrated", Duration::from_secs(10), async || {
-        shell(insert).status.success()
-    })
-    .await;
-    until("it arrives", Duration::from_secs(5), async || {
-        receiver.arrivals() == 1
-    })
-    .await;
+    until("the store is migrated", Duration::from_secs(10), async || shell(insert).status.success()).await;
+    until("it arrives", Duration::from_secs(5), async || receiver.arrivals() == 1).await;
 
     let many = "insert into messages (recipient, content) with recursive i(n) as (select 1 union all select n + 1 from i where n < 5000) select '+' || n, 'Hello' from i";
     assert!(shell(many).status.success());
-    until("some have arrived", Duration::from_secs(10), async || {
-        receiver.arrivals() > 500
-    })
-    .await;
+    until("some have arrived", Duration::from_secs(10), async || receiver.arrivals() > 500).await;
     up.kill().unwrap();
     up.wait().unwrap();
     let mut up = start();
-    until("all have arrived", Duration::from_secs(30), async || {
-        receiver.accepted().len() == 5_001
-    })
-    .await;
+    until("all have arrived", Duration::from_secs(30), async || receiver.accepted().len() == 5_001).await;
     let nonsense = shell("insert into messages (recipient, content, status) values ('+90', 'Hello', 'sent')");
-    assert!(
-        String::from_utf8_lossy(&nonsense.stderr).contains("status"),
-        "{nonsense:?}"
-    );
+    assert!(String::from_utf8_lossy(&nonsense.stderr).contains("status"), "{nonsense:?}");
     println!("killed in mid-run: lost 0, repeats {}", receiver.duplicates());
     up.kill().unwrap();
     up.wait().unwrap();
@@ -100,56 +62,24 @@ async fn a_shell_inserts_into_the_embedded_store_and_a_kill_loses_nothing() {
 fn the_benchmark_prints_what_the_contract_names() {
     let _stack = setting("DATABASE_URL").expect("DATABASE_URL is set by `make test`");
     let folder = tempfile::tempdir().unwrap();
-    let arguments = [
-        "bench",
-        "--json",
-        "--messages",
-        "5000",
-        "--seconds",
-        "1",
-        "--rate",
-        "200",
-    ];
-    let full = Command::new(env!("CARGO_BIN_EXE_ams"))
-        .args(arguments)
-        .current_dir(folder.path())
-        .output()
-        .unwrap();
+    let arguments = ["bench", "--json", "--messages", "5000", "--seconds", "1", "--rate", "200"];
+    let full =
+        Command::new(env!("CARGO_BIN_EXE_ams")).args(arguments).current_dir(folder.path()).output().unwrap();
     let embedded = ams(folder.path()).args(arguments).output().unwrap();
     for (output, stack) in [(full, "full"), (embedded, "embedded")] {
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(
             (&report["stack"], &report["lost"], &report["duplicates"]),
             (&stack.into(), &0.into(), &0.into())
         );
-        for name in [
-            "messages",
-            "payload_bytes",
-            "delivered_per_s",
-            "limit_per_s",
-            "ratio",
-        ] {
+        for name in ["messages", "payload_bytes", "delivered_per_s", "limit_per_s", "ratio"] {
             assert!(report[name].as_f64().unwrap() > 0.0, "{name} in {report}");
         }
         for name in ["p50", "p99", "max"] {
-            assert!(
-                report["latency_ms"][name].as_f64().unwrap() > 0.0,
-                "{name} in {report}"
-            );
+            assert!(report["latency_ms"][name].as_f64().unwrap() > 0.0, "{name} in {report}");
         }
-        assert!(
-            report["cpu_us_per_message"]["receiver"].as_f64().unwrap() > 0.0,
-            "{report}"
-        );
-        assert_eq!(
-            report["sql_statements_per_message"].is_number(),
-            stack == "full",
-            "{report}"
-        );
+        assert!(report["cpu_us_per_message"]["receiver"].as_f64().unwrap() > 0.0, "{report}");
+        assert_eq!(report["sql_statements_per_message"].is_number(), stack == "full", "{report}");
     }
 }

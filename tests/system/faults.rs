@@ -8,19 +8,12 @@ use ams::testclient::TestClientOptions;
 
 /// Services that run a stack.
 fn start(stack: &Stack) -> Vec<Service> {
-    ["producer", "consumer", "retry-consumer"]
-        .iter()
-        .map(|verb| stack.start(verb, &[]))
-        .collect()
+    ["producer", "consumer", "retry-consumer"].iter().map(|verb| stack.start(verb, &[])).collect()
 }
 
 async fn receiver(latency_ms: u64) -> Receiver {
     let latency = Duration::from_millis(latency_ms);
-    Receiver::start(TestClientOptions {
-        latency,
-        ..TestClientOptions::default()
-    })
-    .await
+    Receiver::start(TestClientOptions { latency, ..TestClientOptions::default() }).await
 }
 
 /// Ends the load, waits until all is final, and counts.
@@ -34,21 +27,14 @@ async fn settle(what: &str, stack: &Stack, receiver: &Receiver, repeats_allowed:
     );
     assert_eq!(ended.get("sent"), Some(&count), "{what}: {ended:?}");
     assert_eq!(lost, 0, "{what}");
-    assert!(
-        receiver.duplicates() <= repeats_allowed,
-        "{what}: {} repeats",
-        receiver.duplicates()
-    );
+    assert!(receiver.duplicates() <= repeats_allowed, "{what}: {} repeats", receiver.duplicates());
     receiver.assert_ids_are_stable();
 }
 
 /// Fills a backlog of 20,000 on a stack that is under way.
 async fn under_way(stack: &Stack, receiver: &Receiver) {
     stack.insert(20_000).await;
-    until("it runs", Duration::from_secs(30), async || {
-        receiver.arrivals() > 200
-    })
-    .await;
+    until("it runs", Duration::from_secs(30), async || receiver.arrivals() > 200).await;
 }
 
 #[tokio::test]
@@ -92,10 +78,7 @@ async fn group_offsets_are_reset_to_the_start_and_to_the_end() {
         under_way(&stack, &receiver).await;
         // Only a group without members can be reset.
         assert!(consumer.stop().await.success());
-        let (brokers, topic) = (
-            &stack.environment["KAFKA_BROKERS"],
-            format!("{}-fresh", stack.name),
-        );
+        let (brokers, topic) = (&stack.environment["KAFKA_BROKERS"], format!("{}-fresh", stack.name));
         let arguments = [
             "--bootstrap-server",
             brokers,
@@ -107,10 +90,7 @@ async fn group_offsets_are_reset_to_the_start_and_to_the_end() {
             to,
             "--execute",
         ];
-        kafka(
-            &arguments,
-            "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand",
-        );
+        kafka(&arguments, "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand");
         let _consumer = stack.start("consumer", &[]);
         settle(to, &stack, &receiver, 0).await;
     }
@@ -139,35 +119,18 @@ async fn part_is_away(name: &str, repeats_allowed: usize) {
     let stack = Stack::new(&format!("{name}_away"), &receiver).await;
     let _services = start(&stack);
     let load = Load::start(&stack);
-    until("it runs", Duration::from_secs(30), async || {
-        receiver.arrivals() > 500
-    })
-    .await;
+    until("it runs", Duration::from_secs(30), async || receiver.arrivals() > 500).await;
     services("kill", name);
     let_run(outage()).await;
     services("start", name);
     let before = load.committed();
-    until("rows are committed again", Duration::from_secs(30), async || {
-        load.committed() > before
+    until("rows are committed again", Duration::from_secs(30), async || load.committed() > before).await;
+    let newest: i64 = stack.sql().await.query_one("select max(id) from messages", &[]).await.unwrap().get(0);
+    let resumed = until("a row committed after the outage arrives", Duration::from_secs(30), async || {
+        receiver.accepted().range(newest..).next().is_some()
     })
     .await;
-    let newest: i64 = stack
-        .sql()
-        .await
-        .query_one("select max(id) from messages", &[])
-        .await
-        .unwrap()
-        .get(0);
-    let resumed = until(
-        "a row committed after the outage arrives",
-        Duration::from_secs(30),
-        async || receiver.accepted().range(newest..).next().is_some(),
-    )
-    .await;
-    println!(
-        "{name} away for {:?}: deliveries go on {resumed:.1?} after it is back",
-        outage()
-    );
+    println!("{name} away for {:?}: deliveries go on {resumed:.1?} after it is back", outage());
     load.finish().await;
     settle(&format!("{name} killed"), &stack, &receiver, repeats_allowed).await;
 }
@@ -193,10 +156,7 @@ async fn postgres_cuts_every_connection_again_and_again() {
     let stack = Stack::new("cut", &receiver).await;
     let _services = start(&stack);
     let load = Load::start(&stack);
-    until("it runs", Duration::from_secs(30), async || {
-        receiver.arrivals() > 500
-    })
-    .await;
+    until("it runs", Duration::from_secs(30), async || receiver.arrivals() > 500).await;
     for _ in 0..30 {
         let cut = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()";
         stack.sql().await.execute(cut, &[]).await.unwrap();
@@ -213,10 +173,7 @@ async fn redis_freezes_or_is_full_and_nothing_slows_down() {
     let _services = start(&stack);
     let redis = stack.environment["REDIS_URL"].clone();
     let load = Load::start(&stack);
-    until("it runs", Duration::from_secs(30), async || {
-        receiver.arrivals() > 500
-    })
-    .await;
+    until("it runs", Duration::from_secs(30), async || receiver.arrivals() > 500).await;
     tool("redis-cli", &["-u", &redis, "config", "set", "maxmemory", "1"]);
     goes_on(&receiver, "Redis is out of memory").await;
     tool("redis-cli", &["-u", &redis, "config", "set", "maxmemory", "0"]);

@@ -35,11 +35,7 @@ fn service_url(name: &str) -> String {
 
 /// Calls `dev/services` on the services that the tests run on.
 pub fn services(verb: &str, name: &str) {
-    let status = Command::new("dev/services")
-        .args([verb, name])
-        .stdout(Stdio::null())
-        .status()
-        .unwrap();
+    let status = Command::new("dev/services").args([verb, name]).stdout(Stdio::null()).status().unwrap();
     assert!(status.success(), "dev/services {verb} {name}: {status}");
 }
 
@@ -73,20 +69,14 @@ impl Receiver {
         // Below the ephemeral range, so that no client takes the port first.
         let mut listener = None;
         while listener.is_none() {
-            listener = TcpListener::bind(("127.0.0.1", fastrand::u16(20_000..28_000)))
-                .await
-                .ok();
+            listener = TcpListener::bind(("127.0.0.1", fastrand::u16(20_000..28_000))).await.ok();
         }
         let listener = listener.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let seen: Arc<Mutex<Vec<(Seen, Timestamp)>>> = Arc::default();
         let (sink, stop, clock) = (Arc::clone(&seen), CancellationToken::new(), Clock::system());
         let sink = move |one: Seen| sink.lock().unwrap().push((one, clock.now()));
-        let options = TestClientOptions {
-            quiet: true,
-            sink: Some(Arc::new(sink)),
-            ..options
-        };
+        let options = TestClientOptions { quiet: true, sink: Some(Arc::new(sink)), ..options };
         tokio::spawn(testclient::run(listener, options, stop.clone()));
         Receiver { url, seen, stop }
     }
@@ -103,12 +93,8 @@ impl Receiver {
     /// How often each message was accepted.
     pub fn accepted(&self) -> BTreeMap<i64, usize> {
         let mut accepted = BTreeMap::new();
-        for (seen, _) in self
-            .seen
-            .lock()
-            .unwrap()
-            .iter()
-            .filter(|(seen, _)| (200..300).contains(&seen.status))
+        for (seen, _) in
+            self.seen.lock().unwrap().iter().filter(|(seen, _)| (200..300).contains(&seen.status))
         {
             *accepted.entry(seen.id).or_default() += 1;
         }
@@ -147,13 +133,7 @@ pub struct Service {
 impl Service {
     pub fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
-        assert!(
-            Command::new("kill")
-                .args([signal, &pid])
-                .status()
-                .unwrap()
-                .success()
-        );
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
     }
 
     /// As a power cut would end it.
@@ -205,19 +185,11 @@ impl Stack {
         let name = format!("{test}_{:08x}", fastrand::u32(..));
         let server = service_url("DATABASE_URL");
         let mut url = url::Url::parse(&server).unwrap();
-        sql_on(&server)
-            .await
-            .batch_execute(&format!("create database {name}"))
-            .await
-            .unwrap();
+        sql_on(&server).await.batch_execute(&format!("create database {name}")).await.unwrap();
         url.set_path(&name);
         let log = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.log"));
-        let set = |pairs: &[(&str, &str)]| {
-            pairs
-                .iter()
-                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-                .collect()
-        };
+        let set =
+            |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let environment = set(&[
             ("DATABASE_URL", url.as_str()),
             ("KAFKA_BROKERS", &service_url("KAFKA_BROKERS")),
@@ -228,13 +200,7 @@ impl Stack {
             ("KAFKA_TOPIC_RETRY", &format!("{name}-retry")),
             ("PORT", "0"),
         ]);
-        let stack = Stack {
-            name,
-            database_url: url.into(),
-            environment,
-            log,
-            _alone: alone,
-        };
+        let stack = Stack { name, database_url: url.into(), environment, log, _alone: alone };
         assert!(stack.command("migrate", &[]).status().unwrap().success());
         stack
     }
@@ -243,27 +209,17 @@ impl Stack {
     pub fn command(&self, verb: &str, more: &[(&str, &str)]) -> Command {
         let log = || File::options().append(true).create(true).open(&self.log).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_ams"));
-        command
-            .arg(verb)
-            .envs(&self.environment)
-            .stdin(Stdio::null())
-            .stdout(log())
-            .stderr(log());
+        command.arg(verb).envs(&self.environment).stdin(Stdio::null()).stdout(log()).stderr(log());
         if verb == "retry-consumer" {
             let retry = [format!("{}-retry", self.name), format!("{}-dlq", self.name)];
-            command
-                .env("KAFKA_TOPIC", &retry[0])
-                .env("KAFKA_TOPIC_RETRY", &retry[1]);
+            command.env("KAFKA_TOPIC", &retry[0]).env("KAFKA_TOPIC_RETRY", &retry[1]);
         }
         command.envs(more.iter().copied());
         command
     }
 
     pub fn start(&self, verb: &str, more: &[(&str, &str)]) -> Service {
-        Service {
-            verb: verb.to_owned(),
-            child: self.command(verb, more).spawn().unwrap(),
-        }
+        Service { verb: verb.to_owned(), child: self.command(verb, more).spawn().unwrap() }
     }
 
     pub async fn sql(&self) -> tokio_postgres::Client {
@@ -278,14 +234,10 @@ impl Stack {
 
     /// How many messages have each status.
     pub async fn statuses(&self) -> BTreeMap<String, i64> {
-        let rows = self
-            .sql()
-            .await
-            .query("select status::text, count(*) from messages group by 1", &[])
-            .await;
+        let rows =
+            self.sql().await.query("select status::text, count(*) from messages group by 1", &[]).await;
         // An outage is part of some tests; then nothing is known.
-        rows.map(|rows| rows.iter().map(|row| (row.get(0), row.get(1))).collect())
-            .unwrap_or_default()
+        rows.map(|rows| rows.iter().map(|row| (row.get(0), row.get(1))).collect()).unwrap_or_default()
     }
 
     /// Waits until every message is final and `count` exist; returns how many ended how.
@@ -296,10 +248,8 @@ impl Stack {
         loop {
             tick.tick().await;
             last = self.statuses().await;
-            let ended = ["sent", "dead", "cancelled", "expired"]
-                .iter()
-                .filter_map(|s| last.get(*s))
-                .sum::<i64>();
+            let ended =
+                ["sent", "dead", "cancelled", "expired"].iter().filter_map(|s| last.get(*s)).sum::<i64>();
             if ended == count && last.values().sum::<i64>() == count {
                 return last;
             }
@@ -321,16 +271,9 @@ pub async fn sql_on(url: &str) -> tokio_postgres::Client {
 
 /// Runs a tool that the tests need and returns what it printed.
 pub fn tool(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output();
+    let output = Command::new(program).args(arguments).stdin(Stdio::null()).output();
     let output =
         output.unwrap_or_else(|error| panic!("{program} is needed: {error}; run `dev/packages services`"));
-    assert!(
-        output.status.success(),
-        "{program}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }

@@ -27,11 +27,7 @@ pub struct Load {
 impl Load {
     pub fn start(stack: &Stack) -> Load {
         let (stop, committed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI64::new(0)));
-        let (stopped, count, url) = (
-            Arc::clone(&stop),
-            Arc::clone(&committed),
-            stack.database_url.clone(),
-        );
+        let (stopped, count, url) = (Arc::clone(&stop), Arc::clone(&committed), stack.database_url.clone());
         let task = tokio::spawn(async move {
             let statement = "insert into messages (recipient, content) select '+' || i, 'Hello' from generate_series(1, 20) i";
             let mut tick = tokio::time::interval(Duration::from_micros(20 * 1_000_000 / RATE.unsigned_abs()));
@@ -53,11 +49,7 @@ impl Load {
                 }
             }
         });
-        Load {
-            stop,
-            committed,
-            task,
-        }
+        Load { stop, committed, task }
     }
 
     pub fn committed(&self) -> i64 {
@@ -72,13 +64,7 @@ impl Load {
 
 /// How many rows exist: a commit whose answer was lost counts too.
 pub async fn rows(stack: &Stack) -> i64 {
-    stack
-        .sql()
-        .await
-        .query_one("select count(*) from messages", &[])
-        .await
-        .unwrap()
-        .get(0)
+    stack.sql().await.query_one("select count(*) from messages", &[]).await.unwrap().get(0)
 }
 
 struct Line {
@@ -101,44 +87,22 @@ async fn kill(verb: &'static str, others: &[&str]) -> Line {
     let _others: Vec<_> = others.iter().map(|other| stack.start(other, &[])).collect();
     let mut service = stack.start(verb, &[]);
     let load = Load::start(&stack);
-    until("it runs", Duration::from_secs(30), async || {
-        receiver.arrivals() > 500
-    })
-    .await;
-    let mut line = Line {
-        verb,
-        kills: kills(),
-        lost: 0,
-        duplicates: 0,
-        in_flight: 0,
-        resumed_max: Duration::ZERO,
-    };
+    until("it runs", Duration::from_secs(30), async || receiver.arrivals() > 500).await;
+    let mut line =
+        Line { verb, kills: kills(), lost: 0, duplicates: 0, in_flight: 0, resumed_max: Duration::ZERO };
     for _ in 0..line.kills {
         let_run(Duration::from_millis(fastrand::u64(200..1_500))).await;
         service.kill();
         let processing = "select count(*) from messages where status = 'processing'";
-        line.in_flight += stack
-            .sql()
-            .await
-            .query_one(processing, &[])
-            .await
-            .unwrap()
-            .get::<_, i64>(0);
+        line.in_flight += stack.sql().await.query_one(processing, &[]).await.unwrap().get::<_, i64>(0);
         let watch = Clock::system().stopwatch();
         // Rows of before the kill may still arrive from elsewhere; what counts is one committed after it.
-        let newest: i64 = stack
-            .sql()
-            .await
-            .query_one("select max(id) from messages", &[])
-            .await
-            .unwrap()
-            .get(0);
+        let newest: i64 =
+            stack.sql().await.query_one("select max(id) from messages", &[]).await.unwrap().get(0);
         service = stack.start(verb, &[]);
-        until(
-            "a row committed after the kill arrives",
-            Duration::from_secs(30),
-            async || receiver.accepted().range(newest + 1..).next().is_some(),
-        )
+        until("a row committed after the kill arrives", Duration::from_secs(30), async || {
+            receiver.accepted().range(newest + 1..).next().is_some()
+        })
         .await;
         line.resumed_max = line.resumed_max.max(watch.elapsed());
     }

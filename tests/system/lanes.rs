@@ -13,11 +13,8 @@ const SLACK: Duration = Duration::from_millis(100);
 #[tokio::test]
 async fn half_of_the_requests_fail_and_every_message_ends_as_it_should() {
     const COUNT: i64 = 10_000;
-    let receiver = Receiver::start(TestClientOptions {
-        error_rate: 0.5,
-        ..TestClientOptions::default()
-    })
-    .await;
+    let receiver =
+        Receiver::start(TestClientOptions { error_rate: 0.5, ..TestClientOptions::default() }).await;
     let stack = Stack::new("lanes", &receiver).await;
     let _producer = stack.start("producer", &[]);
     let _consumer = stack.start("consumer", &[]);
@@ -30,12 +27,7 @@ async fn half_of_the_requests_fail_and_every_message_ends_as_it_should() {
     for (seen, at) in receiver.seen() {
         tries.entry(seen.id).or_default().push(at);
     }
-    let rows = stack
-        .sql()
-        .await
-        .query("select id, status::text from messages", &[])
-        .await
-        .unwrap();
+    let rows = stack.sql().await.query("select id, status::text from messages", &[]).await.unwrap();
     let mut late = Vec::new();
     for row in &rows {
         let (id, status): (i64, String) = (row.get(0), row.get(1));
@@ -65,19 +57,13 @@ async fn half_of_the_requests_fail_and_every_message_ends_as_it_should() {
 
     let dead = usize::try_from(ended["dead"]).unwrap();
     let mut letters = BTreeMap::new();
-    until(
-        "every dead letter is on its lane",
-        Duration::from_secs(10),
-        async || {
-            letters = dead_letters(&stack);
-            letters.len() == dead
-        },
-    )
+    until("every dead letter is on its lane", Duration::from_secs(10), async || {
+        letters = dead_letters(&stack);
+        letters.len() == dead
+    })
     .await;
     assert!(
-        letters
-            .values()
-            .all(|(count, reason)| *count == 1 && reason.contains("status 500")),
+        letters.values().all(|(count, reason)| *count == 1 && reason.contains("status 500")),
         "{letters:?}"
     );
 }
@@ -86,16 +72,9 @@ async fn half_of_the_requests_fail_and_every_message_ends_as_it_should() {
 fn dead_letters(stack: &Stack) -> BTreeMap<i64, (usize, String)> {
     let (brokers, lane) = (&stack.environment["KAFKA_BROKERS"], format!("{}-dlq", stack.name));
     let mut letters = BTreeMap::new();
-    for line in tool(
-        "kcat",
-        &["-b", brokers, "-C", "-t", &lane, "-e", "-q", "-f", "%s\n"],
-    )
-    .lines()
-    {
+    for line in tool("kcat", &["-b", brokers, "-C", "-t", &lane, "-e", "-q", "-f", "%s\n"]).lines() {
         let value: serde_json::Value = serde_json::from_str(line).unwrap();
-        let entry = letters
-            .entry(value["id"].as_i64().unwrap())
-            .or_insert((0, String::new()));
+        let entry = letters.entry(value["id"].as_i64().unwrap()).or_insert((0, String::new()));
         *entry = (entry.0 + 1, value["reason"].as_str().unwrap().to_owned());
     }
     letters
@@ -111,27 +90,15 @@ async fn rolled_back_rows_never_arrive_and_a_late_commit_does() {
     let (mut slow, mut undone) = (stack.sql().await, stack.sql().await);
     let slow = slow.transaction().await.unwrap();
     let late: i64 = slow
-        .query_one(
-            "insert into messages (recipient, content) values ('late', 'Hello') returning id",
-            &[],
-        )
+        .query_one("insert into messages (recipient, content) values ('late', 'Hello') returning id", &[])
         .await
         .unwrap()
         .get(0);
     let undone = undone.transaction().await.unwrap();
-    undone
-        .execute(
-            "insert into messages (recipient, content) values ('never', 'Hello')",
-            &[],
-        )
-        .await
-        .unwrap();
+    undone.execute("insert into messages (recipient, content) values ('never', 'Hello')", &[]).await.unwrap();
     stack.insert(LATER).await;
     let all = usize::try_from(LATER).unwrap();
-    until("later ids have passed", Duration::from_secs(60), async || {
-        receiver.arrivals() >= all
-    })
-    .await;
+    until("later ids have passed", Duration::from_secs(60), async || receiver.arrivals() >= all).await;
     let held_open: u64 = setting("AMS_TEST_OPEN_SECONDS").map_or(3, |text| text.parse().unwrap());
     let_run(Duration::from_secs(held_open)).await;
     assert!(!receiver.accepted().contains_key(&late));
@@ -157,10 +124,7 @@ async fn two_producers_keep_the_pace_together() {
     let _consumer = stack.start("consumer", &[]);
     let seconds: usize = setting("AMS_TEST_PACING_SECONDS").map_or(10, |text| text.parse().unwrap());
     stack.insert(i64::try_from(seconds).unwrap() * 100 + 1_000).await;
-    until("the first arrive", Duration::from_secs(20), async || {
-        receiver.arrivals() > 0
-    })
-    .await;
+    until("the first arrive", Duration::from_secs(20), async || receiver.arrivals() > 0).await;
     let before = receiver.arrivals();
     let_run(Duration::from_secs(u64::try_from(seconds).unwrap())).await;
     let per_s = (receiver.arrivals() - before) as f64 / seconds as f64;

@@ -9,21 +9,14 @@ async fn endpoint(stack: &Stack, name: &str, url: &str, timeout_ms: i32, in_flig
     let statement =
         "insert into endpoints (name, url, timeout_ms, in_flight_max, enabled) values ($1, $2, $3, $4, $5)";
     let sql = stack.sql().await;
-    sql.execute(statement, &[&name, &url, &timeout_ms, &in_flight_max, &enabled])
-        .await
-        .unwrap();
+    sql.execute(statement, &[&name, &url, &timeout_ms, &in_flight_max, &enabled]).await.unwrap();
 }
 
 async fn insert(stack: &Stack, endpoints: &[&str], count: i64) {
     let statement = "insert into messages (endpoint, recipient, content) \
                      select ($2::text[])[1 + i % array_length($2::text[], 1)], '+' || i, 'Hello' \
                      from generate_series(1, $1::bigint) i";
-    stack
-        .sql()
-        .await
-        .execute(statement, &[&count, &endpoints])
-        .await
-        .unwrap();
+    stack.sql().await.execute(statement, &[&count, &endpoints]).await.unwrap();
 }
 
 /// Messages a second at a receiver, from its first to its last arrival.
@@ -37,19 +30,12 @@ fn rate(receiver: &Receiver) -> f64 {
 async fn a_hanging_endpoint_leaves_the_healthy_one_its_throughput() {
     let half: i64 = setting("AMS_TEST_HANG_MESSAGES").map_or(2_000, |text| text.parse().unwrap());
     let healthy_count = 10_000;
-    let hanging = Receiver::start(TestClientOptions {
-        hang: 1.0,
-        ..TestClientOptions::default()
-    })
-    .await;
+    let hanging = Receiver::start(TestClientOptions { hang: 1.0, ..TestClientOptions::default() }).await;
 
     let alone = Receiver::start(TestClientOptions::default()).await;
     let stack = Stack::new("alone", &alone).await;
-    let services = [
-        stack.start("producer", &[]),
-        stack.start("consumer", &[]),
-        stack.start("retry-consumer", &[]),
-    ];
+    let services =
+        [stack.start("producer", &[]), stack.start("consumer", &[]), stack.start("retry-consumer", &[])];
     stack.insert(1).await;
     until("it runs", Duration::from_secs(20), async || alone.arrivals() == 1).await;
     stack.insert(healthy_count).await;
@@ -61,38 +47,23 @@ async fn a_hanging_endpoint_leaves_the_healthy_one_its_throughput() {
     let stack = Stack::new("hang", &healthy).await;
     endpoint(&stack, "hanging", &hanging.url, 5_000, 1_024, true).await;
     let retry = [("RETRY_INTERVAL", "500ms"), ("RETRY_COUNT", "1")];
-    let _services = [
-        stack.start("producer", &[]),
-        stack.start("consumer", &[]),
-        stack.start("retry-consumer", &retry),
-    ];
+    let _services =
+        [stack.start("producer", &[]), stack.start("consumer", &[]), stack.start("retry-consumer", &retry)];
     stack.insert(1).await;
-    until("it runs", Duration::from_secs(20), async || {
-        healthy.arrivals() == 1
-    })
-    .await;
+    until("it runs", Duration::from_secs(20), async || healthy.arrivals() == 1).await;
     insert(&stack, &["hanging", "default"], 2 * half).await;
     insert(&stack, &["default"], healthy_count - half).await;
     let wanted = usize::try_from(healthy_count).unwrap() + 1;
-    until(
-        "the healthy ones have arrived",
-        Duration::from_secs(60),
-        async || healthy.arrivals() >= wanted,
-    )
-    .await;
+    until("the healthy ones have arrived", Duration::from_secs(60), async || healthy.arrivals() >= wanted)
+        .await;
     let rate_beside = rate_after_first(&healthy);
     println!(
         "healthy alone {rate_alone:.0}/s, beside a hanging endpoint {rate_beside:.0}/s: {:.2}",
         rate_beside / rate_alone
     );
-    assert!(
-        rate_beside >= 0.8 * rate_alone,
-        "{rate_beside:.0}/s of {rate_alone:.0}/s"
-    );
+    assert!(rate_beside >= 0.8 * rate_alone, "{rate_beside:.0}/s of {rate_alone:.0}/s");
 
-    let ended = stack
-        .all_final(healthy_count + half + 1, Duration::from_secs(300))
-        .await;
+    let ended = stack.all_final(healthy_count + half + 1, Duration::from_secs(300)).await;
     assert_eq!(ended.get("dead"), Some(&half), "{ended:?}");
     let wrong = "select count(*) from messages where endpoint = 'hanging' and attempts <> 2";
     let wrong: i64 = stack.sql().await.query_one(wrong, &[]).await.unwrap().get(0);
@@ -129,29 +100,17 @@ async fn a_disabled_endpoint_slows_nobody_and_costs_no_write_while_it_waits() {
     let count = async || {
         sql.query(settled, &[]).await.unwrap();
         let_run(Duration::from_millis(1_500)).await;
-        sql.query_one(&format!("select ({written})::bigint"), &[])
-            .await
-            .unwrap()
-            .get::<_, i64>(0)
+        sql.query_one(&format!("select ({written})::bigint"), &[]).await.unwrap().get::<_, i64>(0)
     };
     let before = count().await;
     let_run(Duration::from_secs(2)).await;
     assert_eq!(count().await - before, 0, "writes while 200,000 rows wait");
 
     stack.insert(10_000).await;
-    until("the others arrive", Duration::from_secs(20), async || {
-        open.arrivals() == 10_000
-    })
-    .await;
+    until("the others arrive", Duration::from_secs(20), async || open.arrivals() == 10_000).await;
     println!("{:.0}/s beside {HELD} held rows", rate(&open));
     assert_eq!(closed.arrivals(), 0);
-    sql.execute("update endpoints set enabled = true where name = 'closed'", &[])
-        .await
-        .unwrap();
-    until(
-        "the held ones flow once it is open",
-        Duration::from_secs(20),
-        async || closed.arrivals() > 5_000,
-    )
-    .await;
+    sql.execute("update endpoints set enabled = true where name = 'closed'", &[]).await.unwrap();
+    until("the held ones flow once it is open", Duration::from_secs(20), async || closed.arrivals() > 5_000)
+        .await;
 }

@@ -15,47 +15,27 @@ async fn an_accepted_message_is_told_whole() {
     assert_eq!(outcome.provider_message.as_deref(), Some("Accepted"));
     assert_eq!(outcome.address, receiver.url);
     assert_eq!((outcome.error, outcome.retry_after_ms), (None, None));
-    assert!(
-        outcome.times.connect_us > 0 && outcome.times.head_us > 0,
-        "{:?}",
-        outcome.times
-    );
+    assert!(outcome.times.connect_us > 0 && outcome.times.head_us > 0, "{:?}", outcome.times);
     assert!(outcome.started_at > Timestamp::EPOCH);
     let requests = receiver.requests();
     assert_eq!(requests.len(), 1);
-    assert!(
-        requests[0].starts_with("POST /hook HTTP/1.1\r\nhost: 127.0.0.1:"),
-        "{}",
-        requests[0]
-    );
-    assert!(
-        requests[0].contains("\r\nwebhook-id: msg_0123456789ab_7\r\n"),
-        "{}",
-        requests[0]
-    );
+    assert!(requests[0].starts_with("POST /hook HTTP/1.1\r\nhost: 127.0.0.1:"), "{}", requests[0]);
+    assert!(requests[0].contains("\r\nwebhook-id: msg_0123456789ab_7\r\n"), "{}", requests[0]);
 }
 
 #[tokio::test]
 async fn the_signature_covers_the_bytes_that_arrive() {
     let receiver = Receiver::answering("HTTP/1.1 204 No Content\r\n\r\n").await;
     let secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
-    let signed = Endpoint {
-        secret: Some(secret.into()),
-        ..endpoint(&receiver.url, SLACK)
-    };
+    let signed = Endpoint { secret: Some(secret.into()), ..endpoint(&receiver.url, SLACK) };
     delivery().deliver(&ticket(7), &signed).await;
     let request = receiver.requests().remove(0);
     let (head, body) = request.split_once("\r\n\r\n").unwrap();
     let header = |name: &str| {
-        let found = head
-            .lines()
-            .find_map(|line| line.strip_prefix(&format!("{name}: ")));
+        let found = head.lines().find_map(|line| line.strip_prefix(&format!("{name}: ")));
         found.unwrap_or_else(|| panic!("no {name} in {head}"))
     };
-    let (id, timestamp) = (
-        header("webhook-id").as_bytes(),
-        header("webhook-timestamp").as_bytes(),
-    );
+    let (id, timestamp) = (header("webhook-id").as_bytes(), header("webhook-timestamp").as_bytes());
     let expected = Key::parse(secret).unwrap().sign(id, timestamp, body.as_bytes());
     assert_eq!(header("webhook-signature"), expected);
 }
@@ -66,10 +46,7 @@ async fn a_refusal_is_told_with_its_wait() {
         Receiver::answering("HTTP/1.1 503 Busy\r\nretry-after: 30\r\ncontent-length: 4\r\n\r\nbusy").await;
     let outcome = deliver(&delivery(), &receiver.url).await;
     assert_eq!((outcome.class, outcome.status), (Class::Rejected, Some(503)));
-    assert_eq!(
-        (outcome.answer.as_str(), outcome.retry_after_ms),
-        ("busy", Some(30_000))
-    );
+    assert_eq!((outcome.answer.as_str(), outcome.retry_after_ms), ("busy", Some(30_000)));
     assert_eq!(outcome.error, None);
 }
 
@@ -84,10 +61,8 @@ async fn a_wait_is_obeyed_only_of_failures() {
 async fn a_redirect_is_never_followed() {
     let other = Receiver::answering("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
     for status in [301, 302, 303, 307, 308] {
-        let answer = format!(
-            "HTTP/1.1 {status} Gone\r\nlocation: {}\r\ncontent-length: 0\r\n\r\n",
-            other.url
-        );
+        let answer =
+            format!("HTTP/1.1 {status} Gone\r\nlocation: {}\r\ncontent-length: 0\r\n\r\n", other.url);
         let receiver = Receiver::answering(answer).await;
         let outcome = deliver(&delivery(), &receiver.url).await;
         assert_eq!((outcome.class, outcome.status), (Class::Rejected, Some(status)));
@@ -101,34 +76,14 @@ async fn a_redirect_is_never_followed() {
 async fn bodies_end_in_many_ways() {
     let chunked = "transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n6;x=y\r\n world\r\n0\r\n";
     for (answer, body, kept) in [
-        (
-            "HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\nhello world".to_owned(),
-            "hello world",
-            1,
-        ),
+        ("HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\nhello world".to_owned(), "hello world", 1),
         (format!("HTTP/1.1 200 OK\r\n{chunked}\r\n"), "hello world", 1),
-        (
-            format!("HTTP/1.1 200 OK\r\n{chunked}x-trailer: 1\r\n\r\n"),
-            "hello world",
-            1,
-        ),
+        (format!("HTTP/1.1 200 OK\r\n{chunked}x-trailer: 1\r\n\r\n"), "hello world", 1),
         ("HTTP/1.1 204 No Content\r\n\r\n".to_owned(), "", 1),
         ("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n".to_owned(), "", 1),
-        (
-            "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok".to_owned(),
-            "ok",
-            0,
-        ),
-        (
-            "HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned(),
-            "ok",
-            0,
-        ),
-        (
-            "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned(),
-            "ok",
-            1,
-        ),
+        ("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok".to_owned(), "ok", 0),
+        ("HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned(), "ok", 0),
+        ("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned(), "ok", 1),
         (
             "HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 200 OK\r\n\
              content-length: 2\r\n\r\nok"
@@ -140,11 +95,7 @@ async fn bodies_end_in_many_ways() {
         let receiver = Receiver::answering(answer.clone()).await;
         let delivery = delivery();
         let outcome = deliver(&delivery, &receiver.url).await;
-        assert_eq!(
-            (outcome.class, outcome.answer.as_str()),
-            (Class::Accepted, body),
-            "{answer}"
-        );
+        assert_eq!((outcome.class, outcome.answer.as_str()), (Class::Accepted, body), "{answer}");
         assert_eq!(idle(&delivery), kept, "{answer}");
         receiver.until_open(kept).await;
     }
@@ -166,14 +117,8 @@ async fn a_body_may_end_with_its_connection() {
 async fn what_can_not_be_asked_for_makes_no_connection() {
     let receiver = Receiver::answering("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
     let good = endpoint(&receiver.url, SLACK);
-    let bad_secret = Endpoint {
-        secret: Some("secret".into()),
-        ..good.clone()
-    };
-    let bad_url = Endpoint {
-        url: "ftp://localhost/".into(),
-        ..good.clone()
-    };
+    let bad_secret = Endpoint { secret: Some("secret".into()), ..good.clone() };
+    let bad_url = Endpoint { url: "ftp://localhost/".into(), ..good.clone() };
     let reserved = Ticket {
         headers: Some(serde_json::value::RawValue::from_string(r#"{"Host":"x"}"#.into()).unwrap()),
         ..ticket(7)

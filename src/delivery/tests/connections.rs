@@ -63,9 +63,7 @@ async fn an_answer_that_nobody_asked_for_is_not_taken_for_the_next() {
     let receiver = Receiver::start(|mut wire| async move {
         while wire.request().await.is_some() {
             let _ = wire.write(OK.as_bytes()).await;
-            let _ = wire
-                .write(b"HTTP/1.1 500 Smuggled\r\ncontent-length: 0\r\n\r\n")
-                .await;
+            let _ = wire.write(b"HTTP/1.1 500 Smuggled\r\ncontent-length: 0\r\n\r\n").await;
         }
     })
     .await;
@@ -74,11 +72,7 @@ async fn an_answer_that_nobody_asked_for_is_not_taken_for_the_next() {
         assert_eq!(deliver(&delivery, &receiver.url).await.status, Some(200));
         // The rest has arrived by the time that another connection has come and gone.
         let other = Receiver::answering_once("HTTP/1.1 204 No Content\r\n\r\n").await;
-        deliver(
-            &with_options(Clock::system(), DeliveryOptions::default()),
-            &other.url,
-        )
-        .await;
+        deliver(&with_options(Clock::system(), DeliveryOptions::default()), &other.url).await;
     }
 }
 
@@ -119,10 +113,7 @@ async fn a_connection_is_left_before_the_receiver_leaves_it() {
 #[tokio::test]
 async fn idle_connections_are_bounded() {
     let receiver = Receiver::answering(OK).await;
-    let options = DeliveryOptions {
-        idle_max: 2,
-        ..DeliveryOptions::default()
-    };
+    let options = DeliveryOptions { idle_max: 2, ..DeliveryOptions::default() };
     let delivery = Arc::new(with_options(Clock::system(), options));
     let mut tries = tokio::task::JoinSet::new();
     for _ in 0..20 {
@@ -158,10 +149,7 @@ async fn many_tries_over_connections_that_close_arrive_once_each() {
                 let endpoint = endpoint(&url, 10 * SLACK);
                 let outcome = delivery.deliver(&ticket(client * 1000 + i), &endpoint).await;
                 // The close may cross a request; that one is a failed try, and nothing else may be.
-                assert!(
-                    matches!(outcome.class, Class::Accepted | Class::Reset),
-                    "{outcome:?}"
-                );
+                assert!(matches!(outcome.class, Class::Accepted | Class::Reset), "{outcome:?}");
                 accepted.fetch_add(usize::from(outcome.class == Class::Accepted), Ordering::Relaxed);
             }
         });

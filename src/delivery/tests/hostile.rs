@@ -21,14 +21,7 @@ async fn silence_is_a_timeout() {
     let receiver = Receiver::start(|mut wire| async move { wire.until_closed().await }).await;
     let delivery = delivery();
     let outcome = deliver_soon(&delivery, &receiver.url).await;
-    assert_ended(
-        &receiver,
-        &delivery,
-        &outcome,
-        Class::Timeout,
-        "no answer within 300ms",
-    )
-    .await;
+    assert_ended(&receiver, &delivery, &outcome, Class::Timeout, "no answer within 300ms").await;
     assert_eq!(outcome.status, None);
     assert!(outcome.times.head_us >= 200_000, "{:?}", outcome.times);
 }
@@ -96,10 +89,7 @@ async fn a_body_that_breaks_off_changes_nothing() {
 
 #[tokio::test]
 async fn an_endless_body_is_left_after_64_kib() {
-    for head in [
-        "HTTP/1.1 200 OK\r\n\r\n",
-        "HTTP/1.1 200 OK\r\ncontent-length: 99999999999\r\n\r\n",
-    ] {
+    for head in ["HTTP/1.1 200 OK\r\n\r\n", "HTTP/1.1 200 OK\r\ncontent-length: 99999999999\r\n\r\n"] {
         let receiver = Receiver::start(move |mut wire| async move {
             wire.request().await;
             let _ = wire.write(head.as_bytes()).await;
@@ -117,11 +107,7 @@ async fn an_endless_body_is_left_after_64_kib() {
 
 #[tokio::test]
 async fn ten_megabytes_of_head_are_not_read() {
-    for line in [
-        format!("x-filler: {}\r\n", "y".repeat(1000)),
-        "y".repeat(10_000),
-        "a: b\r\n".to_owned(),
-    ] {
+    for line in [format!("x-filler: {}\r\n", "y".repeat(1000)), "y".repeat(10_000), "a: b\r\n".to_owned()] {
         let receiver = Receiver::start(move |mut wire| {
             let line = line.clone();
             async move {
@@ -199,10 +185,7 @@ async fn closing_at_once_is_no_answer() {
     let receiver = Receiver::start(|wire| async move { wire.reset() }).await;
     let outcome = deliver(&delivery(), &receiver.url).await;
     // Which of both depends on whether the request was faster than the close.
-    assert!(
-        matches!(outcome.class, Class::Reset | Class::Refused),
-        "{outcome:?}"
-    );
+    assert!(matches!(outcome.class, Class::Reset | Class::Refused), "{outcome:?}");
 }
 
 #[tokio::test]
@@ -210,20 +193,13 @@ async fn an_answer_before_the_request_was_read_counts() {
     let receiver = Receiver::start(|mut wire| async move {
         let mut some = [0; 1024];
         let _ = wire.stream.read(&mut some).await;
-        let _ = wire
-            .write(b"HTTP/1.1 413 Too Large\r\ncontent-length: 3\r\n\r\nbig")
-            .await;
+        let _ = wire.write(b"HTTP/1.1 413 Too Large\r\ncontent-length: 3\r\n\r\nbig").await;
         wire.until_closed().await;
     })
     .await;
-    let large = Ticket {
-        content: "x".repeat(20_000_000),
-        ..ticket(7)
-    };
+    let large = Ticket { content: "x".repeat(20_000_000), ..ticket(7) };
     let delivery = delivery();
-    let outcome = delivery
-        .deliver(&large, &endpoint(&receiver.url, 10 * SLACK))
-        .await;
+    let outcome = delivery.deliver(&large, &endpoint(&receiver.url, 10 * SLACK)).await;
     assert_eq!((outcome.status, outcome.answer.as_str()), (Some(413), "big"));
     assert_ended(&receiver, &delivery, &outcome, Class::Rejected, "").await;
 }
@@ -245,35 +221,18 @@ async fn a_name_that_does_not_exist_is_refused() {
     for _ in 0..3 {
         let outcome = deliver(&delivery, "http://nobody.invalid/").await;
         assert_eq!(outcome.class, Class::Refused);
-        assert!(
-            outcome.error.as_ref().unwrap().contains("`nobody.invalid`"),
-            "{outcome:?}"
-        );
+        assert!(outcome.error.as_ref().unwrap().contains("`nobody.invalid`"), "{outcome:?}");
     }
 }
 
 #[tokio::test]
 async fn a_forbidden_address_is_refused_without_a_connection() {
-    let options = DeliveryOptions {
-        refuse_link_local: true,
-        ..DeliveryOptions::default()
-    };
+    let options = DeliveryOptions { refuse_link_local: true, ..DeliveryOptions::default() };
     let delivery = with_options(Clock::system(), options);
-    for url in [
-        "http://169.254.169.254/latest",
-        "http://[::ffff:169.254.169.254]/",
-        "http://0xa9fea9fe/",
-    ] {
+    for url in ["http://169.254.169.254/latest", "http://[::ffff:169.254.169.254]/", "http://0xa9fea9fe/"] {
         let outcome = deliver(&delivery, url).await;
         assert_eq!(outcome.class, Class::Refused);
-        assert!(
-            outcome
-                .error
-                .as_ref()
-                .unwrap()
-                .contains("169.254.169.254 is link-local"),
-            "{outcome:?}"
-        );
+        assert!(outcome.error.as_ref().unwrap().contains("169.254.169.254 is link-local"), "{outcome:?}");
     }
 }
 

@@ -41,11 +41,7 @@ impl Receiver {
                     count.accepted += 1;
                     count.open += 1;
                 });
-                let served = serve(Wire {
-                    stream,
-                    unread: Vec::new(),
-                    requests: Arc::clone(&recorded),
-                });
+                let served = serve(Wire { stream, unread: Vec::new(), requests: Arc::clone(&recorded) });
                 let counted = Arc::clone(&counted);
                 tokio::spawn(async move {
                     served.await;
@@ -53,12 +49,7 @@ impl Receiver {
                 });
             }
         });
-        Receiver {
-            url: format!("http://127.0.0.1:{port}/hook"),
-            port,
-            count,
-            requests,
-        }
+        Receiver { url: format!("http://127.0.0.1:{port}/hook"), port, count, requests }
     }
 
     /// Answers every request with these bytes, and keeps the connection until the other side closes it.
@@ -167,9 +158,7 @@ impl Wire {
 fn request_length(bytes: &[u8]) -> Option<usize> {
     let head = bytes.windows(4).position(|window| window == b"\r\n\r\n")? + 4;
     let text = std::str::from_utf8(&bytes[..head]).unwrap();
-    let length = text
-        .lines()
-        .find_map(|line| line.strip_prefix("content-length: "));
+    let length = text.lines().find_map(|line| line.strip_prefix("content-length: "));
     let whole = head + length.map_or(0, |length| length.parse::<usize>().unwrap());
     (bytes.len() >= whole).then_some(whole)
 }

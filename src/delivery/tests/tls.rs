@@ -28,10 +28,7 @@ fn authority() -> Authority {
 
 impl Authority {
     fn options(&self) -> DeliveryOptions {
-        DeliveryOptions {
-            ca_file: Some(self.file.path().to_owned()),
-            ..DeliveryOptions::default()
-        }
+        DeliveryOptions { ca_file: Some(self.file.path().to_owned()), ..DeliveryOptions::default() }
     }
 
     /// Answers every request on every connection with 200; returns its port and what it counts.
@@ -62,9 +59,7 @@ impl Authority {
                 tokio::spawn(async move {
                     let mut bytes = vec![0; 4096];
                     while matches!(stream.read(&mut bytes).await, Ok(1..)) {
-                        let _ = stream
-                            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
-                            .await;
+                        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
                     }
                 });
             }
@@ -80,11 +75,7 @@ async fn a_known_authority_is_trusted() {
     let delivery = with_options(Clock::system(), authority.options());
     for _ in 0..3 {
         let outcome = deliver(&delivery, &format!("https://localhost:{port}/")).await;
-        assert_eq!(
-            (outcome.class, outcome.answer.as_str()),
-            (Class::Accepted, "ok"),
-            "{outcome:?}"
-        );
+        assert_eq!((outcome.class, outcome.answer.as_str()), (Class::Accepted, "ok"), "{outcome:?}");
     }
     assert_eq!(*count.borrow(), 1, "the connection is kept");
 }
@@ -97,10 +88,7 @@ async fn another_name_is_refused() {
     for host in ["localhost", "127.0.0.1"] {
         let outcome = deliver(&delivery, &format!("https://{host}:{port}/")).await;
         assert_eq!(outcome.class, Class::Refused);
-        assert!(
-            outcome.error.as_ref().unwrap().starts_with("TLS failed: "),
-            "{outcome:?}"
-        );
+        assert!(outcome.error.as_ref().unwrap().starts_with("TLS failed: "), "{outcome:?}");
     }
     assert_eq!(idle(&delivery), 0);
 }
@@ -110,18 +98,13 @@ async fn an_unknown_authority_is_refused() {
     let (port, _) = authority().serve("localhost").await;
     let outcome = deliver(&delivery(), &format!("https://localhost:{port}/")).await;
     assert_eq!(outcome.class, Class::Refused);
-    assert!(
-        outcome.error.as_ref().unwrap().starts_with("TLS failed: "),
-        "{outcome:?}"
-    );
+    assert!(outcome.error.as_ref().unwrap().starts_with("TLS failed: "), "{outcome:?}");
 }
 
 #[tokio::test]
 async fn a_plain_receiver_is_refused() {
     let receiver = Receiver::start(|mut wire| async move {
-        let _ = wire
-            .write(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n")
-            .await;
+        let _ = wire.write(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n").await;
         wire.until_closed().await;
     })
     .await;
@@ -143,28 +126,18 @@ async fn a_handshake_that_hangs_is_refused_at_the_deadline() {
 async fn plain_http_to_a_tls_port_is_no_success() {
     let (port, _) = authority().serve("localhost").await;
     let outcome = deliver(&delivery(), &format!("http://localhost:{port}/")).await;
-    assert!(
-        matches!(outcome.class, Class::BadAnswer | Class::Reset),
-        "{outcome:?}"
-    );
+    assert!(matches!(outcome.class, Class::BadAnswer | Class::Reset), "{outcome:?}");
 }
 
 #[test]
 fn a_bad_file_of_authorities_stops_the_start() {
     let empty = tempfile::NamedTempFile::new().unwrap();
     let mut broken = tempfile::NamedTempFile::new().unwrap();
-    broken
-        .write_all(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
-        .unwrap();
+    broken.write_all(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
     let missing = PathBuf::from("/nowhere/ca.pem");
     for path in [empty.path().to_owned(), broken.path().to_owned(), missing] {
-        let options = DeliveryOptions {
-            ca_file: Some(path.clone()),
-            ..DeliveryOptions::default()
-        };
-        let error = Delivery::new(Clock::system(), Uuid::nil(), options)
-            .map(|_| ())
-            .unwrap_err();
+        let options = DeliveryOptions { ca_file: Some(path.clone()), ..DeliveryOptions::default() };
+        let error = Delivery::new(Clock::system(), Uuid::nil(), options).map(|_| ()).unwrap_err();
         assert!(error.to_string().contains(&path.display().to_string()), "{error}");
     }
 }

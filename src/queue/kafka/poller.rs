@@ -83,9 +83,7 @@ pub(super) fn subscribe(
 }
 
 fn connect(config: &ClientConfig, lane: &str) -> Result<Client> {
-    let client: Client = config
-        .create_with_context(Assignment::default())
-        .map_err(refused)?;
+    let client: Client = config.create_with_context(Assignment::default()).map_err(refused)?;
     client.subscribe(&[lane]).map_err(refused)?;
     Ok(client)
 }
@@ -134,11 +132,7 @@ impl Poller {
 
     /// Takes what the client has, up to a batch; waits a moment when it has nothing.
     fn poll(&mut self) {
-        let mut wait = if self.pending.is_empty() {
-            POLL
-        } else {
-            Duration::ZERO
-        };
+        let mut wait = if self.pending.is_empty() { POLL } else { Duration::ZERO };
         while self.pending.len() < BATCH {
             let taken = match self.client.poll(wait) {
                 None => return,
@@ -257,10 +251,7 @@ impl Trackers {
         self.generation += 1;
         self.reassigned = true;
         for partition in partitions {
-            let tracker = Tracker {
-                generation: self.generation,
-                ..Tracker::default()
-            };
+            let tracker = Tracker { generation: self.generation, ..Tracker::default() };
             self.partitions.insert(*partition, tracker);
         }
     }
@@ -271,19 +262,12 @@ impl Trackers {
         if tracker.last.is_some_and(|last| offset <= last) {
             // The log was made anew, or the position was set back: what was out before counts no more.
             self.generation += 1;
-            *tracker = Tracker {
-                generation: self.generation,
-                ..Tracker::default()
-            };
+            *tracker = Tracker { generation: self.generation, ..Tracker::default() };
         }
         tracker.last = Some(offset);
         tracker.watermark.take(offset);
         Taken {
-            receipt: Receipt {
-                partition,
-                generation: tracker.generation,
-                offset,
-            },
+            receipt: Receipt { partition, generation: tracker.generation, offset },
             key: Bytes::copy_from_slice(message.key().unwrap_or_default()),
             value: Bytes::copy_from_slice(message.payload().unwrap_or_default()),
         }
@@ -300,10 +284,7 @@ impl Trackers {
     }
 
     fn out(&self) -> usize {
-        self.partitions
-            .values()
-            .map(|tracker| tracker.watermark.out())
-            .sum()
+        self.partitions.values().map(|tracker| tracker.watermark.out()).sum()
     }
 
     /// The positions that have moved since they were last asked for.
@@ -336,10 +317,7 @@ impl Assignment {
 }
 
 fn partitions(list: &TopicPartitionList) -> Vec<i32> {
-    list.elements()
-        .iter()
-        .map(rdkafka::topic_partition_list::TopicPartitionListElem::partition)
-        .collect()
+    list.elements().iter().map(rdkafka::topic_partition_list::TopicPartitionListElem::partition).collect()
 }
 
 impl ClientContext for Assignment {
@@ -363,9 +341,7 @@ impl ConsumerContext for Assignment {
                 if let Some(first) = list.elements().first() {
                     commit(client, first.topic(), &moved);
                 }
-                self.trackers()
-                    .partitions
-                    .retain(|partition, _| !revoked.contains(partition));
+                self.trackers().partitions.retain(|partition, _| !revoked.contains(partition));
             }
             Rebalance::Error(error) => tracing::debug!(target: "kafka", "rebalance: {error}"),
         }

@@ -55,18 +55,11 @@ impl Publisher {
     }
 
     pub(super) fn known_partitions(&self, lane: &str) -> Option<i32> {
-        self.partitions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(lane)
-            .copied()
+        self.partitions.lock().unwrap_or_else(PoisonError::into_inner).get(lane).copied()
     }
 
     pub(super) fn know(&self, lane: &str, partitions: i32) {
-        self.partitions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(lane.to_owned(), partitions);
+        self.partitions.lock().unwrap_or_else(PoisonError::into_inner).insert(lane.to_owned(), partitions);
     }
 
     pub(super) fn forget(&self, lanes: &[String]) {
@@ -96,9 +89,7 @@ impl Publisher {
         if published.is_err() && client.client().fatal_error().is_some() {
             self.replace(&client)?;
         }
-        published
-            .map(|offset| Place { partition, offset })
-            .map_err(unavailable)
+        published.map(|offset| Place { partition, offset }).map_err(unavailable)
     }
 
     /// Makes a new client in the place of a dead one, unless somebody else has.
@@ -126,10 +117,7 @@ async fn send(
 ) -> std::result::Result<(), KafkaError> {
     let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
     for (key, value) in &record.headers {
-        headers = headers.insert(Header {
-            key,
-            value: Some(value),
-        });
+        headers = headers.insert(Header { key, value: Some(value) });
     }
     let mut next = BaseRecord::with_opaque_to(lane, Arc::clone(acks))
         .partition(partition)
@@ -175,10 +163,7 @@ impl Acks {
     }
 
     fn failed(&self, error: KafkaError) {
-        self.error
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(error);
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         self.count();
     }
 

@@ -5,18 +5,11 @@ use std::time::Duration;
 use super::*;
 use crate::queue::conformance::{self, receipts, records, take};
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "tests are told by the environment where Kafka is"
-)]
+#[expect(clippy::disallowed_methods, reason = "tests are told by the environment where Kafka is")]
 fn queue() -> KafkaQueue {
     let brokers = std::env::var("KAFKA_BROKERS");
     let brokers = brokers.expect("KAFKA_BROKERS is set by `make test`, or by `eval \"$(dev/services env)\"`");
-    KafkaQueue::open(KafkaOptions {
-        brokers,
-        client: BTreeMap::new(),
-    })
-    .unwrap()
+    KafkaQueue::open(KafkaOptions { brokers, client: BTreeMap::new() }).unwrap()
 }
 
 #[tokio::test]
@@ -36,11 +29,7 @@ async fn publishing_to_a_missing_lane_creates_it() {
 #[tokio::test]
 async fn a_large_record_passes_and_one_too_large_is_an_error() {
     let (queue, lane) = (queue(), conformance::lane());
-    let record = |bytes| LaneRecord {
-        key: "k".into(),
-        value: vec![b'x'; bytes].into(),
-        headers: Vec::new(),
-    };
+    let record = |bytes| LaneRecord { key: "k".into(), value: vec![b'x'; bytes].into(), headers: Vec::new() };
     queue.publish(&lane, vec![record(7 << 20)]).await.unwrap();
     assert!(queue.publish(&lane, vec![record(9 << 20)]).await.is_err());
 }
@@ -75,10 +64,6 @@ async fn asking_for_depth_does_not_disturb_the_group() {
         queue.depth(&lane, &lane).await.unwrap();
     }
     let taken = take(&mut subscription, 200).await;
-    assert_eq!(
-        taken.len(),
-        200,
-        "nothing came twice: there was no second rebalance"
-    );
+    assert_eq!(taken.len(), 200, "nothing came twice: there was no second rebalance");
     subscription.close().await;
 }

@@ -23,10 +23,7 @@ pub(crate) async fn a_claim_takes_no_more_than_its_limit(store: Arc<dyn Store>) 
     let bench = Bench::new(store).await;
     let all = bench.fill(7).await;
     let first = bench.claim(Due::Fresh { after: MessageId(0) }, 4).await;
-    assert_eq!(
-        (ids(&first), first.seen, first.last),
-        (all[..4].to_vec(), 4, Some(all[3]))
-    );
+    assert_eq!((ids(&first), first.seen, first.last), (all[..4].to_vec(), 4, Some(all[3])));
     let second = bench.claim(Due::Fresh { after: MessageId(0) }, 4).await;
     assert_eq!((ids(&second), second.seen), (all[4..].to_vec(), 3));
 }
@@ -44,24 +41,15 @@ pub(crate) async fn a_claimed_row_is_not_claimed_again(store: Arc<dyn Store>) {
 pub(crate) async fn late_rows_are_found_behind_the_cursor(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let all = bench.fill(4).await;
-    assert_eq!(
-        bench.claim(Due::Fresh { after: all[1] }, 1).await.last,
-        Some(all[2])
-    );
+    assert_eq!(bench.claim(Due::Fresh { after: all[1] }, 1).await.last, Some(all[2]));
     let late = bench.claim(Due::Late { up_to: all[2] }, 10).await;
     assert_eq!(ids(&late), all[..2]);
-    assert_eq!(
-        ids(&bench.claim(Due::Fresh { after: all[2] }, 10).await),
-        all[3..]
-    );
+    assert_eq!(ids(&bench.claim(Due::Fresh { after: all[2] }, 10).await), all[3..]);
 }
 
 pub(crate) async fn a_scheduled_row_waits_for_its_time(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let scheduled = NewMessage {
-        send_at: Some(bench.in_seconds(5)),
-        ..text("later")
-    };
+    let scheduled = NewMessage { send_at: Some(bench.in_seconds(5)), ..text("later") };
     let id = bench.insert(&[scheduled]).await[0];
     assert_eq!(bench.claim_fresh().await.seen, 0);
     bench.pass(4);
@@ -81,11 +69,8 @@ pub(crate) async fn timed_rows_are_claimed_lane_by_lane_oldest_due_first(store: 
         .iter()
         .zip(lanes)
         .map(|(ticket, (lane, seconds))| {
-            let verdict = Verdict::Retry {
-                lane: lane.to_owned(),
-                lane_tries: 2,
-                at: bench.in_seconds(seconds),
-            };
+            let verdict =
+                Verdict::Retry { lane: lane.to_owned(), lane_tries: 2, at: bench.in_seconds(seconds) };
             record(*ticket, 1, bench.failed(*ticket, 1).outcome, verdict)
         })
         .collect();
@@ -105,14 +90,8 @@ pub(crate) async fn timed_rows_are_claimed_lane_by_lane_oldest_due_first(store: 
 
 pub(crate) async fn an_expired_row_is_not_queued(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let short = NewMessage {
-        expires_at: Some(bench.in_seconds(5)),
-        ..text("short")
-    };
-    let timed = NewMessage {
-        send_at: Some(bench.in_seconds(4)),
-        ..short.clone()
-    };
+    let short = NewMessage { expires_at: Some(bench.in_seconds(5)), ..text("short") };
+    let timed = NewMessage { send_at: Some(bench.in_seconds(4)), ..short.clone() };
     let all = bench.insert(&[short.clone(), text("long"), timed]).await;
     bench.pass(5);
     let claimed = bench.claim_fresh().await;
@@ -121,59 +100,28 @@ pub(crate) async fn an_expired_row_is_not_queued(store: Arc<dyn Store>) {
     assert_eq!((none.seen, none.tickets.len(), none.batch), (1, 0, None));
     for id in [all[0], all[2]] {
         let row = bench.message(id).await;
-        assert_eq!(
-            (row.status, row.finished_at),
-            (Status::Expired, Some(bench.now()))
-        );
+        assert_eq!((row.status, row.finished_at), (Status::Expired, Some(bench.now())));
     }
-    let next = bench
-        .insert(&[NewMessage {
-            expires_at: Some(bench.in_seconds(5)),
-            ..short
-        }])
-        .await;
+    let next = bench.insert(&[NewMessage { expires_at: Some(bench.in_seconds(5)), ..short }]).await;
     bench.pass(4);
     assert_eq!(ids(&bench.claim_fresh().await), next);
 }
 
 pub(crate) async fn rows_of_a_closed_endpoint_are_held_by_the_claim(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let closed = NewMessage {
-        endpoint: Some("closed".to_owned()),
-        ..text("x")
-    };
+    let closed = NewMessage { endpoint: Some("closed".to_owned()), ..text("x") };
     let all = bench.insert(&[closed.clone(), text("open"), closed]).await;
     let claimed = bench.claim_fresh().await;
-    assert_eq!(
-        (ids(&claimed), claimed.seen, claimed.last),
-        (vec![all[1]], 3, Some(all[2]))
-    );
+    assert_eq!((ids(&claimed), claimed.seen, claimed.last), (vec![all[1]], 3, Some(all[2])));
     let row = bench.message(all[0]).await;
-    assert_eq!(
-        (row.status, row.held, row.epoch),
-        (Status::Pending, Some(Held::EndpointClosed), 0)
-    );
+    assert_eq!((row.status, row.held, row.epoch), (Status::Pending, Some(Held::EndpointClosed), 0));
     assert_eq!(bench.claim_fresh().await.seen, 0);
-    assert_eq!(
-        bench.store.held().await.unwrap(),
-        [("closed".to_owned(), Held::EndpointClosed)]
-    );
+    assert_eq!(bench.store.held().await.unwrap(), [("closed".to_owned(), Held::EndpointClosed)]);
     let open = &["closed".to_owned()];
-    let freed = bench
-        .store
-        .unhold("closed", Held::EndpointClosed, 10, bench.now())
-        .await
-        .unwrap();
+    let freed = bench.store.unhold("closed", Held::EndpointClosed, 10, bench.now()).await.unwrap();
     assert_eq!(freed, 2);
     let due = Due::Late { up_to: all[2] };
-    let claim = Claim {
-        due,
-        limit: 10,
-        lane: FRESH,
-        open,
-        owner: bench.owner,
-        now: bench.now(),
-    };
+    let claim = Claim { due, limit: 10, lane: FRESH, open, owner: bench.owner, now: bench.now() };
     assert_eq!(ids(&bench.store.claim(&claim).await.unwrap()), [all[0], all[2]]);
 }
 
@@ -189,14 +137,8 @@ pub(crate) async fn a_ticket_carries_what_the_request_needs(store: Arc<dyn Store
     let claimed = bench.claim_fresh().await;
     let ticket = &claimed.tickets[0];
     assert_eq!((ticket.id, ticket.epoch, ticket.attempt), (id, 1, 1));
-    assert_eq!(
-        (ticket.endpoint.as_str(), ticket.recipient.as_str()),
-        ("default", "+905551111111")
-    );
-    assert_eq!(
-        (ticket.content.as_str(), ticket.content_type.as_deref()),
-        ("body", Some("text/plain"))
-    );
+    assert_eq!((ticket.endpoint.as_str(), ticket.recipient.as_str()), ("default", "+905551111111"));
+    assert_eq!((ticket.content.as_str(), ticket.content_type.as_deref()), ("body", Some("text/plain")));
     assert_eq!(ticket.ordering_key.as_deref(), Some("key"));
     assert_eq!(ticket.created_at, bench.message(id).await.created_at);
     let headers = ticket.headers.as_ref().expect("headers").get();
@@ -220,12 +162,7 @@ pub(crate) async fn each_claim_raises_the_epoch(store: Arc<dyn Store>) {
 
 pub(crate) async fn a_claim_of_nothing_writes_no_ledger(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    bench
-        .insert(&[NewMessage {
-            endpoint: Some("closed".to_owned()),
-            ..text("x")
-        }])
-        .await;
+    bench.insert(&[NewMessage { endpoint: Some("closed".to_owned()), ..text("x") }]).await;
     let claimed = bench.claim_fresh().await;
     assert_eq!((claimed.seen, claimed.batch), (1, None));
     assert_eq!(bench.claim_timed("").await.batch, None);
@@ -267,20 +204,10 @@ pub(crate) async fn a_store_says_when_it_has_changed(store: Arc<dyn Store>) {
     bench.fill(3).await;
     assert!(bench.store.changed().await.unwrap(), "after an insert");
     // A question is no answer: until a claim has seen everything, there is something.
-    assert!(
-        bench.store.changed().await.unwrap(),
-        "after an insert, asked again"
-    );
+    assert!(bench.store.changed().await.unwrap(), "after an insert, asked again");
     let some = bench.claim(Due::Fresh { after: MessageId(0) }, 2).await;
-    assert!(
-        bench.store.changed().await.unwrap(),
-        "after a claim that left something"
-    );
+    assert!(bench.store.changed().await.unwrap(), "after a claim that left something");
     bench.claim_fresh().await;
-    bench
-        .store
-        .requeue(&[some.batch.expect("a batch")], bench.now())
-        .await
-        .unwrap();
+    bench.store.requeue(&[some.batch.expect("a batch")], bench.now()).await.unwrap();
     assert!(bench.store.changed().await.unwrap(), "after rows were given back");
 }

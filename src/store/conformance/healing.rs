@@ -8,14 +8,8 @@ use crate::clock::Timestamp;
 use crate::message::{MessageId, Status};
 use crate::store::{BatchId, Bid, Due, InstanceId, Leadership, LeaseId, Place, Recovered, Store};
 
-const PLACE: Place = Place {
-    partition: 3,
-    offset: 41,
-};
-const NOTHING: Recovered = Recovered {
-    instances: 0,
-    messages: 0,
-};
+const PLACE: Place = Place { partition: 3, offset: 41 };
+const NOTHING: Recovered = Recovered { instances: 0, messages: 0 };
 
 pub(crate) async fn the_ledger_remembers_batches_and_places(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
@@ -23,26 +17,13 @@ pub(crate) async fn the_ledger_remembers_batches_and_places(store: Arc<dyn Store
     let batch = bench.claim_fresh().await.batch.expect("a batch");
     let ledger = bench.store.batches(bench.now(), 10).await.unwrap();
     assert_eq!(ledger.len(), 1);
-    assert_eq!(
-        (ledger[0].id, ledger[0].lane.as_str(), ledger[0].owner),
-        (batch, FRESH, bench.owner)
-    );
-    assert_eq!(
-        (ledger[0].created_at, ledger[0].place, ledger[0].orphaned),
-        (bench.now(), None, false)
-    );
+    assert_eq!((ledger[0].id, ledger[0].lane.as_str(), ledger[0].owner), (batch, FRESH, bench.owner));
+    assert_eq!((ledger[0].created_at, ledger[0].place, ledger[0].orphaned), (bench.now(), None, false));
     for _ in 0..2 {
         bench.store.acknowledge(batch, PLACE).await.unwrap();
-        assert_eq!(
-            bench.store.batches(bench.now(), 10).await.unwrap()[0].place,
-            Some(PLACE)
-        );
+        assert_eq!(bench.store.batches(bench.now(), 10).await.unwrap()[0].place, Some(PLACE));
     }
-    bench
-        .store
-        .acknowledge(BatchId(batch.0 + 1_000), PLACE)
-        .await
-        .unwrap();
+    bench.store.acknowledge(BatchId(batch.0 + 1_000), PLACE).await.unwrap();
     assert_eq!(bench.store.batches(bench.now(), 10).await.unwrap().len(), 1);
 }
 
@@ -51,13 +32,7 @@ pub(crate) async fn the_ledger_gives_the_oldest_first(store: Arc<dyn Store>) {
     bench.fill(4).await;
     let mut made = Vec::new();
     for _ in 0..4 {
-        made.push(
-            bench
-                .claim(Due::Fresh { after: MessageId(0) }, 1)
-                .await
-                .batch
-                .expect("a batch"),
-        );
+        made.push(bench.claim(Due::Fresh { after: MessageId(0) }, 1).await.batch.expect("a batch"));
         bench.pass(1);
     }
     let ledger = bench.store.batches(bench.now(), 3).await.unwrap();
@@ -71,11 +46,7 @@ pub(crate) async fn a_batch_of_a_dead_owner_is_orphaned(store: Arc<dyn Store>) {
     let orphaned = async |now| bench.store.batches(now, 10).await.unwrap()[0].orphaned;
     assert!(!orphaned(bench.in_seconds(9)).await);
     assert!(orphaned(bench.in_seconds(11)).await);
-    bench
-        .store
-        .renew(bench.owner, bench.now(), bench.in_seconds(60))
-        .await
-        .unwrap();
+    bench.store.renew(bench.owner, bench.now(), bench.in_seconds(60)).await.unwrap();
     assert!(!orphaned(bench.in_seconds(11)).await);
     bench.store.retire(bench.owner).await.unwrap();
     assert!(orphaned(bench.now()).await);
@@ -97,10 +68,7 @@ pub(crate) async fn a_requeue_gives_back_only_what_is_still_queued(store: Arc<dy
     }
     assert_eq!(bench.store.requeue(&[batch], bench.now()).await.unwrap(), 0);
     assert_eq!(bench.store.requeue(&[], bench.now()).await.unwrap(), 0);
-    assert_eq!(
-        pairs(&bench.claim_fresh().await),
-        [(tickets[2].0, 2), (tickets[3].0, 2)]
-    );
+    assert_eq!(pairs(&bench.claim_fresh().await), [(tickets[2].0, 2), (tickets[3].0, 2)]);
 }
 
 pub(crate) async fn a_requeue_does_not_touch_a_later_epoch(store: Arc<dyn Store>) {
@@ -120,19 +88,9 @@ pub(crate) async fn a_requeue_does_not_touch_a_later_epoch(store: Arc<dyn Store>
     bench.pass(3);
     let third = bench.claim_timed(RETRY).await;
     bench.pass(1);
-    assert_eq!(
-        bench
-            .store
-            .requeue(&[third.batch.expect("a batch")], bench.now())
-            .await
-            .unwrap(),
-        1
-    );
+    assert_eq!(bench.store.requeue(&[third.batch.expect("a batch")], bench.now()).await.unwrap(), 1);
     let row = bench.message(first[1].0).await;
-    assert_eq!(
-        (row.status, row.due_at, row.attempts),
-        (Status::Retrying, Some(bench.now()), 2)
-    );
+    assert_eq!((row.status, row.due_at, row.attempts), (Status::Retrying, Some(bench.now()), 2));
 }
 
 pub(crate) async fn recovery_gives_back_what_the_dead_had_begun(store: Arc<dyn Store>) {
@@ -146,34 +104,18 @@ pub(crate) async fn recovery_gives_back_what_the_dead_had_begun(store: Arc<dyn S
     bench.pass(4);
     let again = pairs(&bench.claim_timed(RETRY).await);
     bench.begin_by(dying, 3, &again).await;
-    bench
-        .store
-        .renew(bench.owner, bench.now(), bench.in_seconds(60))
-        .await
-        .unwrap();
+    bench.store.renew(bench.owner, bench.now(), bench.in_seconds(60)).await.unwrap();
     assert_eq!(bench.store.recover(bench.now()).await.unwrap(), NOTHING);
     bench.pass(10);
     let recovered = bench.store.recover(bench.now()).await.unwrap();
-    assert_eq!(
-        recovered,
-        Recovered {
-            instances: 1,
-            messages: 3
-        }
-    );
+    assert_eq!(recovered, Recovered { instances: 1, messages: 3 });
     let row = bench.message(tickets[0].0).await;
-    assert_eq!(
-        (row.status, row.due_at, row.attempts),
-        (Status::Retrying, Some(bench.now()), 1)
-    );
+    assert_eq!((row.status, row.due_at, row.attempts), (Status::Retrying, Some(bench.now()), 1));
     assert_eq!(bench.message(tickets[1].0).await.status, Status::Pending);
     assert_eq!(bench.message(tickets[2].0).await.status, Status::Pending);
     assert_eq!(bench.message(tickets[3].0).await.status, Status::Queued);
     assert_eq!(bench.store.recover(bench.now()).await.unwrap(), NOTHING);
-    assert_eq!(
-        pairs(&bench.claim_fresh().await),
-        [(tickets[1].0, 2), (tickets[2].0, 2)]
-    );
+    assert_eq!(pairs(&bench.claim_fresh().await), [(tickets[1].0, 2), (tickets[2].0, 2)]);
     assert_eq!(pairs(&bench.claim_timed(RETRY).await), [(tickets[0].0, 3)]);
 }
 
@@ -185,23 +127,11 @@ pub(crate) async fn recovery_leaves_the_living_alone(store: Arc<dyn Store>) {
     bench.begin(1, &tickets[..1]).await;
     bench.begin_by(dying, 2, &tickets[1..]).await;
     bench.pass(9);
-    assert!(
-        bench
-            .store
-            .renew(bench.owner, bench.now(), bench.in_seconds(10))
-            .await
-            .unwrap()
-    );
+    assert!(bench.store.renew(bench.owner, bench.now(), bench.in_seconds(10)).await.unwrap());
     assert_eq!(bench.store.recover(bench.now()).await.unwrap(), NOTHING);
     bench.pass(9);
     let recovered = bench.store.recover(bench.now()).await.unwrap();
-    assert_eq!(
-        recovered,
-        Recovered {
-            instances: 1,
-            messages: 1
-        }
-    );
+    assert_eq!(recovered, Recovered { instances: 1, messages: 1 });
     assert_eq!(bench.message(tickets[0].0).await.status, Status::Processing);
     assert_eq!(bench.message(tickets[1].0).await.status, Status::Pending);
     assert!(bench.record(&[bench.failed(tickets[0], 1)]).await.is_empty());
@@ -211,22 +141,11 @@ pub(crate) async fn recovery_leaves_recorded_messages_alone(store: Arc<dyn Store
     let bench = Bench::new(store).await;
     let tickets = bench.processing(1, 3).await;
     // The lease goes with its last record; here one of its messages was never recorded.
-    bench
-        .record(&[bench.sent(tickets[0], 1), bench.dead(tickets[1], 1)])
-        .await;
+    bench.record(&[bench.sent(tickets[0], 1), bench.dead(tickets[1], 1)]).await;
     let other = bench.processing(2, 1).await[0];
-    bench
-        .record_finished(&[bench.sent(other, 1)], &[LeaseId(2), LeaseId(99)])
-        .await
-        .unwrap();
+    bench.record_finished(&[bench.sent(other, 1)], &[LeaseId(2), LeaseId(99)]).await.unwrap();
     bench.pass(11);
-    assert_eq!(
-        bench.store.recover(bench.now()).await.unwrap(),
-        Recovered {
-            instances: 1,
-            messages: 1
-        }
-    );
+    assert_eq!(bench.store.recover(bench.now()).await.unwrap(), Recovered { instances: 1, messages: 1 });
     for (ticket, status) in tickets.iter().zip([Status::Sent, Status::Dead, Status::Pending]) {
         assert_eq!(bench.message(ticket.0).await.status, status);
     }
@@ -246,139 +165,67 @@ pub(crate) async fn a_lease_that_was_taken_away_can_not_be_renewed(store: Arc<dy
     let bench = Bench::new(store).await;
     bench.pass(11);
     assert_eq!(bench.store.recover(bench.now()).await.unwrap().instances, 1);
-    assert!(
-        !bench
-            .store
-            .renew(bench.owner, bench.now(), bench.in_seconds(10))
-            .await
-            .unwrap()
-    );
+    assert!(!bench.store.renew(bench.owner, bench.now(), bench.in_seconds(10)).await.unwrap());
     let anew = bench.enroll().await;
     assert_ne!(anew, bench.owner);
-    assert!(
-        bench
-            .store
-            .renew(anew, bench.now(), bench.in_seconds(10))
-            .await
-            .unwrap()
-    );
+    assert!(bench.store.renew(anew, bench.now(), bench.in_seconds(10)).await.unwrap());
     bench.store.retire(anew).await.unwrap();
     bench.store.retire(anew).await.unwrap();
-    assert!(
-        !bench
-            .store
-            .renew(anew, bench.now(), bench.in_seconds(10))
-            .await
-            .unwrap()
-    );
+    assert!(!bench.store.renew(anew, bench.now(), bench.in_seconds(10)).await.unwrap());
 }
 
 fn bid(instance: InstanceId, now: Timestamp) -> Bid {
-    Bid {
-        instance,
-        now,
-        until: now.after(Duration::from_secs(6)),
-        paced_until: None,
-    }
+    Bid { instance, now, until: now.after(Duration::from_secs(6)), paced_until: None }
 }
 
 pub(crate) async fn one_instance_leads_until_its_term_ends(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let (first, second) = (bench.owner, bench.enroll().await);
     let lead = async |instance| bench.store.lead(&bid(instance, bench.now())).await.unwrap();
-    assert_eq!(lead(first).await, Some(Leadership { paced_until: None }));
+    assert_eq!(lead(first).await, Some(Leadership { steady_since: bench.now(), paced_until: None }));
     assert_eq!(lead(second).await, None);
+    let began = bench.now();
     bench.pass(5);
-    assert!(lead(first).await.is_some());
+    let renewed = lead(first).await.expect("a leader may go on");
+    assert_eq!(renewed.steady_since, began, "nobody has missed a term");
     bench.pass(5);
     assert_eq!(lead(second).await, None);
     bench.pass(2);
-    assert!(lead(second).await.is_some());
+    let succeeded = lead(second).await.expect("the term is over");
+    assert_eq!(succeeded.steady_since, began, "a successor in time makes no break");
+    bench.pass(9);
+    let late = lead(second).await.expect("nobody else came");
+    assert_eq!(late.steady_since, bench.now(), "for three seconds nobody led");
     assert_eq!(lead(first).await, None);
 }
 
 pub(crate) async fn a_leader_that_retires_is_succeeded_at_once(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let second = bench.enroll().await;
-    assert!(
-        bench
-            .store
-            .lead(&bid(bench.owner, bench.now()))
-            .await
-            .unwrap()
-            .is_some()
-    );
+    assert!(bench.store.lead(&bid(bench.owner, bench.now())).await.unwrap().is_some());
     bench.store.retire(second).await.unwrap();
-    assert!(
-        bench
-            .store
-            .lead(&bid(second, bench.now()))
-            .await
-            .unwrap()
-            .is_none()
-    );
+    assert!(bench.store.lead(&bid(second, bench.now())).await.unwrap().is_none());
     bench.store.retire(bench.owner).await.unwrap();
     let third = bench.enroll().await;
-    assert!(
-        bench
-            .store
-            .lead(&bid(third, bench.now()))
-            .await
-            .unwrap()
-            .is_some()
-    );
+    assert!(bench.store.lead(&bid(third, bench.now())).await.unwrap().is_some());
     // A leader whose lease has run out is gone with it.
     let until = bench.now().after(LEASE * 100);
-    assert!(
-        bench
-            .store
-            .lead(&Bid {
-                until,
-                ..bid(third, bench.now())
-            })
-            .await
-            .unwrap()
-            .is_some()
-    );
+    assert!(bench.store.lead(&Bid { until, ..bid(third, bench.now()) }).await.unwrap().is_some());
     bench.pass(11);
     bench.store.recover(bench.now()).await.unwrap();
     let fourth = bench.enroll().await;
-    assert!(
-        bench
-            .store
-            .lead(&bid(fourth, bench.now()))
-            .await
-            .unwrap()
-            .is_some()
-    );
+    assert!(bench.store.lead(&bid(fourth, bench.now())).await.unwrap().is_some());
 }
 
 pub(crate) async fn pacing_holds_over_all_leaders(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let paced_until = Some(bench.in_seconds(40));
-    let first = bench
-        .store
-        .lead(&Bid {
-            paced_until,
-            ..bid(bench.owner, bench.now())
-        })
-        .await
-        .unwrap();
-    assert_eq!(first, Some(Leadership { paced_until }));
-    assert_eq!(
-        bench.store.lead(&bid(bench.owner, bench.now())).await.unwrap(),
-        first
-    );
+    let first = bench.store.lead(&Bid { paced_until, ..bid(bench.owner, bench.now()) }).await.unwrap();
+    assert_eq!(first, Some(Leadership { steady_since: bench.now(), paced_until }));
+    assert_eq!(bench.store.lead(&bid(bench.owner, bench.now())).await.unwrap(), first);
     let second = bench.enroll().await;
-    let later = Bid {
-        paced_until: Some(bench.in_seconds(99)),
-        ..bid(second, bench.now())
-    };
-    assert_eq!(
-        bench.store.lead(&later).await.unwrap(),
-        None,
-        "the loser changes nothing"
-    );
+    let later = Bid { paced_until: Some(bench.in_seconds(99)), ..bid(second, bench.now()) };
+    assert_eq!(bench.store.lead(&later).await.unwrap(), None, "the loser changes nothing");
     bench.pass(6);
     assert_eq!(bench.store.lead(&bid(second, bench.now())).await.unwrap(), first);
     bench.store.retire(second).await.unwrap();

@@ -12,31 +12,16 @@ pub(crate) async fn a_held_ticket_is_not_claimable(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     bench.fill(3).await;
     let tickets = pairs(&bench.claim_fresh().await);
-    assert_eq!(
-        bench.store.hold(&tickets[..2], BUSY, bench.now()).await.unwrap(),
-        2
-    );
+    assert_eq!(bench.store.hold(&tickets[..2], BUSY, bench.now()).await.unwrap(), 2);
     let row = bench.message(tickets[0].0).await;
-    assert_eq!(
-        (row.status, row.held, row.attempts, row.epoch),
-        (Status::Pending, Some(BUSY), 0, 1)
-    );
+    assert_eq!((row.status, row.held, row.attempts, row.epoch), (Status::Pending, Some(BUSY), 0, 1));
     assert!(bench.begin(1, &tickets[..2]).await.is_empty());
     bench.pass(3_600);
-    assert_eq!(
-        bench.claim_fresh().await.seen + bench.claim_timed("").await.seen,
-        0
-    );
+    assert_eq!(bench.claim_fresh().await.seen + bench.claim_timed("").await.seen, 0);
     assert_eq!(bench.store.held().await.unwrap(), [("default".to_owned(), BUSY)]);
     // The other reason, and another endpoint, free nothing.
     let (store, now) = (&bench.store, bench.now());
-    assert_eq!(
-        store
-            .unhold("default", Held::EndpointClosed, 10, now)
-            .await
-            .unwrap(),
-        0
-    );
+    assert_eq!(store.unhold("default", Held::EndpointClosed, 10, now).await.unwrap(), 0);
     assert_eq!(store.unhold("other", BUSY, 10, now).await.unwrap(), 0);
     assert_eq!(store.unhold("default", BUSY, 10, now).await.unwrap(), 2);
     let claimed = bench.claim(Due::Late { up_to: tickets[2].0 }, 10).await;
@@ -48,20 +33,10 @@ pub(crate) async fn only_tickets_of_the_epoch_are_held(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     bench.fill(3).await;
     let first = bench.claim_fresh().await;
-    bench
-        .store
-        .requeue(&[first.batch.expect("a batch")], bench.now())
-        .await
-        .unwrap();
-    assert_eq!(
-        bench.store.hold(&pairs(&first), BUSY, bench.now()).await.unwrap(),
-        0
-    );
+    bench.store.requeue(&[first.batch.expect("a batch")], bench.now()).await.unwrap();
+    assert_eq!(bench.store.hold(&pairs(&first), BUSY, bench.now()).await.unwrap(), 0);
     let second = pairs(&bench.claim_fresh().await);
-    assert_eq!(
-        bench.store.hold(&pairs(&first), BUSY, bench.now()).await.unwrap(),
-        0
-    );
+    assert_eq!(bench.store.hold(&pairs(&first), BUSY, bench.now()).await.unwrap(), 0);
     bench.begin(1, &second[..1]).await;
     assert_eq!(bench.store.hold(&second, BUSY, bench.now()).await.unwrap(), 2);
     assert_eq!(bench.store.hold(&second, BUSY, bench.now()).await.unwrap(), 0);
@@ -79,10 +54,7 @@ pub(crate) async fn held_rows_are_freed_oldest_first(store: Arc<dyn Store>) {
         assert_eq!(freed, part.len() as u64);
         assert_eq!(ids(&bench.claim_fresh().await), part);
     }
-    assert_eq!(
-        bench.store.unhold("default", BUSY, 2, bench.now()).await.unwrap(),
-        0
-    );
+    assert_eq!(bench.store.unhold("default", BUSY, 2, bench.now()).await.unwrap(), 0);
 }
 
 pub(crate) async fn a_held_row_that_was_tried_is_due_again_when_freed(store: Arc<dyn Store>) {
@@ -93,24 +65,11 @@ pub(crate) async fn a_held_row_that_was_tried_is_due_again_when_freed(store: Arc
     let second = pairs(&bench.claim_timed(RETRY).await);
     assert_eq!(bench.store.hold(&second, BUSY, bench.now()).await.unwrap(), 1);
     let row = bench.message(first.0).await;
-    assert_eq!(
-        (row.status, row.held, row.attempts),
-        (Status::Retrying, Some(BUSY), 1)
-    );
+    assert_eq!((row.status, row.held, row.attempts), (Status::Retrying, Some(BUSY), 1));
     assert_eq!(row.lane, RETRY);
     bench.pass(60);
     assert_eq!(bench.claim_timed(RETRY).await.seen, 0);
-    assert_eq!(
-        bench
-            .store
-            .unhold("default", BUSY, 10, bench.now())
-            .await
-            .unwrap(),
-        1
-    );
+    assert_eq!(bench.store.unhold("default", BUSY, 10, bench.now()).await.unwrap(), 1);
     let claimed = bench.claim_timed(RETRY).await;
-    assert_eq!(
-        (pairs(&claimed), claimed.tickets[0].attempt),
-        (vec![(first.0, 3)], 2)
-    );
+    assert_eq!((pairs(&claimed), claimed.tickets[0].attempt), (vec![(first.0, 3)], 2));
 }

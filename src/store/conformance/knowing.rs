@@ -22,10 +22,7 @@ pub(crate) async fn an_endpoint_is_created_and_replaced(store: Arc<dyn Store>) {
         secret: Some("whsec_MTIz".to_owned()),
         ..plain
     };
-    let second = Endpoint {
-        final_statuses: Vec::new(),
-        ..Endpoint::new("second", "http://localhost:3001")
-    };
+    let second = Endpoint { final_statuses: Vec::new(), ..Endpoint::new("second", "http://localhost:3001") };
     store.put_endpoint(&changed).await.unwrap();
     store.put_endpoint(&second).await.unwrap();
     let mut all = store.endpoints().await.unwrap();
@@ -48,18 +45,10 @@ pub(crate) async fn the_newest_lane_wins(store: Arc<dyn Store>) {
     assert_eq!(put(&lane).await, None);
     assert_eq!(put(&lane).await, None, "the same again is no difference");
     bench.pass(1);
-    let other = Lane {
-        tries: 4,
-        next: "messages-slow".to_owned(),
-        ..lane.clone()
-    };
+    let other = Lane { tries: 4, next: "messages-slow".to_owned(), ..lane.clone() };
     assert_eq!(put(&other).await, Some(lane.clone()));
     assert_eq!(bench.store.lanes().await.unwrap(), [other]);
-    let fresh = Lane {
-        topic: "messages".to_owned(),
-        fresh: true,
-        ..lane
-    };
+    let fresh = Lane { topic: "messages".to_owned(), fresh: true, ..lane };
     assert_eq!(put(&fresh).await, None);
     assert_eq!(bench.store.lanes().await.unwrap().len(), 2);
 }
@@ -67,16 +56,7 @@ pub(crate) async fn the_newest_lane_wins(store: Arc<dyn Store>) {
 pub(crate) async fn dead_letters_wait_until_they_are_published(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let headers = Some(serde_json::json!({"x-a": "1"}));
-    bench
-        .insert(&[
-            NewMessage {
-                headers,
-                ..text("first")
-            },
-            text("second"),
-            text("third"),
-        ])
-        .await;
+    bench.insert(&[NewMessage { headers, ..text("first") }, text("second"), text("third")]).await;
     let tickets = pairs(&bench.claim_fresh().await);
     bench.begin(1, &tickets).await;
     for ticket in &tickets[..2] {
@@ -85,39 +65,17 @@ pub(crate) async fn dead_letters_wait_until_they_are_published(store: Arc<dyn St
     }
     let start = bench.message(tickets[0].0).await.finished_at.expect("it is dead");
     assert!(bench.store.dead_letters(start, 10).await.unwrap().is_empty());
-    let one = bench
-        .store
-        .dead_letters(start.after(Duration::from_millis(1)), 10)
-        .await
-        .unwrap();
+    let one = bench.store.dead_letters(start.after(Duration::from_millis(1)), 10).await.unwrap();
     assert_eq!(one.len(), 1);
     let letter = &one[0];
-    assert_eq!(
-        (letter.ticket.id, letter.ticket.attempt, letter.ticket.epoch),
-        (tickets[0].0, 1, 1)
-    );
-    assert_eq!(
-        (letter.ticket.content.as_str(), letter.ticket.endpoint.as_str()),
-        ("first", "default")
-    );
-    assert_eq!(
-        letter.ticket.headers.as_ref().map(|h| h.get().contains("x-a")),
-        Some(true)
-    );
-    assert_eq!(
-        (letter.lane.as_str(), letter.reason.as_str()),
-        ("messages-dlq", "all tries failed")
-    );
-    assert_eq!(
-        (letter.attempts, letter.last_status, letter.dead_at),
-        (1, None, start)
-    );
+    assert_eq!((letter.ticket.id, letter.ticket.attempt, letter.ticket.epoch), (tickets[0].0, 1, 1));
+    assert_eq!((letter.ticket.content.as_str(), letter.ticket.endpoint.as_str()), ("first", "default"));
+    assert_eq!(letter.ticket.headers.as_ref().map(|h| h.get().contains("x-a")), Some(true));
+    assert_eq!((letter.lane.as_str(), letter.reason.as_str()), ("messages-dlq", "all tries failed"));
+    assert_eq!((letter.attempts, letter.last_status, letter.dead_at), (1, None, start));
     assert_eq!(letter.last_error.as_deref(), Some("no luck"));
     let all = bench.store.dead_letters(bench.now(), 10).await.unwrap();
-    assert_eq!(
-        all.iter().map(|letter| letter.ticket.id).collect::<Vec<_>>(),
-        [tickets[0].0, tickets[1].0]
-    );
+    assert_eq!(all.iter().map(|letter| letter.ticket.id).collect::<Vec<_>>(), [tickets[0].0, tickets[1].0]);
     assert_eq!(bench.store.dead_letters(bench.now(), 1).await.unwrap().len(), 1);
     for _ in 0..2 {
         bench.store.dead_lettered(&[tickets[0].0]).await.unwrap();
@@ -147,19 +105,10 @@ pub(crate) async fn attempts_read_back_in_order(store: Arc<dyn Store>) {
         bench.record(&[record]).await;
     }
     let attempts = bench.store.attempts(id).await.unwrap();
-    let seen: Vec<_> = attempts
-        .iter()
-        .map(|a| (a.epoch, a.attempt, a.lane.as_str()))
-        .collect();
-    assert_eq!(
-        seen,
-        [(1, 1, "messages"), (2, 2, RETRY), (3, 3, RETRY), (4, 4, RETRY)]
-    );
+    let seen: Vec<_> = attempts.iter().map(|a| (a.epoch, a.attempt, a.lane.as_str())).collect();
+    assert_eq!(seen, [(1, 1, "messages"), (2, 2, RETRY), (3, 3, RETRY), (4, 4, RETRY)]);
     assert!(attempts.is_sorted_by_key(|attempt| attempt.started_at));
-    assert_eq!(
-        (attempts[0].class, attempts[0].status),
-        (Class::Rejected, Some(500))
-    );
+    assert_eq!((attempts[0].class, attempts[0].status), (Class::Rejected, Some(500)));
     assert_eq!(attempts[0].error.as_deref(), Some("no luck"));
     assert_eq!(bench.message(id).await.attempts, 4);
 }
@@ -181,13 +130,7 @@ pub(crate) async fn long_answers_are_kept_in_part(store: Arc<dyn Store>) {
 pub(crate) async fn the_overview_counts_every_status(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let tickets = bench.processing(1, 4).await;
-    bench
-        .record(&[
-            bench.sent(tickets[0], 1),
-            bench.failed(tickets[1], 1),
-            bench.dead(tickets[2], 1),
-        ])
-        .await;
+    bench.record(&[bench.sent(tickets[0], 1), bench.failed(tickets[1], 1), bench.dead(tickets[2], 1)]).await;
     bench.fill(3).await;
     bench.claim_fresh().await;
     bench.fill(2).await;
@@ -205,27 +148,14 @@ pub(crate) async fn the_overview_counts_every_status(store: Arc<dyn Store>) {
     }
     assert_eq!(overview.instances.len(), 1);
     let instance = &overview.instances[0];
-    assert_eq!(
-        (instance.id, instance.service.as_str(), instance.host.as_str()),
-        (bench.owner, "up", "here")
-    );
+    assert_eq!((instance.id, instance.service.as_str(), instance.host.as_str()), (bench.owner, "up", "here"));
     assert_eq!(instance.version, env!("CARGO_PKG_VERSION"));
-    assert_eq!(
-        (instance.started_at, instance.seen_at),
-        (bench.now(), bench.now())
-    );
+    assert_eq!((instance.started_at, instance.seen_at), (bench.now(), bench.now()));
     assert_eq!(instance.lease_until, bench.in_seconds(10));
     bench.pass(2);
-    bench
-        .store
-        .renew(bench.owner, bench.now(), bench.in_seconds(10))
-        .await
-        .unwrap();
+    bench.store.renew(bench.owner, bench.now(), bench.in_seconds(10)).await.unwrap();
     let instances = bench.store.overview(bench.now()).await.unwrap().instances;
-    assert_eq!(
-        instances[0].started_at.after(Duration::from_secs(2)),
-        instances[0].seen_at
-    );
+    assert_eq!(instances[0].started_at.after(Duration::from_secs(2)), instances[0].seen_at);
     assert_eq!(instances[0].lease_until, bench.in_seconds(10));
 }
 

@@ -20,50 +20,19 @@ const CALLS: usize = 60;
 /// One call; the numbers pick among what there is, by remainder.
 #[derive(Clone, Debug)]
 enum Call {
-    Insert {
-        scheduled: bool,
-        expiring: bool,
-        closed: bool,
-    },
-    Claim {
-        kind: u8,
-        limit: usize,
-        by: usize,
-    },
-    Begin {
-        which: usize,
-        count: usize,
-        by: usize,
-    },
+    Insert { scheduled: bool, expiring: bool, closed: bool },
+    Claim { kind: u8, limit: usize, by: usize },
+    Begin { which: usize, count: usize, by: usize },
     BeginAgain,
-    Record {
-        which: usize,
-        verdict: u8,
-        finish: bool,
-    },
-    RecordAgain {
-        which: usize,
-    },
-    Hold {
-        which: usize,
-    },
-    Unhold {
-        busy: bool,
-        limit: usize,
-    },
-    Requeue {
-        which: usize,
-    },
-    Pass {
-        seconds: u64,
-    },
-    Renew {
-        by: usize,
-    },
+    Record { which: usize, verdict: u8, finish: bool },
+    RecordAgain { which: usize },
+    Hold { which: usize },
+    Unhold { busy: bool, limit: usize },
+    Requeue { which: usize },
+    Pass { seconds: u64 },
+    Renew { by: usize },
     Recover,
-    Retire {
-        by: usize,
-    },
+    Retire { by: usize },
 }
 
 fn call() -> impl Strategy<Value = Call> {
@@ -172,9 +141,7 @@ impl World {
         self.last_begin = None;
         for call in calls {
             self.make(call).await?;
-            self.inspect()
-                .await
-                .map_err(|error| format!("{error}, by {call:?}"))?;
+            self.inspect().await.map_err(|error| format!("{error}, by {call:?}"))?;
         }
         self.drain().await
     }
@@ -183,19 +150,11 @@ impl World {
         let now = self.bench.now();
         let store = Arc::clone(&self.bench.store);
         match *call {
-            Call::Insert {
-                scheduled,
-                expiring,
-                closed,
-            } => self.insert(scheduled, expiring, closed).await,
+            Call::Insert { scheduled, expiring, closed } => self.insert(scheduled, expiring, closed).await,
             Call::Claim { kind, limit, by } => self.claim(kind, limit, by).await?,
             Call::Begin { which, count, by } => self.begin(which, count, by).await?,
             Call::BeginAgain => self.begin_again().await?,
-            Call::Record {
-                which,
-                verdict,
-                finish,
-            } => self.record(which, verdict, finish).await?,
+            Call::Record { which, verdict, finish } => self.record(which, verdict, finish).await?,
             Call::RecordAgain { which } => {
                 if let Some(record) = pick(&self.records, which) {
                     self.write(record, &[]).await?;
@@ -224,11 +183,7 @@ impl World {
             Call::Pass { seconds } => self.bench.pass(seconds),
             Call::Renew { by } => {
                 let by = by % self.instances.len();
-                if !store
-                    .renew(self.instances[by], now, now.after(LEASE))
-                    .await
-                    .unwrap()
-                {
+                if !store.renew(self.instances[by], now, now.after(LEASE)).await.unwrap() {
                     self.instances[by] = self.bench.enroll().await;
                 }
             }
@@ -255,43 +210,27 @@ impl World {
     }
 
     async fn claim(&mut self, kind: u8, limit: usize, by: usize) -> Check {
-        let middle = self
-            .seen
-            .keys()
-            .nth(self.seen.len() / 2)
-            .copied()
-            .unwrap_or(MessageId(0));
+        let middle = self.seen.keys().nth(self.seen.len() / 2).copied().unwrap_or(MessageId(0));
         let due = match kind {
             0 => Due::Fresh { after: MessageId(0) },
             1 => Due::Late { up_to: middle },
             2 => Due::Timed { lane: "" },
             _ => Due::Timed { lane: RETRY },
         };
-        let claimed = self
-            .bench
-            .claim_by(self.instances[by % self.instances.len()], due, limit)
-            .await;
+        let claimed = self.bench.claim_by(self.instances[by % self.instances.len()], due, limit).await;
         self.took(&claimed, limit)
     }
 
     fn took(&mut self, claimed: &Claimed, limit: usize) -> Check {
-        check(
-            claimed.seen <= limit && claimed.tickets.len() <= claimed.seen,
-            || format!("{claimed:?}"),
-        )?;
-        check(claimed.batch.is_some() != claimed.tickets.is_empty(), || {
-            format!("{claimed:?}")
-        })?;
+        check(claimed.seen <= limit && claimed.tickets.len() <= claimed.seen, || format!("{claimed:?}"))?;
+        check(claimed.batch.is_some() != claimed.tickets.is_empty(), || format!("{claimed:?}"))?;
         for ticket in &claimed.tickets {
             let before = self.seen.get(&ticket.id).map(|m| (m.epoch, m.attempts, m.held));
             let expected = Some((ticket.epoch - 1, ticket.attempt - 1, None));
-            check(before == expected, || {
-                format!("{ticket:?} was claimed of {before:?}")
-            })?;
+            check(before == expected, || format!("{ticket:?} was claimed of {before:?}"))?;
             self.tickets.push(pair(ticket));
         }
-        self.batches
-            .extend(claimed.batch.map(|batch| (batch, pairs(claimed))));
+        self.batches.extend(claimed.batch.map(|batch| (batch, pairs(claimed))));
         Ok(())
     }
 
@@ -305,51 +244,26 @@ impl World {
         for message in self.bench.begin_by(owner, lease.0, &tickets).await {
             let before = &self.seen[&message.id];
             let ticket = (message.id, before.epoch);
-            check(before.status == Status::Queued, || {
-                format!("{before:?} was begun")
-            })?;
-            check(tickets.contains(&ticket), || {
-                format!("{before:?} was begun by {tickets:?}")
-            })?;
-            check(self.ever_begun.insert(ticket), || {
-                format!("{ticket:?} was begun twice")
-            })?;
+            check(before.status == Status::Queued, || format!("{before:?} was begun"))?;
+            check(tickets.contains(&ticket), || format!("{before:?} was begun by {tickets:?}"))?;
+            check(self.ever_begun.insert(ticket), || format!("{ticket:?} was begun twice"))?;
             self.begun.push((ticket, message.attempts + 1, lease));
             ids.push(message.id);
         }
-        self.last_begin = Some(LastBegin {
-            lease,
-            tickets,
-            owner,
-            ids,
-        });
+        self.last_begin = Some(LastBegin { lease, tickets, owner, ids });
         Ok(())
     }
 
     async fn begin_again(&mut self) -> Check {
-        let Some(LastBegin {
-            lease,
-            tickets,
-            owner,
-            ids,
-        }) = self.last_begin.take()
-        else {
+        let Some(LastBegin { lease, tickets, owner, ids }) = self.last_begin.take() else {
             return Ok(());
         };
         if ids.is_empty() {
             return Ok(());
         }
-        let begin = Begin {
-            lease,
-            repeated: true,
-            tickets: &tickets,
-            owner,
-            now: self.bench.now(),
-        };
+        let begin = Begin { lease, repeated: true, tickets: &tickets, owner, now: self.bench.now() };
         for message in self.bench.store.begin(&begin).await.unwrap().messages {
-            check(ids.contains(&message.id), || {
-                format!("{message:?} was begun by the repeated call")
-            })?;
+            check(ids.contains(&message.id), || format!("{message:?} was begun by the repeated call"))?;
         }
         Ok(())
     }
@@ -378,19 +292,11 @@ impl World {
             Verdict::Sent => before.status != Status::Sent,
             _ => (before.status, before.epoch) == (Status::Processing, record.epoch),
         };
-        let refused = self
-            .bench
-            .record_finished(std::slice::from_ref(&record), finished)
-            .await
-            .unwrap();
+        let refused = self.bench.record_finished(std::slice::from_ref(&record), finished).await.unwrap();
         let stale = record.verdict != Verdict::Sent && !counts;
-        check(refused.is_empty() != stale, || {
-            format!("{refused:?} were refused: {record:?} of {before:?}")
-        })?;
+        check(refused.is_empty() != stale, || format!("{refused:?} were refused: {record:?} of {before:?}"))?;
         let after = self.bench.message(record.id).await;
-        check((after != *before) == counts, || {
-            format!("{record:?} made {after:?} of {before:?}")
-        })?;
+        check((after != *before) == counts, || format!("{record:?} made {after:?} of {before:?}"))?;
         let sent = record.verdict != Verdict::Sent || after.status == Status::Sent;
         check(sent, || format!("{after:?} has been sent"))
     }
@@ -401,27 +307,17 @@ impl World {
         for (id, before) in &mut self.seen {
             let after = self.bench.message(*id).await;
             let legal = after.status == before.status || before.status.may_become(after.status);
-            check(legal, || {
-                format!("{id} went from {} to {}", before.status, after.status)
-            })?;
-            check(after.epoch >= before.epoch, || {
-                format!("{id} went back to epoch {}", after.epoch)
-            })?;
+            check(legal, || format!("{id} went from {} to {}", before.status, after.status))?;
+            check(after.epoch >= before.epoch, || format!("{id} went back to epoch {}", after.epoch))?;
             check(after.attempts >= before.attempts, || format!("{id} forgot a try"))?;
             let finished = after.finished_at.is_some();
-            check(finished == after.status.is_final(), || {
-                format!("{after:?} is half finished")
-            })?;
+            check(finished == after.status.is_final(), || format!("{after:?} is half finished"))?;
             let waits = matches!(after.status, Status::Pending | Status::Retrying);
             check(waits || after.held.is_none(), || format!("{after:?} is held"))?;
             let timed = after.status != Status::Retrying || after.due_at.is_some();
             check(timed, || format!("{after:?} waits for ever"))?;
-            let may_change = changeable
-                .as_ref()
-                .is_none_or(|these| these.contains(&(*id, before.epoch)));
-            check(may_change || after == *before, || {
-                format!("{before:?} is now {after:?}")
-            })?;
+            let may_change = changeable.as_ref().is_none_or(|these| these.contains(&(*id, before.epoch)));
+            check(may_change || after == *before, || format!("{before:?} is now {after:?}"))?;
             let same = (&after.recipient, &after.content) == (&before.recipient, &before.content);
             check(same, || format!("{after:?} was {before:?}"))?;
             *before = after;
@@ -445,19 +341,8 @@ impl World {
             }
             self.inspect().await?;
             let open = &["default".to_owned(), "closed".to_owned()];
-            for due in [
-                Due::Late { up_to: last },
-                Due::Timed { lane: "" },
-                Due::Timed { lane: RETRY },
-            ] {
-                let claim = Claim {
-                    due,
-                    limit: 1_000,
-                    lane: FRESH,
-                    open,
-                    owner,
-                    now,
-                };
+            for due in [Due::Late { up_to: last }, Due::Timed { lane: "" }, Due::Timed { lane: RETRY }] {
+                let claim = Claim { due, limit: 1_000, lane: FRESH, open, owner, now };
                 let claimed = store.claim(&claim).await.unwrap();
                 self.took(&claimed, 1_000)?;
                 self.inspect().await?;
@@ -466,24 +351,15 @@ impl World {
                 let records: Vec<_> = begun
                     .iter()
                     .map(|message| {
-                        self.bench
-                            .sent((message.id, self.seen[&message.id].epoch), message.attempts + 1)
+                        self.bench.sent((message.id, self.seen[&message.id].epoch), message.attempts + 1)
                     })
                     .collect();
                 self.inspect().await?;
-                let refused = self
-                    .bench
-                    .record_finished(&records, &[LeaseId(self.leases)])
-                    .await
-                    .unwrap();
+                let refused = self.bench.record_finished(&records, &[LeaseId(self.leases)]).await.unwrap();
                 check(refused.is_empty(), || format!("{refused:?} were refused"))?;
                 self.inspect().await?;
             }
-            let left: Vec<_> = self
-                .seen
-                .values()
-                .filter(|message| !message.status.is_final())
-                .collect();
+            let left: Vec<_> = self.seen.values().filter(|message| !message.status.is_final()).collect();
             if left.is_empty() {
                 break;
             }

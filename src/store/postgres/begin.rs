@@ -22,11 +22,7 @@ pub(super) const BEGIN: &str = "/* ams:begin */ with u as (update messages set \
 /// Begins what is `queued` in its ticket's epoch. Each epoch is one statement that writes its lease
 /// with it; they go out together and need no transaction around them, because each stands for itself.
 pub(super) async fn begin(db: &Object, begin: &Begin<'_>) -> Result<Begun> {
-    let mut messages = if begin.repeated {
-        begun_before(db, begin).await?
-    } else {
-        Vec::new()
-    };
+    let mut messages = if begin.repeated { begun_before(db, begin).await? } else { Vec::new() };
     let statement = db.prepare_cached(BEGIN).await?;
     let groups = by_epoch(begin.tickets.iter().map(|(id, epoch)| (id.0, *epoch)));
     let now = written(begin.now);
@@ -34,11 +30,7 @@ pub(super) async fn begin(db: &Object, begin: &Begin<'_>) -> Result<Begun> {
         let (statement, now) = (&statement, &now);
         async move {
             let (first, last) = bounds(ids);
-            db.query(
-                statement,
-                &[ids, epoch, &first, &last, now, &begin.lease.0, &begin.owner.0],
-            )
-            .await
+            db.query(statement, &[ids, epoch, &first, &last, now, &begin.lease.0, &begin.owner.0]).await
         }
     });
     for row in try_join_all(calls).await?.iter().flatten() {
@@ -62,11 +54,7 @@ async fn begun_before(db: &Object, begin: &Begin<'_>) -> Result<Vec<BegunMessage
     let rows = db.query(&statement, &[&begin.lease.0]).await?;
     Ok(rows
         .iter()
-        .map(|row| BegunMessage {
-            id: MessageId(row.get(0)),
-            attempts: row.get(1),
-            lane_tries: row.get(2),
-        })
+        .map(|row| BegunMessage { id: MessageId(row.get(0)), attempts: row.get(1), lane_tries: row.get(2) })
         .collect())
 }
 
@@ -84,7 +72,7 @@ pub(super) async fn recover(db: &mut Object, now: Timestamp) -> Result<Recovered
     let transaction = db.transaction().await?;
     let bury = "/* ams:bury */ delete from instances where lease_until <= $1";
     let instances = transaction.execute(bury, &[&written(now)]).await?;
-    let dethrone = "/* ams:dethrone */ update leader set owner = null, until = 'epoch' \
+    let dethrone = "/* ams:dethrone */ update leader set owner = null \
                     where owner is not null and not exists (select 1 from instances i where i.id = leader.owner)";
     transaction.execute(dethrone, &[]).await?;
     let left = "/* ams:recover */ delete from leases \

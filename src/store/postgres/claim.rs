@@ -41,10 +41,8 @@ macro_rules! claim {
 
 pub(super) const FRESH: &str = claim!("fresh", "fresh and id > $1 order by id");
 const LATE: &str = claim!("late", "fresh and id <= $1 order by id");
-const TIMED: &str = claim!(
-    "timed",
-    "timed_at is not null and lane = $1 and timed_at <= $3 order by timed_at, id"
-);
+const TIMED: &str =
+    claim!("timed", "timed_at is not null and lane = $1 and timed_at <= $3 order by timed_at, id");
 
 /// Takes due rows: most become `queued`, with one ledger row for all.
 pub(super) async fn claim(db: &Object, claim: &Claim<'_>) -> Result<Claimed> {
@@ -52,25 +50,16 @@ pub(super) async fn claim(db: &Object, claim: &Claim<'_>) -> Result<Claimed> {
     let (open, owner) = (claim.open, claim.owner.0);
     let mut rows = match claim.due {
         Due::Fresh { after: MessageId(id) } => {
-            db.query(
-                &db.prepare_cached(FRESH).await?,
-                &[&id, &limit, &now, &open, &claim.lane, &owner],
-            )
-            .await?
+            db.query(&db.prepare_cached(FRESH).await?, &[&id, &limit, &now, &open, &claim.lane, &owner])
+                .await?
         }
         Due::Late { up_to: MessageId(id) } => {
-            db.query(
-                &db.prepare_cached(LATE).await?,
-                &[&id, &limit, &now, &open, &claim.lane, &owner],
-            )
-            .await?
+            db.query(&db.prepare_cached(LATE).await?, &[&id, &limit, &now, &open, &claim.lane, &owner])
+                .await?
         }
         Due::Timed { lane } => {
-            db.query(
-                &db.prepare_cached(TIMED).await?,
-                &[&lane, &limit, &now, &open, &claim.lane, &owner],
-            )
-            .await?
+            db.query(&db.prepare_cached(TIMED).await?, &[&lane, &limit, &now, &open, &claim.lane, &owner])
+                .await?
         }
     };
     rows.sort_unstable_by_key(|row| row.get::<_, i64>(0));
@@ -108,8 +97,7 @@ pub(super) async fn acknowledge(db: &Object, batch: BatchId, place: Place) -> Re
             "/* ams:acknowledge */ update batches set partition = $2, last_offset = $3 where id = $1",
         )
         .await?;
-    db.execute(&statement, &[&batch.0, &place.partition, &place.offset])
-        .await?;
+    db.execute(&statement, &[&batch.0, &place.partition, &place.offset]).await?;
     Ok(())
 }
 
@@ -125,10 +113,7 @@ pub(super) async fn batches(db: &Object, now: Timestamp, count: usize) -> Result
     let rows = db.query(&statement, &[&written(now), &limit(count)]).await?;
     let place = |row: &Row| {
         let (partition, offset): (Option<i32>, Option<i64>) = (row.get(4), row.get(5));
-        Some(Place {
-            partition: partition?,
-            offset: offset?,
-        })
+        Some(Place { partition: partition?, offset: offset? })
     };
     Ok(rows
         .iter()
@@ -180,7 +165,5 @@ pub(super) async fn give_back(
         )
         .await?;
     let (first, last) = bounds(ids);
-    Ok(db
-        .execute(&statement, &[&ids, &epoch, &status, &first, &last, &written(now)])
-        .await?)
+    Ok(db.execute(&statement, &[&ids, &epoch, &status, &first, &last, &written(now)]).await?)
 }

@@ -25,12 +25,8 @@ pub(super) async fn hold(
     let mut count = 0;
     for (epoch, ids) in by_epoch(tickets.iter().map(|(id, epoch)| (id.0, *epoch))) {
         let (first, last) = bounds(&ids);
-        count += db
-            .execute(
-                &statement,
-                &[&ids, &epoch, &first, &last, &held.as_str(), &written(now)],
-            )
-            .await?;
+        count +=
+            db.execute(&statement, &[&ids, &epoch, &first, &last, &held.as_str(), &written(now)]).await?;
     }
     Ok(count)
 }
@@ -50,10 +46,7 @@ pub(super) async fn held(db: &Object) -> Result<Vec<(String, Held)>> {
         )
         .await?;
     let rows = db.query(&statement, &[]).await?;
-    Ok(rows
-        .iter()
-        .filter_map(|row| Some((row.get(0), Held::parse(row.get(1))?)))
-        .collect())
+    Ok(rows.iter().filter_map(|row| Some((row.get(0), Held::parse(row.get(1))?))).collect())
 }
 
 /// Makes held rows due at once, oldest first.
@@ -73,10 +66,5 @@ pub(super) async fn unhold(
              from c where m.id = c.id and m.id between (select min(id) from c) and (select max(id) from c)",
         )
         .await?;
-    Ok(db
-        .execute(
-            &statement,
-            &[&endpoint, &held.as_str(), &limit(count), &written(now)],
-        )
-        .await?)
+    Ok(db.execute(&statement, &[&endpoint, &held.as_str(), &limit(count), &written(now)]).await?)
 }

@@ -30,9 +30,7 @@ pub(super) async fn insert(
             Err(Failed::Other(error)) => return Err(error),
         }
     }
-    Err(crate::store::StoreError::Unavailable(
-        "its idempotency keys are being used by others".to_owned(),
-    ))
+    Err(crate::store::StoreError::Unavailable("its idempotency keys are being used by others".to_owned()))
 }
 
 enum Failed {
@@ -74,10 +72,7 @@ async fn insert_in(
                 before.1.as_ref().is_some_and(|m| is_equal(m, message)),
             )));
         } else if let Some(at) = key.and_then(|key| first.get(key)) {
-            places.push(Place::Same {
-                at: *at,
-                equal: *new[*at] == *message,
-            });
+            places.push(Place::Same { at: *at, equal: *new[*at] == *message });
         } else {
             if let Some(key) = key {
                 first.insert(key, new.len());
@@ -86,19 +81,12 @@ async fn insert_in(
             new.push(message);
         }
     }
-    let ids = if new.is_empty() {
-        Vec::new()
-    } else {
-        insert_new(db, &new, now).await?
-    };
+    let ids = if new.is_empty() { Vec::new() } else { insert_new(db, &new, now).await? };
     Ok(places
         .into_iter()
         .map(|place| match place {
             Place::Known(inserted) => inserted,
-            Place::New(at) => Inserted::New {
-                id: ids[at],
-                created_at: now,
-            },
+            Place::New(at) => Inserted::New { id: ids[at], created_at: now },
             Place::Same { at, equal } => answer(ids[at], equal),
         })
         .collect())
@@ -111,11 +99,7 @@ enum Place {
 }
 
 fn answer(id: MessageId, equal: bool) -> Inserted {
-    if equal {
-        Inserted::Existing(id)
-    } else {
-        Inserted::Conflict(id)
-    }
+    if equal { Inserted::Existing(id) } else { Inserted::Conflict(id) }
 }
 
 /// The stored messages that have a key of this batch. A row may be gone while its key is remembered.
@@ -123,10 +107,7 @@ async fn stored(
     db: &Transaction<'_>,
     messages: &[NewMessage],
 ) -> std::result::Result<HashMap<String, (MessageId, Option<Message>)>, Failed> {
-    let keys: Vec<&str> = messages
-        .iter()
-        .filter_map(|message| message.idempotency_key.as_deref())
-        .collect();
+    let keys: Vec<&str> = messages.iter().filter_map(|message| message.idempotency_key.as_deref()).collect();
     if keys.is_empty() {
         return Ok(HashMap::new());
     }
@@ -135,11 +116,8 @@ async fn stored(
         .await?;
     let rows = db.query(&statement, &[&keys]).await?;
     let ids: Vec<i64> = rows.iter().map(|row| row.get(1)).collect();
-    let mut known: HashMap<MessageId, Message> = read::messages(db, &ids)
-        .await?
-        .into_iter()
-        .map(|message| (message.id, message))
-        .collect();
+    let mut known: HashMap<MessageId, Message> =
+        read::messages(db, &ids).await?.into_iter().map(|message| (message.id, message)).collect();
     Ok(rows
         .iter()
         .map(|row| {

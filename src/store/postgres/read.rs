@@ -73,19 +73,13 @@ pub(super) async fn attempts(db: &Object, id: MessageId) -> Result<Vec<Attempt>>
                 attempt: row.get(1),
                 lane: row.get(2),
                 class: word(row, 3, Class::parse)?,
-                status: row
-                    .get::<_, Option<i16>>(4)
-                    .and_then(|status| u16::try_from(status).ok()),
+                status: row.get::<_, Option<i16>>(4).and_then(|status| u16::try_from(status).ok()),
                 address: row.get(5),
                 error: row.get(6),
                 answer: row.get(7),
                 provider_message_id: row.get(8),
                 started_at: time(row, 9),
-                times: Times {
-                    connect_us: row.get(10),
-                    head_us: row.get(11),
-                    body_us: row.get(12),
-                },
+                times: Times { connect_us: row.get(10), head_us: row.get(11), body_us: row.get(12) },
             })
         })
         .collect()
@@ -110,9 +104,7 @@ pub(super) async fn dead_letters(db: &Object, before: Timestamp, count: usize) -
             attempts: row.get(2),
             lane: row.get(10),
             reason: row.get(11),
-            last_status: row
-                .get::<_, Option<i16>>(12)
-                .and_then(|status| u16::try_from(status).ok()),
+            last_status: row.get::<_, Option<i16>>(12).and_then(|status| u16::try_from(status).ok()),
             last_error: row.get(13),
             dead_at: time(row, 14),
         })
@@ -141,21 +133,15 @@ async fn counts(db: &Object) -> Result<Vec<Count>> {
     let walked: i64 = rows.iter().map(|row| row.get::<_, i64>(1)).sum();
     let mut counts = Vec::new();
     for status in Status::ALL {
-        let seen = rows
-            .iter()
-            .find(|row| row.get::<_, &str>(0) == status.as_str())
-            .map_or(0, |row| row.get(1));
+        let seen =
+            rows.iter().find(|row| row.get::<_, &str>(0) == status.as_str()).map_or(0, |row| row.get(1));
         let indexed = !matches!(status, Status::Queued | Status::Processing | Status::Sent);
         let count: i64 = match indexed && walked == NEWEST {
             true => indexed_count(db, status).await?,
             false => seen,
         };
         let more = count > COUNT || (!indexed && walked == NEWEST);
-        counts.push(Count {
-            status,
-            count: count.min(COUNT).unsigned_abs(),
-            more,
-        });
+        counts.push(Count { status, count: count.min(COUNT).unsigned_abs(), more });
     }
     Ok(counts)
 }
@@ -171,10 +157,7 @@ async fn indexed_count(db: &Object, status: Status) -> Result<i64> {
              + (select count(*) from (select 1 from messages where unsent is not null and unsent = $1::text::message_state limit $2) d)",
         )
         .await?;
-    Ok(db
-        .query_one(&statement, &[&status.as_str(), &(COUNT + 1)])
-        .await?
-        .get(0))
+    Ok(db.query_one(&statement, &[&status.as_str(), &(COUNT + 1)]).await?.get(0))
 }
 
 /// When the oldest due row became due: the first fresh one, or the first of a lane's timed ones.
@@ -192,10 +175,7 @@ async fn oldest_due(db: &Object, now: Timestamp) -> Result<Option<Timestamp>> {
                  (select created_at from messages where fresh order by id limit 1))",
         )
         .await?;
-    Ok(optional_time(
-        &db.query_one(&statement, &[&written(now)]).await?,
-        0,
-    ))
+    Ok(optional_time(&db.query_one(&statement, &[&written(now)]).await?, 0))
 }
 
 async fn instances(db: &Object) -> Result<Vec<Instance>> {

@@ -5,19 +5,14 @@ use std::sync::Arc;
 use super::*;
 use crate::store::conformance::store_conformance;
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "tests are told by the environment where PostgreSQL is"
-)]
+#[expect(clippy::disallowed_methods, reason = "tests are told by the environment where PostgreSQL is")]
 fn server() -> String {
     std::env::var("DATABASE_URL")
         .expect("DATABASE_URL is set by `make test`, or by `eval \"$(dev/services env)\"`")
 }
 
 async fn scratch() -> Scratch {
-    Scratch::create(&server(), &format!("test_{:016x}", fastrand::u64(..)))
-        .await
-        .unwrap()
+    Scratch::create(&server(), &format!("test_{:016x}", fastrand::u64(..))).await.unwrap()
 }
 
 fn open(url: &str) -> PostgresStore {
@@ -70,14 +65,7 @@ async fn a_writer_may_insert_and_nothing_else() {
     let insert = "insert into messages (recipient, content, idempotency_key) values ('+90', 'Hello', 'k')";
     writer.execute(insert, &[]).await.unwrap();
     let again = writer.execute(insert, &[]).await.unwrap_err();
-    assert!(
-        again
-            .as_db_error()
-            .unwrap()
-            .message()
-            .contains("idempotency_key was used before"),
-        "{again}"
-    );
+    assert!(again.as_db_error().unwrap().message().contains("idempotency_key was used before"), "{again}");
     for forbidden in [
         "insert into messages (recipient, content, status) values ('+90', 'Hello', 'sent')",
         "select * from messages",
@@ -87,11 +75,7 @@ async fn a_writer_may_insert_and_nothing_else() {
         "select make_partitions()",
     ] {
         let error = writer.execute(forbidden, &[]).await.unwrap_err();
-        assert_eq!(
-            error.code(),
-            Some(&SqlState::INSUFFICIENT_PRIVILEGE),
-            "{forbidden}"
-        );
+        assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{forbidden}");
     }
 }
 
@@ -100,12 +84,9 @@ async fn even_an_owner_can_not_insert_what_is_ours() {
     let scratch = scratch().await;
     open(scratch.url()).migrate().await.unwrap();
     let owner = client(scratch.url()).await;
-    for (column, value) in [
-        ("status", "'sent'"),
-        ("epoch", "3"),
-        ("held", "'endpoint_busy'"),
-        ("due_at", "now()"),
-    ] {
+    for (column, value) in
+        [("status", "'sent'"), ("epoch", "3"), ("held", "'endpoint_busy'"), ("due_at", "now()")]
+    {
         let insert =
             format!("insert into messages (recipient, content, {column}) values ('+90', 'Hello', {value})");
         let error = owner.execute(&insert, &[]).await.unwrap_err();
@@ -124,30 +105,18 @@ async fn partitions_are_made_ahead_while_a_writer_holds_a_transaction_open() {
     let insert = "insert into messages (recipient, content) values ('+90', 'Hello')";
     open.execute(insert, &[]).await.unwrap();
     let other = client(scratch.url()).await;
-    other
-        .batch_execute("select setval('message_ids', 1700000)")
-        .await
-        .unwrap();
+    other.batch_execute("select setval('message_ids', 1700000)").await.unwrap();
     let made = tokio::time::timeout(Duration::from_secs(10), store.make_partitions()).await;
-    made.expect("making partitions waits for nobody who writes")
-        .unwrap();
+    made.expect("making partitions waits for nobody who writes").unwrap();
     open.commit().await.unwrap();
-    other
-        .batch_execute("select setval('message_ids', 3600000)")
-        .await
-        .unwrap();
+    other.batch_execute("select setval('message_ids', 3600000)").await.unwrap();
     other.execute(insert, &[]).await.unwrap();
 }
 
 /// Pages that a statement touches, by its plan.
 async fn pages(db: &tokio_postgres::Client, statement: &str) -> i64 {
-    let explained = db
-        .query(
-            &format!("explain (analyze, buffers, format json) {statement}"),
-            &[],
-        )
-        .await
-        .unwrap();
+    let explained =
+        db.query(&format!("explain (analyze, buffers, format json) {statement}"), &[]).await.unwrap();
     let plan: serde_json::Value = explained[0].get(0);
     let at = |name: &str| plan[0]["Plan"][name].as_i64().unwrap();
     at("Shared Hit Blocks") + at("Shared Read Blocks")
@@ -177,10 +146,7 @@ async fn hostile_statistics_change_nothing() {
         .await
         .unwrap();
         let first = round * 1_000 + 1;
-        let run = format!(
-            "execute claim_{round} ({}, 1000, now(), '{{default}}', 'messages', 1)",
-            first - 1
-        );
+        let run = format!("execute claim_{round} ({}, 1000, now(), '{{default}}', 'messages', 1)", first - 1);
         let claimed = pages(&db, &run).await;
         db.batch_execute(&format!(
             "prepare begin_{round} (bigint[], int, bigint, bigint, timestamptz, bigint, bigint) as {}",
@@ -188,19 +154,9 @@ async fn hostile_statistics_change_nothing() {
         ))
         .await
         .unwrap();
-        let ids = format!(
-            "(select array_agg(i) from generate_series({first}, {}) i)",
-            first + 999
-        );
-        let ids: String = db
-            .query_one(&format!("select {ids}::text"), &[])
-            .await
-            .unwrap()
-            .get(0);
-        let run = format!(
-            "execute begin_{round} ('{ids}', 1, {first}, {}, now(), {round}, 1)",
-            first + 999
-        );
+        let ids = format!("(select array_agg(i) from generate_series({first}, {}) i)", first + 999);
+        let ids: String = db.query_one(&format!("select {ids}::text"), &[]).await.unwrap().get(0);
+        let run = format!("execute begin_{round} ('{ids}', 1, {first}, {}, now(), {round}, 1)", first + 999);
         let begun = pages(&db, &run).await;
         let retry = record::RETRY;
         db.batch_execute(&format!(
@@ -209,17 +165,11 @@ async fn hostile_statistics_change_nothing() {
         .await
         .unwrap();
         let each = |what: &str| {
-            format!(
-                "(select array_agg({what}) from generate_series({first}, {}) i)",
-                first + 999
-            )
+            format!("(select array_agg({what}) from generate_series({first}, {}) i)", first + 999)
         };
         let literal = async |what: &str, kind: &str| -> String {
-            let text: String = db
-                .query_one(&format!("select {}::text", each(what)), &[])
-                .await
-                .unwrap()
-                .get(0);
+            let text: String =
+                db.query_one(&format!("select {}::text", each(what)), &[]).await.unwrap().get(0);
             format!("'{text}'::{kind}")
         };
         let run = format!(

@@ -64,11 +64,8 @@ const RELEASE: &str = "/* ams:release */ update messages m set \
 
 /// Writes records; returns the ids whose verdict was refused.
 pub(super) async fn record(db: &mut Object, records: &Records<'_>) -> Result<Vec<MessageId>> {
-    let others: Vec<&Record> = records
-        .records
-        .iter()
-        .filter(|record| record.verdict != Verdict::Sent)
-        .collect();
+    let others: Vec<&Record> =
+        records.records.iter().filter(|record| record.verdict != Verdict::Sent).collect();
     let sent = Sent::new(records);
     let statement = db.prepare_cached(SENT).await?;
     if others.is_empty() {
@@ -84,11 +81,7 @@ pub(super) async fn record(db: &mut Object, records: &Records<'_>) -> Result<Vec
     )?;
     transaction.commit().await?;
     let accepted: std::collections::HashSet<i64> = [retried, dead, released].concat().into_iter().collect();
-    Ok(others
-        .iter()
-        .map(|record| record.id)
-        .filter(|id| !accepted.contains(&id.0))
-        .collect())
+    Ok(others.iter().map(|record| record.id).filter(|id| !accepted.contains(&id.0)).collect())
 }
 
 /// The columns of the first statement.
@@ -101,10 +94,7 @@ struct Sent<'a> {
 
 impl<'a> Sent<'a> {
     fn new(records: &Records<'a>) -> Sent<'a> {
-        let sent = records
-            .records
-            .iter()
-            .filter(|record| record.verdict == Verdict::Sent);
+        let sent = records.records.iter().filter(|record| record.verdict == Verdict::Sent);
         Sent {
             ids: sent.map(|record| record.id.0).collect(),
             finished: records.finished.iter().map(|lease| lease.0).collect(),
@@ -117,10 +107,7 @@ impl<'a> Sent<'a> {
     }
 
     fn column<T>(&self, value: impl Fn(&'a Record, &'a Outcome) -> T) -> Vec<T> {
-        self.tried
-            .iter()
-            .map(|(record, outcome)| value(record, outcome))
-            .collect()
+        self.tried.iter().map(|(record, outcome)| value(record, outcome)).collect()
     }
 
     async fn write(
@@ -176,22 +163,12 @@ impl<'a> Sent<'a> {
 
 /// PostgreSQL's text can't hold the nul character, and a receiver may answer anything.
 fn storable(text: &str) -> Cow<'_, str> {
-    if text.contains('\0') {
-        Cow::Owned(text.replace('\0', ""))
-    } else {
-        Cow::Borrowed(text)
-    }
+    if text.contains('\0') { Cow::Owned(text.replace('\0', "")) } else { Cow::Borrowed(text) }
 }
 
 async fn retry(db: &Transaction<'_>, records: &[&Record]) -> Result<Vec<i64>> {
-    let (mut ids, mut epochs, mut lanes, mut tries, mut dues, mut reasons) = (
-        Vec::new(),
-        Vec::new(),
-        Vec::new(),
-        Vec::new(),
-        Vec::new(),
-        Vec::new(),
-    );
+    let (mut ids, mut epochs, mut lanes, mut tries, mut dues, mut reasons) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for record in records {
         if let Verdict::Retry { lane, lane_tries, at } = &record.verdict {
             ids.push(record.id.0);
@@ -207,24 +184,13 @@ async fn retry(db: &Transaction<'_>, records: &[&Record]) -> Result<Vec<i64>> {
     }
     let statement = db.prepare_cached(RETRY).await?;
     let (first, last) = bounds(&ids);
-    let rows = db
-        .query(
-            &statement,
-            &[&ids, &epochs, &lanes, &tries, &dues, &reasons, &first, &last],
-        )
-        .await?;
+    let rows = db.query(&statement, &[&ids, &epochs, &lanes, &tries, &dues, &reasons, &first, &last]).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 async fn dead(db: &Transaction<'_>, records: &[&Record], now: Timestamp) -> Result<Vec<i64>> {
-    let (mut ids, mut epochs, mut lanes, mut reasons, mut statuses, mut errors) = (
-        Vec::new(),
-        Vec::new(),
-        Vec::new(),
-        Vec::new(),
-        Vec::new(),
-        Vec::new(),
-    );
+    let (mut ids, mut epochs, mut lanes, mut reasons, mut statuses, mut errors) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for record in records {
         if let Verdict::Dead { reason, lane } = &record.verdict {
             let outcome = record.outcome.as_ref();
@@ -232,11 +198,7 @@ async fn dead(db: &Transaction<'_>, records: &[&Record], now: Timestamp) -> Resu
             epochs.push(record.epoch);
             lanes.push(lane.as_str());
             reasons.push(reason.as_str());
-            statuses.push(
-                outcome
-                    .and_then(|o| o.status)
-                    .and_then(|status| i16::try_from(status).ok()),
-            );
+            statuses.push(outcome.and_then(|o| o.status).and_then(|status| i16::try_from(status).ok()));
             errors.push(outcome.and_then(|outcome| outcome.error.as_deref()));
         }
     }
@@ -245,17 +207,8 @@ async fn dead(db: &Transaction<'_>, records: &[&Record], now: Timestamp) -> Resu
     }
     let statement = db.prepare_cached(DEAD).await?;
     let (first, last) = bounds(&ids);
-    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 9] = [
-        &ids,
-        &epochs,
-        &lanes,
-        &reasons,
-        &statuses,
-        &errors,
-        &first,
-        &last,
-        &written(now),
-    ];
+    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 9] =
+        [&ids, &epochs, &lanes, &reasons, &statuses, &errors, &first, &last, &written(now)];
     let rows = db.query(&statement, &values).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
@@ -268,9 +221,7 @@ async fn release(db: &Transaction<'_>, records: &[&Record], now: Timestamp) -> R
     }
     let statement = db.prepare_cached(RELEASE).await?;
     let (first, last) = bounds(&ids);
-    let rows = db
-        .query(&statement, &[&ids, &epochs, &first, &last, &written(now)])
-        .await?;
+    let rows = db.query(&statement, &[&ids, &epochs, &first, &last, &written(now)]).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 

@@ -5,24 +5,19 @@ use std::time::Duration;
 use deadpool_postgres::Object;
 use uuid::Uuid;
 
-use super::{optional_time, written};
+use super::{optional_time, time, written};
 use crate::clock::Timestamp;
 use crate::retry::Lane;
 use crate::store::{Bid, Endpoint, InstanceId, Leadership, Result};
 
 /// The random number of this store.
 pub(super) async fn installation(db: &Object) -> Result<Uuid> {
-    Ok(db
-        .query_one("/* ams:installation */ select id from installation", &[])
-        .await?
-        .get(0))
+    Ok(db.query_one("/* ams:installation */ select id from installation", &[]).await?.get(0))
 }
 
 /// Makes partitions ahead of the ids in use.
 pub(super) async fn make_partitions(db: &Object) -> Result<()> {
-    let statement = db
-        .prepare_cached("/* ams:make_partitions */ select make_partitions()")
-        .await?;
+    let statement = db.prepare_cached("/* ams:make_partitions */ select make_partitions()").await?;
     db.execute(&statement, &[]).await?;
     Ok(())
 }
@@ -38,12 +33,8 @@ pub(super) async fn enroll(
     let statement = "/* ams:enroll */ insert into instances \
                      (service, host, version, started_at, seen_at, lease_until) values ($1, $2, $3, $4, $4, $5) returning id";
     let version = env!("CARGO_PKG_VERSION");
-    let row = db
-        .query_one(
-            statement,
-            &[&service, &host, &version, &written(now), &written(lease_until)],
-        )
-        .await?;
+    let row =
+        db.query_one(statement, &[&service, &host, &version, &written(now), &written(lease_until)]).await?;
     Ok(InstanceId(row.get(0)))
 }
 
@@ -57,22 +48,14 @@ pub(super) async fn renew(
     let statement = db
         .prepare_cached("/* ams:renew */ update instances set seen_at = $2, lease_until = $3 where id = $1")
         .await?;
-    Ok(db
-        .execute(&statement, &[&instance.0, &written(now), &written(lease_until)])
-        .await?
-        > 0)
+    Ok(db.execute(&statement, &[&instance.0, &written(now), &written(lease_until)]).await? > 0)
 }
 
 /// Takes an instance and its leadership away.
 pub(super) async fn retire(db: &mut Object, instance: InstanceId) -> Result<()> {
     let transaction = db.transaction().await?;
-    transaction
-        .execute(
-            "/* ams:retire */ delete from instances where id = $1",
-            &[&instance.0],
-        )
-        .await?;
-    let abdicate = "/* ams:abdicate */ update leader set owner = null, until = 'epoch' where owner = $1";
+    transaction.execute("/* ams:retire */ delete from instances where id = $1", &[&instance.0]).await?;
+    let abdicate = "/* ams:abdicate */ update leader set owner = null where owner = $1";
     transaction.execute(abdicate, &[&instance.0]).await?;
     Ok(transaction.commit().await?)
 }
@@ -81,25 +64,17 @@ pub(super) async fn retire(db: &mut Object, instance: InstanceId) -> Result<()> 
 pub(super) async fn lead(db: &Object, bid: &Bid) -> Result<Option<Leadership>> {
     let statement = db
         .prepare_cached(
-            "/* ams:lead */ update leader set owner = $1, until = $3, paced_until = coalesce($4, paced_until) \
-             where owner is null or owner = $1 or until <= $2 returning paced_until",
+            "/* ams:lead */ update leader set owner = $1, until = $3, \
+                 steady_since = case when until + interval '2 s' <= $2 then $2 else steady_since end, \
+                 paced_until = coalesce($4, paced_until) \
+             where owner is null or owner = $1 or until <= $2 returning steady_since, paced_until",
         )
         .await?;
     let paced_until = bid.paced_until.map(written);
     let won = db
-        .query_opt(
-            &statement,
-            &[
-                &bid.instance.0,
-                &written(bid.now),
-                &written(bid.until),
-                &paced_until,
-            ],
-        )
+        .query_opt(&statement, &[&bid.instance.0, &written(bid.now), &written(bid.until), &paced_until])
         .await?;
-    Ok(won.map(|row| Leadership {
-        paced_until: optional_time(&row, 0),
-    }))
+    Ok(won.map(|row| Leadership { steady_since: time(&row, 0), paced_until: optional_time(&row, 1) }))
 }
 
 /// All endpoints, by name.
@@ -118,11 +93,7 @@ pub(super) async fn endpoints(db: &Object) -> Result<Vec<Endpoint>> {
             url: row.get(1),
             timeout: Duration::from_millis(row.get::<_, i32>(2).unsigned_abs().into()),
             in_flight_max: row.get::<_, i32>(3).unsigned_abs(),
-            final_statuses: row
-                .get::<_, Vec<i32>>(4)
-                .iter()
-                .filter_map(|s| u16::try_from(*s).ok())
-                .collect(),
+            final_statuses: row.get::<_, Vec<i32>>(4).iter().filter_map(|s| u16::try_from(*s).ok()).collect(),
             enabled: row.get(5),
             secret: row.get(6),
         })
@@ -138,11 +109,7 @@ pub(super) async fn put_endpoint(db: &Object, endpoint: &Endpoint) -> Result<()>
                      final_statuses = excluded.final_statuses, enabled = excluded.enabled, secret = excluded.secret";
     let timeout_ms = i32::try_from(endpoint.timeout.as_millis()).unwrap_or(i32::MAX);
     let in_flight_max = i32::try_from(endpoint.in_flight_max).unwrap_or(i32::MAX);
-    let final_statuses: Vec<i32> = endpoint
-        .final_statuses
-        .iter()
-        .map(|status| i32::from(*status))
-        .collect();
+    let final_statuses: Vec<i32> = endpoint.final_statuses.iter().map(|status| i32::from(*status)).collect();
     let values: [&(dyn tokio_postgres::types::ToSql + Sync); 7] = [
         &endpoint.name,
         &endpoint.url,
@@ -182,10 +149,7 @@ pub(super) async fn lanes(db: &Object) -> Result<Vec<Lane>> {
 
 /// Registers a lane; returns what stood there before, if it was different.
 pub(super) async fn put_lane(db: &Object, lane: &Lane, now: Timestamp) -> Result<Option<Lane>> {
-    let before = lanes(db)
-        .await?
-        .into_iter()
-        .find(|before| before.topic == lane.topic);
+    let before = lanes(db).await?.into_iter().find(|before| before.topic == lane.topic);
     let statement = "/* ams:put_lane */ insert into lanes \
                      (topic, consumer_group, next, fresh, tries, interval_ms, interval_max_ms, registered_at) \
                      values ($1, $2, $3, $4, $5, $6, $7, $8) on conflict (topic) do update set \

@@ -64,18 +64,12 @@ async fn missing_in(client: &tokio_postgres::Client) -> Result<Vec<String>> {
 /// The migrations in the database: version, then name and checksum.
 async fn applied(client: &tokio_postgres::Client) -> Result<BTreeMap<i32, (String, String)>> {
     let any = client
-        .query_one(
-            "/* ams:version */ select to_regclass('refinery_schema_history') is not null",
-            &[],
-        )
+        .query_one("/* ams:version */ select to_regclass('refinery_schema_history') is not null", &[])
         .await?;
     if !any.get::<_, bool>(0) {
         return Ok(BTreeMap::new());
     }
     let statement = "/* ams:migrations */ select version, name, checksum from refinery_schema_history";
     let rows = client.query(statement, &[]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| (row.get(0), (row.get(1), row.get(2))))
-        .collect())
+    Ok(rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect())
 }

@@ -22,15 +22,9 @@ impl Scratch {
         let mut own =
             url::Url::parse(url).map_err(|error| StoreError::Refused(format!("DATABASE_URL: {error}")))?;
         own.set_path(name);
-        let scratch = Scratch {
-            server,
-            url: own.into(),
-            name: name.to_owned(),
-        };
+        let scratch = Scratch { server, url: own.into(), name: name.to_owned() };
         let client = connect(&scratch.server).await?;
-        client
-            .batch_execute(&format!("create database \"{name}\""))
-            .await?;
+        client.batch_execute(&format!("create database \"{name}\"")).await?;
         Ok(scratch)
     }
 
@@ -45,11 +39,7 @@ impl Scratch {
     /// When the server can't be reached.
     pub async fn reset_statements(&self) -> Result<()> {
         let client = connect(&PostgresOptions::parse(&self.url)?).await?;
-        if client
-            .batch_execute("create extension if not exists pg_stat_statements")
-            .await
-            .is_ok()
-        {
+        if client.batch_execute("create extension if not exists pg_stat_statements").await.is_ok() {
             // Without the preloaded library the extension is there and counts nothing.
             let _ = client.batch_execute("select pg_stat_statements_reset()").await;
         }
@@ -74,9 +64,7 @@ impl Scratch {
     /// When the server can't be reached.
     pub async fn remove(self) -> Result<()> {
         let client = connect(&self.server).await?;
-        client
-            .batch_execute(&format!("drop database \"{}\" with (force)", self.name))
-            .await?;
+        client.batch_execute(&format!("drop database \"{}\" with (force)", self.name)).await?;
         Ok(())
     }
 }

@@ -35,11 +35,7 @@ pub(super) fn begin(db: &Connection, begin: &Begin<'_>) -> Result<Begun> {
             Some((_, _, true)) => expire(db, *id, begin.now)?,
             Some((attempts, lane_tries, false)) => {
                 take.execute([id.0])?;
-                messages.push(BegunMessage {
-                    id: *id,
-                    attempts,
-                    lane_tries,
-                });
+                messages.push(BegunMessage { id: *id, attempts, lane_tries });
                 ids.push(*id);
                 epochs.push(*epoch);
             }
@@ -69,9 +65,8 @@ fn begun_before(db: &Connection, begin: &Begin<'_>) -> Result<Option<Vec<BegunMe
     )?;
     let mut messages = Vec::new();
     for (id, epoch) in list::<i64>(&ids)?.into_iter().zip(list::<Epoch>(&epochs)?) {
-        let found = statement
-            .query_row(params![id, epoch], |row| Ok((row.get(0)?, row.get(1)?)))
-            .optional()?;
+        let found =
+            statement.query_row(params![id, epoch], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
         messages.extend(found.map(|(attempts, lane_tries)| BegunMessage {
             id: MessageId(id),
             attempts,
@@ -96,7 +91,7 @@ pub(super) fn recover(db: &Connection, now: Timestamp) -> Result<Recovered> {
         .prepare_cached("/* ams:bury */ delete from instances where lease_until <= ?1")?
         .execute([now.as_micros()])?;
     db.prepare_cached(
-        "/* ams:dethrone */ update leader set owner = null, until = 0 where owner not in (select id from instances)",
+        "/* ams:dethrone */ update leader set owner = null where owner not in (select id from instances)",
     )?
     .execute([])?;
     let left = db
@@ -111,8 +106,5 @@ pub(super) fn recover(db: &Connection, now: Timestamp) -> Result<Recovered> {
             messages += u64::from(give_back(db, MessageId(id), epoch, "processing", now)?);
         }
     }
-    Ok(Recovered {
-        instances: instances as u64,
-        messages,
-    })
+    Ok(Recovered { instances: instances as u64, messages })
 }

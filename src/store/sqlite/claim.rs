@@ -97,27 +97,15 @@ fn due_rows(db: &Connection, claim: &Owned) -> Result<Vec<Row>> {
     let read = |row: &rusqlite::Row<'_>| ticket(db, row).and_then(|ticket| Ok((ticket, row.get(10)?)));
     let rows = match &claim.due {
         OwnedDue::Fresh(after) => db
-            .prepare_cached(concat!(
-                "/* ams:claim_fresh */ select ",
-                fields!(),
-                due_rows!(fresh)
-            ))?
+            .prepare_cached(concat!("/* ams:claim_fresh */ select ", fields!(), due_rows!(fresh)))?
             .query_map(params![after.0, limit, now], read)?
             .collect(),
         OwnedDue::Late(up_to) => db
-            .prepare_cached(concat!(
-                "/* ams:claim_late */ select ",
-                fields!(),
-                due_rows!(late)
-            ))?
+            .prepare_cached(concat!("/* ams:claim_late */ select ", fields!(), due_rows!(late)))?
             .query_map(params![up_to.0, limit, now], read)?
             .collect(),
         OwnedDue::Timed(lane) => db
-            .prepare_cached(concat!(
-                "/* ams:claim_timed */ select ",
-                fields!(),
-                due_rows!(timed)
-            ))?
+            .prepare_cached(concat!("/* ams:claim_timed */ select ", fields!(), due_rows!(timed)))?
             .query_map(params![lane, limit, now], read)?
             .collect::<rusqlite::Result<Vec<Row>>>(),
     };
@@ -232,9 +220,7 @@ pub(super) fn batches(db: &Connection, now: Timestamp, limit: usize) -> Result<V
             lane: row.get(1)?,
             owner: InstanceId(row.get(2)?),
             created_at: our_time(row, 3)?,
-            place: partition
-                .zip(offset)
-                .map(|(partition, offset)| Place { partition, offset }),
+            place: partition.zip(offset).map(|(partition, offset)| Place { partition, offset }),
             orphaned: row.get(6)?,
         })
     })?;

@@ -52,11 +52,7 @@ fn same_key(db: &Connection, message: &NewMessage) -> Result<Option<Inserted>> {
         .optional()?;
     let Some(id) = id else { return Ok(None) };
     let equal = read::message(db, id)?.is_some_and(|stored| is_equal(&stored, message));
-    Ok(Some(if equal {
-        Inserted::Existing(id)
-    } else {
-        Inserted::Conflict(id)
-    }))
+    Ok(Some(if equal { Inserted::Existing(id) } else { Inserted::Conflict(id) }))
 }
 
 /// Whether a stored message says what the new one says.
@@ -75,8 +71,5 @@ fn is_equal(stored: &Message, new: &NewMessage) -> bool {
         tags: stored.tags.clone(),
     };
     let endpoint = new.endpoint.clone().or_else(|| Some("default".to_owned()));
-    said == NewMessage {
-        endpoint,
-        ..new.clone()
-    }
+    said == NewMessage { endpoint, ..new.clone() }
 }

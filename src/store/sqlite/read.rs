@@ -81,11 +81,7 @@ pub(super) fn attempts(db: &Connection, id: MessageId) -> Result<Vec<Attempt>> {
             answer: text(row, 7)?,
             provider_message_id: optional_text(row, 8)?,
             started_at: our_time(row, 9)?,
-            times: Times {
-                connect_us: row.get(10)?,
-                head_us: row.get(11)?,
-                body_us: row.get(12)?,
-            },
+            times: Times { connect_us: row.get(10)?, head_us: row.get(11)?, body_us: row.get(12)? },
         })
     })?;
     Ok(attempts.collect::<rusqlite::Result<_>>()?)
@@ -118,11 +114,7 @@ pub(super) fn dead_letters(db: &Connection, before: Timestamp, limit: usize) -> 
 
 /// Counts, ages and instances.
 pub(super) fn overview(db: &Connection, now: Timestamp) -> Result<Overview> {
-    Ok(Overview {
-        counts: counts(db)?,
-        oldest_due_at: oldest_due(db, now)?,
-        instances: instances(db)?,
-    })
+    Ok(Overview { counts: counts(db)?, oldest_due_at: oldest_due(db, now)?, instances: instances(db)? })
 }
 
 /// Counts each status as far as [`COUNT`]. Those that wait or went wrong have an index; the others are
@@ -149,11 +141,7 @@ fn counts(db: &Connection) -> Result<Vec<Count>> {
         };
         let indexed = !matches!(status, Status::Queued | Status::Processing | Status::Sent);
         let more = count > COUNT || (!indexed && walked == NEWEST);
-        counts.push(Count {
-            status,
-            count: u64::try_from(count.min(COUNT)).unwrap_or(0),
-            more,
-        });
+        counts.push(Count { status, count: u64::try_from(count.min(COUNT)).unwrap_or(0), more });
     }
     Ok(counts)
 }
@@ -207,9 +195,8 @@ fn oldest_due(db: &Connection, now: Timestamp) -> Result<Option<Timestamp>> {
     )?;
     // Every text that starts with a lane's name and a nul stands behind the lane and before the next.
     let mut from = String::new();
-    while let Some((lane, due)) = first
-        .query_row([&from], |row| Ok((text(row, 0)?, our_time(row, 1)?)))
-        .optional()?
+    while let Some((lane, due)) =
+        first.query_row([&from], |row| Ok((text(row, 0)?, our_time(row, 1)?))).optional()?
     {
         if due <= now {
             oldest = Some(oldest.map_or(due, |oldest| oldest.min(due)));

@@ -5,7 +5,7 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, params};
 use uuid::Uuid;
 
-use super::{json, list, our_optional_time, text};
+use super::{json, list, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
 use crate::retry::Lane;
 use crate::store::{Bid, Endpoint, InstanceId, Leadership, Result, StoreError};
@@ -51,9 +51,8 @@ pub(super) fn renew(
 
 /// Takes an instance and its leadership away.
 pub(super) fn retire(db: &Connection, instance: InstanceId) -> Result<()> {
-    db.prepare_cached("/* ams:retire */ delete from instances where id = ?1")?
-        .execute([instance.0])?;
-    db.prepare_cached("/* ams:abdicate */ update leader set owner = null, until = 0 where owner = ?1")?
+    db.prepare_cached("/* ams:retire */ delete from instances where id = ?1")?.execute([instance.0])?;
+    db.prepare_cached("/* ams:abdicate */ update leader set owner = null where owner = ?1")?
         .execute([instance.0])?;
     Ok(())
 }
@@ -61,23 +60,15 @@ pub(super) fn retire(db: &Connection, instance: InstanceId) -> Result<()> {
 /// Makes the bidder the leader, unless another's term is not over.
 pub(super) fn lead(db: &Connection, bid: &Bid) -> Result<Option<Leadership>> {
     let mut statement = db.prepare_cached(
-        "/* ams:lead */ update leader set owner = ?1, until = ?3, paced_until = coalesce(?4, paced_until) \
-         where owner is null or owner = ?1 or until <= ?2 returning paced_until",
+        "/* ams:lead */ update leader set owner = ?1, until = ?3, \
+         steady_since = case when until + 2000000 <= ?2 then ?2 else steady_since end, paced_until = coalesce(?4, paced_until) \
+         where owner is null or owner = ?1 or until <= ?2 returning steady_since, paced_until",
     )?;
     let paced_until = bid.paced_until.map(Timestamp::as_micros);
-    let won = statement.query_row(
-        params![
-            bid.instance.0,
-            bid.now.as_micros(),
-            bid.until.as_micros(),
-            paced_until
-        ],
-        |row| {
-            Ok(Leadership {
-                paced_until: our_optional_time(row, 0)?,
-            })
-        },
-    );
+    let won = statement
+        .query_row(params![bid.instance.0, bid.now.as_micros(), bid.until.as_micros(), paced_until], |row| {
+            Ok(Leadership { steady_since: our_time(row, 0)?, paced_until: our_optional_time(row, 1)? })
+        });
     Ok(won.optional()?)
 }
 

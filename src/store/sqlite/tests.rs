@@ -50,21 +50,13 @@ mod shell {
         let store = SqliteStore::open(&path).unwrap();
         assert_eq!(store.missing_migrations().await.unwrap().len(), 3);
         assert_eq!(store.migrate().await.unwrap()[0], "V1__messages");
-        File {
-            store,
-            path,
-            _folder: folder,
-        }
+        File { store, path, _folder: folder }
     }
 
     impl File {
         /// Runs statements in the system's sqlite3 shell: what it prints, or what it complains of.
         fn sqlite3(&self, sql: &str) -> std::result::Result<String, String> {
-            let ran = Command::new("sqlite3")
-                .arg("-bail")
-                .arg(&self.path)
-                .arg(sql)
-                .output();
+            let ran = Command::new("sqlite3").arg("-bail").arg(&self.path).arg(sql).output();
             let ran = ran.expect("the sqlite3 shell is installed");
             let printed = |bytes| String::from_utf8_lossy(bytes).trim().to_owned();
             match ran.status.success() {
@@ -78,14 +70,7 @@ mod shell {
             let now = crate::clock::Clock::system().now();
             let mut tickets = Vec::new();
             for due in [Due::Fresh { after: MessageId(0) }, Due::Timed { lane: "" }] {
-                let claim = Claim {
-                    due,
-                    limit: 100,
-                    lane: "messages",
-                    open,
-                    owner: InstanceId(1),
-                    now,
-                };
+                let claim = Claim { due, limit: 100, lane: "messages", open, owner: InstanceId(1), now };
                 tickets.extend(self.store.claim(&claim).await.unwrap().tickets);
             }
             tickets
@@ -95,8 +80,7 @@ mod shell {
     #[tokio::test]
     async fn a_shell_inserts_while_the_store_is_open() {
         let file = file().await;
-        file.sqlite3("insert into messages (recipient, content) values ('+905551111111', 'Hello')")
-            .unwrap();
+        file.sqlite3("insert into messages (recipient, content) values ('+905551111111', 'Hello')").unwrap();
         file.sqlite3(
             "insert into messages (recipient, content, headers, send_at, expires_at, idempotency_key) values \
              (905551111111, 'Later', '{\"x-a\":\"1\"}', datetime('now', '-1 second'), '2999-12-31 12:00', 'k')",
@@ -104,14 +88,8 @@ mod shell {
         .unwrap();
         let tickets = file.claim().await;
         assert_eq!(tickets.len(), 2);
-        assert_eq!(
-            (tickets[0].recipient.as_str(), tickets[0].content.as_str()),
-            ("+905551111111", "Hello")
-        );
-        assert_eq!(
-            (tickets[1].recipient.as_str(), tickets[1].attempt),
-            ("905551111111", 1)
-        );
+        assert_eq!((tickets[0].recipient.as_str(), tickets[0].content.as_str()), ("+905551111111", "Hello"));
+        assert_eq!((tickets[1].recipient.as_str(), tickets[1].attempt), ("905551111111", 1));
         let later = file.store.message(tickets[1].id).await.unwrap().unwrap();
         assert_eq!(later.expires_at.unwrap().to_string(), "2999-12-31T12:00:00Z");
         let keyed = NewMessage {
@@ -121,18 +99,14 @@ mod shell {
         };
         let inserted = file.store.insert(&[keyed], later.created_at).await.unwrap();
         assert_eq!(inserted, [Inserted::Conflict(later.id)]);
-        assert_eq!(
-            file.sqlite3("select id, status from messages").unwrap(),
-            "1|queued\n2|queued"
-        );
+        assert_eq!(file.sqlite3("select id, status from messages").unwrap(), "1|queued\n2|queued");
     }
 
     #[tokio::test]
     async fn a_rolled_back_insert_is_never_claimed() {
         let file = file().await;
         let insert = "insert into messages (recipient, content) values ('r', 'c')";
-        file.sqlite3(&format!("begin; {insert}; rollback; begin; {insert}"))
-            .unwrap();
+        file.sqlite3(&format!("begin; {insert}; rollback; begin; {insert}")).unwrap();
         assert!(file.claim().await.is_empty());
         file.sqlite3(&format!("begin; {insert}; commit")).unwrap();
         assert_eq!(file.claim().await.len(), 1);
@@ -147,32 +121,20 @@ mod shell {
             ("status", "'sent'", "status is set by AMS; insert without it"),
             ("epoch", "null", "epoch is set by AMS; insert without it"),
             ("held", "'endpoint_busy'", "held is set by AMS; insert without it"),
-            (
-                "due_at",
-                "1",
-                "due_at is set by AMS; insert without it, or set send_at",
-            ),
+            ("due_at", "1", "due_at is set by AMS; insert without it, or set send_at"),
             ("reason", "''", "reason is set by AMS; insert without it"),
             ("timed_at", "1", "generated column \"timed_at\""),
             ("send_at", "'now'", "messages_send_at_is_a_time"),
             ("send_at", "1700000000", "messages_send_at_is_a_time"),
             ("expires_at", "'2026-13-01'", "messages_expires_at_is_a_time"),
             ("created_at", "'yesterday'", "messages_created_at_is_a_time"),
-            (
-                "headers",
-                "'{\"a\":1}'",
-                "headers must be a JSON object whose values are all text",
-            ),
+            ("headers", "'{\"a\":1}'", "headers must be a JSON object whose values are all text"),
             ("headers", "'{a'", "messages_headers_is_a_json_object"),
             ("tags", "'[]'", "messages_tags_is_a_json_object"),
             ("priority", "101", "messages_priority_between_minus_100_and_100"),
             ("priority", "'high'", "messages.priority"),
             ("endpoint", "''", "messages_endpoint_not_empty"),
-            (
-                "ordering_key",
-                "x'ff'",
-                "cannot store BLOB value in TEXT column messages.ordering_key",
-            ),
+            ("ordering_key", "x'ff'", "cannot store BLOB value in TEXT column messages.ordering_key"),
             ("idempotency_key", "'used'", "idempotency_key was used before"),
             ("id", "-1", "messages_id_positive"),
         ] {
@@ -201,13 +163,9 @@ mod shell {
         for _ in 0..3 {
             assert!(!file.store.changed().await.unwrap(), "nothing has happened");
         }
-        file.sqlite3("insert into messages (recipient, content) values ('r', 'c')")
-            .unwrap();
+        file.sqlite3("insert into messages (recipient, content) values ('r', 'c')").unwrap();
         assert!(file.store.changed().await.unwrap());
-        assert!(
-            file.store.clone().changed().await.unwrap(),
-            "another handle asks for itself"
-        );
+        assert!(file.store.clone().changed().await.unwrap(), "another handle asks for itself");
         assert_eq!(file.claim().await.len(), 1);
         assert!(!file.store.changed().await.unwrap(), "our own claim is no change");
     }
@@ -217,10 +175,7 @@ mod shell {
         let file = file().await;
         let other = Connection::open(&file.path).unwrap();
         other.execute_batch("begin immediate").unwrap();
-        let message = NewMessage {
-            recipient: "r".to_owned(),
-            ..NewMessage::default()
-        };
+        let message = NewMessage { recipient: "r".to_owned(), ..NewMessage::default() };
         let store = file.store.clone();
         let call = tokio::spawn(async move { store.insert(&[message], Timestamp::EPOCH).await });
         // The call has to be at the lock before it is given up: reads go on meanwhile.
@@ -235,10 +190,8 @@ mod shell {
     #[tokio::test]
     async fn calls_that_fail_leave_those_they_share_a_commit_with_alone() {
         let file = file().await;
-        let message = |recipient: &str| NewMessage {
-            recipient: recipient.to_owned(),
-            ..NewMessage::default()
-        };
+        let message =
+            |recipient: &str| NewMessage { recipient: recipient.to_owned(), ..NewMessage::default() };
         let calls = (0..200).map(|n| {
             let store = file.store.clone();
             let batch = [message("good"), message(if n % 2 == 0 { "good" } else { "" })];
@@ -253,10 +206,7 @@ mod shell {
     #[tokio::test]
     async fn what_was_answered_is_there_after_opening_again() {
         let file = file().await;
-        let message = NewMessage {
-            recipient: "r".to_owned(),
-            ..NewMessage::default()
-        };
+        let message = NewMessage { recipient: "r".to_owned(), ..NewMessage::default() };
         file.store.insert(&[message], Timestamp::EPOCH).await.unwrap();
         let installation = file.store.installation().await.unwrap();
         let File { store, path, _folder } = file;
@@ -270,11 +220,8 @@ mod shell {
     async fn a_file_that_can_not_be_used_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let text = folder.path().join("text.db");
-        std::fs::write(
-            &text,
-            "This is not a database, but it is long enough to be looked at. ".repeat(40),
-        )
-        .unwrap();
+        std::fs::write(&text, "This is not a database, but it is long enough to be looked at. ".repeat(40))
+            .unwrap();
         for (path, why) in [
             (text.clone(), "file is not a database"),
             (folder.path().to_owned(), "unable to open database file"),
@@ -293,23 +240,15 @@ mod shell {
         let file = file().await;
         file.sqlite3("insert into refinery_schema_history values (99, 'later', '2026-01-01T00:00:00Z', '1')")
             .unwrap();
-        assert!(matches!(
-            file.store.missing_migrations().await,
-            Err(StoreError::Version(_))
-        ));
+        assert!(matches!(file.store.missing_migrations().await, Err(StoreError::Version(_))));
         assert!(matches!(file.store.migrate().await, Err(StoreError::Version(_))));
         let Err(StoreError::Version(sentence)) = SqliteStore::open(&file.path) else {
             panic!("it was opened")
         };
         assert!(sentence.contains("V99__later"), "{sentence}");
-        file.sqlite3("delete from refinery_schema_history where version = 99")
-            .unwrap();
-        file.sqlite3("update refinery_schema_history set checksum = '1' where version = 1")
-            .unwrap();
-        assert!(matches!(
-            SqliteStore::open(&file.path),
-            Err(StoreError::Version(_))
-        ));
+        file.sqlite3("delete from refinery_schema_history where version = 99").unwrap();
+        file.sqlite3("update refinery_schema_history set checksum = '1' where version = 1").unwrap();
+        assert!(matches!(SqliteStore::open(&file.path), Err(StoreError::Version(_))));
     }
 
     #[tokio::test]
@@ -321,9 +260,8 @@ mod shell {
         )
         .unwrap();
         file.claim().await;
-        let seen = file
-            .sqlite3("select id, status, why, next_try_at from message_status order by id")
-            .unwrap();
+        let seen =
+            file.sqlite3("select id, status, why, next_try_at from message_status order by id").unwrap();
         assert_eq!(
             seen,
             "1|queued|its ticket is on a lane|\n\
@@ -331,9 +269,6 @@ mod shell {
              3|pending|due at 2999-01-01|2999-01-01T00:00:00.000Z"
         );
         let history = "select message_id, attempt, what from message_history order by message_id, at";
-        assert_eq!(
-            file.sqlite3(history).unwrap(),
-            "1|0|created\n2|0|created\n3|0|created"
-        );
+        assert_eq!(file.sqlite3(history).unwrap(), "1|0|created\n2|0|created\n3|0|created");
     }
 }

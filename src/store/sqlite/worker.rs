@@ -46,12 +46,7 @@ where
         wakes: Option<Arc<AtomicU64>>,
     ) -> (Box<dyn Grouped>, oneshot::Receiver<Result<T>>) {
         let (tell, told) = oneshot::channel();
-        let call = Call {
-            job: Some(job),
-            done: None,
-            wakes,
-            tell,
-        };
+        let call = Call { job: Some(job), done: None, wakes, tell };
         (Box::new(call), told)
     }
 }
@@ -96,13 +91,9 @@ impl Worker {
     /// Starts the thread.
     pub(super) fn start(name: &str, connection: Connection) -> std::io::Result<Worker> {
         let (jobs, given) = mpsc::channel();
-        let thread = std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || run(connection, &given))?;
-        Ok(Worker {
-            jobs: Some(jobs),
-            thread: Some(thread),
-        })
+        let thread =
+            std::thread::Builder::new().name(name.to_owned()).spawn(move || run(connection, &given))?;
+        Ok(Worker { jobs: Some(jobs), thread: Some(thread) })
     }
 
     pub(super) fn send(&self, job: Job) -> Result<()> {
