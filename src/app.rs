@@ -13,9 +13,9 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::{self, ApiState};
+use crate::cache::Cache;
 use crate::cache::memory::MemoryCache;
 use crate::cache::redis::RedisCache;
-use crate::cache::Cache;
 use crate::clock::Clock;
 use crate::config::{CacheConfig, Config, QueueConfig, Role, StoreConfig};
 use crate::consumer::{self, ConsumerOptions};
@@ -77,7 +77,8 @@ impl App {
         }
         let (queue, cache) = (open_queue(&config.queue)?, open_cache(&config.cache)?);
         let host = hostname();
-        let presence = Arc::new(Presence::new(Arc::clone(&store), clock.clone(), role_name(config.role), &host));
+        let presence =
+            Arc::new(Presence::new(Arc::clone(&store), clock.clone(), role_name(config.role), &host));
         let directory = Arc::new(Directory::new(Arc::clone(&store)));
         let metrics = Arc::new(Metrics::default());
         let parts = Parts { store, queue, cache, clock, metrics, presence, directory };
@@ -116,7 +117,10 @@ impl App {
         if missing.is_empty() {
             return Ok(());
         }
-        Err(StoreError::Unavailable(format!("it lacks the migrations {}; run `ams migrate`", missing.join(", "))))
+        Err(StoreError::Unavailable(format!(
+            "it lacks the migrations {}; run `ams migrate`",
+            missing.join(", ")
+        )))
     }
 
     async fn begin_service(&self) -> std::result::Result<(), StoreError> {
@@ -135,14 +139,19 @@ impl App {
         self.parts.directory.refresh().await.map(drop)
     }
 
+    /// Prepares, then serves.
+    ///
+    /// # Errors
+    /// Those of [`App::prepare`] and [`App::serve`].
+    pub async fn run(&self, stop: &CancellationToken) -> Result<()> {
+        if self.prepare(stop).await? { self.serve(stop).await } else { Ok(()) }
+    }
+
     /// Runs the role's services until `stop`, and drains them.
     ///
     /// # Errors
     /// When a port can't be listened on, or the installation's number can't be read.
-    pub async fn run(&self, stop: &CancellationToken) -> Result<()> {
-        if !self.prepare(stop).await? {
-            return Ok(());
-        }
+    pub async fn serve(&self, stop: &CancellationToken) -> Result<()> {
         // What keeps a process alive in the eyes of others goes on while its services drain.
         let alive = CancellationToken::new();
         let services = self.services(stop).await?;
@@ -185,7 +194,12 @@ impl App {
                     window: WINDOW,
                     drain: self.config.shutdown_timeout,
                 };
-                services.push(Box::pin(consumer::run(self.parts.clone(), Arc::clone(&delivery), options, stop)));
+                services.push(Box::pin(consumer::run(
+                    self.parts.clone(),
+                    Arc::clone(&delivery),
+                    options,
+                    stop,
+                )));
             }
         }
         Ok(services)
@@ -204,8 +218,10 @@ impl App {
     }
 
     async fn delivery(&self) -> Result<Arc<Delivery>> {
-        let installation = self.parts.store.installation().await.map_err(|error| AppError(error.to_string()))?;
-        let options = DeliveryOptions { ca_file: self.config.request_ca_file.clone(), ..DeliveryOptions::default() };
+        let installation =
+            self.parts.store.installation().await.map_err(|error| AppError(error.to_string()))?;
+        let options =
+            DeliveryOptions { ca_file: self.config.request_ca_file.clone(), ..DeliveryOptions::default() };
         let delivery = Delivery::new(self.parts.clock.clone(), installation, options);
         delivery.map(Arc::new).map_err(|error| AppError(error.to_string()))
     }
@@ -271,7 +287,9 @@ pub fn open_queue(config: &QueueConfig) -> Result<Arc<dyn Queue>> {
 fn open_cache(config: &CacheConfig) -> Result<Arc<dyn Cache>> {
     Ok(match config {
         CacheConfig::Memory => Arc::new(MemoryCache::new()),
-        CacheConfig::Redis(url) => Arc::new(RedisCache::open(url).map_err(|error| AppError(error.to_string()))?),
+        CacheConfig::Redis(url) => {
+            Arc::new(RedisCache::open(url).map_err(|error| AppError(error.to_string()))?)
+        }
     })
 }
 
@@ -288,16 +306,18 @@ fn role_name(role: Role) -> &'static str {
 }
 
 fn hostname() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".to_owned(), |name| name.trim().to_owned())
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map_or_else(|_| "unknown".to_owned(), |name| name.trim().to_owned())
 }
 
 fn raise_file_limit() {
     match rlimit::increase_nofile_limit(FILES) {
         Ok(limit) if limit < FILES => {
-            tracing::warn!("at most {limit} files can be open; for many slow endpoints allow {FILES} (ulimit -n)");
+            tracing::warn!(
+                "at most {limit} files can be open; for many slow endpoints allow {FILES} (ulimit -n)"
+            );
         }
         Ok(limit) => tracing::debug!("up to {limit} files may be open"),
         Err(error) => tracing::warn!("the limit of open files stays as it is: {error}"),
     }
 }
-

@@ -94,13 +94,14 @@ pub async fn run(config: Config, options: &BenchOptions) -> Result<Report> {
     eprintln!("{} messages a second for {:?}", options.rate, options.steady);
     receiver.reset().await?;
     let steady = steady(&clock, &stack, &receiver, options).await?;
+    let kind = stack.kind();
     stack.tear_down().await?;
     receiver.stop();
 
     let delivered_per_s = drained.per_s();
     let messages = options.messages as f64;
     Ok(Report {
-        stack: stack.kind(),
+        stack: kind,
         messages: options.messages,
         payload_bytes: options.payload_bytes,
         delivered_per_s,
@@ -110,7 +111,11 @@ pub async fn run(config: Config, options: &BenchOptions) -> Result<Report> {
         rate: options.rate,
         lost: options.messages - drained.distinct + steady.lost,
         duplicates: drained.arrivals - drained.distinct + steady.duplicates,
-        cpu_us_per_message: after.cpu_us_since(&before).into_iter().map(|(k, us)| (k, us / messages)).collect(),
+        cpu_us_per_message: after
+            .cpu_us_since(&before)
+            .into_iter()
+            .map(|(k, us)| (k, us / messages))
+            .collect(),
         sql_statements_per_message: statements.map(|count| count as f64 / messages),
         memory_mb: after.memory_mb(),
         stages: limit.stages,
@@ -127,7 +132,8 @@ struct Steady {
 async fn steady(clock: &Clock, stack: &Stack, receiver: &Receiver, options: &BenchOptions) -> Result<Steady> {
     const GROUP: Duration = Duration::from_millis(10);
     let group = (options.rate as f64 * GROUP.as_secs_f64()).ceil() as usize;
-    let mut tick = tokio::time::interval(GROUP.mul_f64(group as f64 / (options.rate as f64 * GROUP.as_secs_f64())));
+    let mut tick =
+        tokio::time::interval(GROUP.mul_f64(group as f64 / (options.rate as f64 * GROUP.as_secs_f64())));
     let watch = clock.stopwatch();
     let mut inserted = 0;
     while watch.elapsed() < options.steady {
@@ -144,7 +150,11 @@ async fn steady(clock: &Clock, stack: &Stack, receiver: &Receiver, options: &Ben
 }
 
 fn message(payload_bytes: usize) -> NewMessage {
-    NewMessage { recipient: "+905551111111".into(), content: "x".repeat(payload_bytes), ..NewMessage::default() }
+    NewMessage {
+        recipient: "+905551111111".into(),
+        content: "x".repeat(payload_bytes),
+        ..NewMessage::default()
+    }
 }
 
 fn failed(what: &str) -> impl Fn(&dyn std::fmt::Display) -> AppError {

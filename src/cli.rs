@@ -38,7 +38,9 @@ fn failed(error: &AppError) -> ExitCode {
 /// The whole command line, from which help and completions are made too.
 pub fn command() -> Command {
     let verb = |name: &'static str, about: &'static str| Command::new(name).about(about).args(setting_args());
-    let flag = |name: &'static str, help: &'static str| Arg::new(name).long(name).help(help).action(ArgAction::SetTrue);
+    let flag = |name: &'static str, help: &'static str| {
+        Arg::new(name).long(name).help(help).action(ArgAction::SetTrue)
+    };
     Command::new("ams")
         .version(env!("CARGO_PKG_VERSION"))
         .about("The automatic message system: an INSERT is a send.")
@@ -58,8 +60,13 @@ pub fn command() -> Command {
             verb("migrate", "apply the store's migrations")
                 .arg(flag("check", "apply nothing; exit 1 if any is missing")),
         )
-        .subcommand(bench_command(verb("bench", "messages a second on this machine, against a measured limit")))
-        .subcommand(Command::new("bench-receiver").hide(true).arg(Arg::new("port").long("port").required(true)))
+        .subcommand(bench_command(verb(
+            "bench",
+            "messages a second on this machine, against a measured limit",
+        )))
+        .subcommand(
+            Command::new("bench-receiver").hide(true).arg(Arg::new("port").long("port").required(true)),
+        )
         .subcommand(
             verb("config", "each setting with its value and where it came from").arg(flag("json", "as JSON")),
         )
@@ -246,7 +253,8 @@ fn testclient_options(matches: &ArgMatches) -> app::Result<TestClientOptions> {
     };
     if let Some(text) = text("status") {
         let status = text.parse().ok().filter(|status| (200..=599).contains(status));
-        options.status = status.ok_or_else(|| wrong("status", text, "is no status; write one from 200 to 599"))?;
+        options.status =
+            status.ok_or_else(|| wrong("status", text, "is no status; write one from 200 to 599"))?;
     }
     if let Some(text) = text("hang") {
         let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));

@@ -35,3 +35,7 @@ pub mod api;
 pub mod testclient;
 
 pub mod config;
+
+pub mod app;
+pub mod bench;
+pub mod cli;

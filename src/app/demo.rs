@@ -25,7 +25,12 @@ const LOOK: Duration = Duration::from_millis(40);
 ///
 /// # Errors
 /// When the demo's file or a port can't be used.
-pub async fn run(mut config: Config, raw: &Raw, exit_when_done: bool, stop: CancellationToken) -> Result<ExitCode> {
+pub async fn run(
+    mut config: Config,
+    raw: &Raw,
+    exit_when_done: bool,
+    stop: CancellationToken,
+) -> Result<ExitCode> {
     let receiver = free_port(&config.host, 3000).await?;
     let api = free_port(&config.host, config.port).await?;
     config.port = address(&api)?.port();
@@ -55,17 +60,23 @@ pub async fn run(mut config: Config, raw: &Raw, exit_when_done: bool, stop: Canc
         stop.cancel();
         told
     };
-    let (ran, _, told) = tokio::join!(app.run(&stop), testclient::run(receiver, options, done.clone()), async {
-        let told = told.await;
-        done.cancel();
-        told
-    });
+    let (ran, _, told) =
+        tokio::join!(app.serve(&stop), testclient::run(receiver, options, done.clone()), async {
+            let told = told.await;
+            done.cancel();
+            told
+        });
     ran?;
     told.map(|()| ExitCode::SUCCESS)
 }
 
 /// Inserts the samples and prints what happens, until stopped or everything is final.
-async fn tell(app: &App, mut timeline: Timeline, exit_when_done: bool, stop: &CancellationToken) -> Result<()> {
+async fn tell(
+    app: &App,
+    mut timeline: Timeline,
+    exit_when_done: bool,
+    stop: &CancellationToken,
+) -> Result<()> {
     let failed = |error: StoreError| AppError(error.to_string());
     let store = app.parts.store.as_ref();
     store.insert(&samples(), app.parts.clock.now()).await.map_err(failed)?;
@@ -109,7 +120,9 @@ fn remove_old_file() -> Result<()> {
         if let Err(error) = std::fs::remove_file(&path)
             && Path::new(&path).exists()
         {
-            return Err(AppError(format!("{path} of an earlier demo can't be removed: {error}; remove it by hand")));
+            return Err(AppError(format!(
+                "{path} of an earlier demo can't be removed: {error}; remove it by hand"
+            )));
         }
     }
     Ok(())
@@ -128,10 +141,17 @@ impl Timeline {
 
     fn greet(&self, config: &Config) {
         let api = format!("http://{}:{}", config.host, config.port);
-        println!("AMS runs whole in this process. The receiver at {} fails some requests on purpose.", config.request_url);
+        println!(
+            "AMS runs whole in this process. The receiver at {} fails some requests on purpose.",
+            config.request_url
+        );
         println!("Swagger UI: {api}/swagger/index.html");
-        println!("Send one by SQL:   sqlite3 {FILE} \"INSERT INTO messages (recipient, content) VALUES ('+905551111111', 'Hello');\"");
-        println!("Send one by HTTP:  curl -s {api}/v1/messages -H 'content-type: application/json' -d '{{\"recipient\":\"+905551111111\",\"content\":\"Hello\"}}'");
+        println!(
+            "Send one by SQL:   sqlite3 {FILE} \"INSERT INTO messages (recipient, content) VALUES ('+905551111111', 'Hello');\""
+        );
+        println!(
+            "Send one by HTTP:  curl -s {api}/v1/messages -H 'content-type: application/json' -d '{{\"recipient\":\"+905551111111\",\"content\":\"Hello\"}}'"
+        );
         println!();
     }
 
@@ -156,11 +176,14 @@ impl Timeline {
     fn line(&self, start: Timestamp, message: &Message, attempt: &Attempt, last: bool) -> String {
         let at = attempt.started_at.since(start).as_secs_f64();
         let took = f64::from(attempt.times.total_us()) / 1000.0;
-        let answer = attempt.status.map_or_else(|| attempt.class.as_str().to_owned(), |status| status.to_string());
+        let answer =
+            attempt.status.map_or_else(|| attempt.class.as_str().to_owned(), |status| status.to_string());
         let (colour, then) = match (message.status, message.due_at) {
             (Status::Sent, _) if last => ("32", "sent".to_owned()),
             (Status::Dead, _) if last => ("31", "dead: no tries left".to_owned()),
-            (_, Some(due)) if last => ("33", format!("next try in {:.1} s", due.since(attempt.started_at).as_secs_f64())),
+            (_, Some(due)) if last => {
+                ("33", format!("next try in {:.1} s", due.since(attempt.started_at).as_secs_f64()))
+            }
             _ => ("33", "tried again".to_owned()),
         };
         let then = if self.colour { format!("\x1b[{colour}m{then}\x1b[0m") } else { then };

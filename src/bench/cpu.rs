@@ -54,7 +54,8 @@ impl Usage {
 /// CPU time that all processors of this machine have spent working, in µs.
 pub(super) fn machine_us() -> f64 {
     let Ok(stat) = std::fs::read_to_string("/proc/stat") else { return 0.0 };
-    let ticks: Vec<f64> = stat.lines().next().unwrap_or("").split_whitespace().skip(1).flat_map(str::parse).collect();
+    let ticks: Vec<f64> =
+        stat.lines().next().unwrap_or("").split_whitespace().skip(1).flat_map(str::parse).collect();
     // user, nice, system, (idle, iowait,) irq, softirq
     [0, 1, 2, 5, 6].iter().filter_map(|i| ticks.get(*i)).sum::<f64>() * 1e6 / TICKS
 }

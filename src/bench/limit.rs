@@ -58,7 +58,12 @@ impl Meter<'_> {
     }
 }
 
-async fn store(stack: &Stack, count: usize, payload: usize, stages: &mut BTreeMap<&'static str, f64>) -> Result<()> {
+async fn store(
+    stack: &Stack,
+    count: usize,
+    payload: usize,
+    stages: &mut BTreeMap<&'static str, f64>,
+) -> Result<()> {
     let (store, scratch) = stack.bare_store(count, payload).await?;
     let wrong = failed("a bare store stage failed");
     let now = stack.clock().now();
@@ -86,8 +91,10 @@ async fn store(stack: &Stack, count: usize, payload: usize, stages: &mut BTreeMa
     }
     meter.add("begin", before);
 
-    let groups: Vec<Vec<Record>> =
-        groups.into_iter().map(|group| group.into_iter().map(|(id, epoch)| sent(id, epoch, now)).collect()).collect();
+    let groups: Vec<Vec<Record>> = groups
+        .into_iter()
+        .map(|group| group.into_iter().map(|(id, epoch)| sent(id, epoch, now)).collect())
+        .collect();
     let before = machine_us();
     for (i, records) in (1_i64..).zip(&groups) {
         let records = Records { records, finished: &[LeaseId(i)], now };

@@ -61,7 +61,8 @@ impl Arrived {
 impl Receiver {
     pub(super) async fn start(clock: &Clock) -> Result<Receiver> {
         let port = free_port().await?;
-        let program = std::env::current_exe().map_err(|error| failed("our own program is not found")(&error))?;
+        let program =
+            std::env::current_exe().map_err(|error| failed("our own program is not found")(&error))?;
         let child = Command::new(program)
             .args(["bench-receiver", "--port", &port.to_string()])
             .stdout(Stdio::null())
@@ -133,7 +134,12 @@ impl Receiver {
             .body(Full::<Bytes>::default())
             .map_err(|error| wrong(&error))?;
         let response = sender.send_request(request).await.map_err(|error| wrong(&error))?;
-        response.into_body().collect().await.map(http_body_util::Collected::to_bytes).map_err(|error| wrong(&error))
+        response
+            .into_body()
+            .collect()
+            .await
+            .map(http_body_util::Collected::to_bytes)
+            .map_err(|error| wrong(&error))
     }
 }
 
@@ -182,8 +188,11 @@ pub async fn serve(port: u16, stop: CancellationToken) -> Result<()> {
         // A connection without it only answers later; it still answers.
         let _ = stream.set_nodelay(true);
         let (counts, clock) = (Arc::clone(&counts), clock.clone());
-        let service = hyper::service::service_fn(move |request| answer(Arc::clone(&counts), clock.clone(), request));
-        tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+        let service =
+            hyper::service::service_fn(move |request| answer(Arc::clone(&counts), clock.clone(), request));
+        tokio::spawn(
+            hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service),
+        );
     }
 }
 
@@ -198,7 +207,8 @@ async fn answer(
         created_at: Timestamp,
     }
     let (method, with_ages) = (request.method().clone(), request.uri().path() == "/ages");
-    let body = request.into_body().collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
+    let body =
+        request.into_body().collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
     let answer = match method {
         Method::POST => {
@@ -213,7 +223,9 @@ async fn answer(
                     counts.ages_us.push(now.as_micros() - body.created_at.as_micros());
                 }
             }
-            Bytes::from_static(br#"{"message":"Accepted","messageId":"00000000-0000-4000-8000-000000000000"}"#)
+            Bytes::from_static(
+                br#"{"message":"Accepted","messageId":"00000000-0000-4000-8000-000000000000"}"#,
+            )
         }
         Method::GET => told(&mut counts, with_ages),
         _ => {

@@ -23,7 +23,6 @@ use crate::store::{Endpoint, Store};
 const FILL: usize = 5_000;
 
 pub(super) struct Stack {
-    config: Config,
     clock: Clock,
     store: Arc<dyn Store>,
     queue: Arc<dyn Queue>,
@@ -40,8 +39,10 @@ impl Stack {
     pub(super) async fn set_up(config: &Config, request_url: String) -> Result<Stack> {
         let name = format!("ams_bench_{}", std::process::id());
         let mut config = config.clone();
-        let mut environment = BTreeMap::from([("REQUEST_URL", request_url.clone()), ("LOG_LEVEL", "warn".into())]);
-        let full = matches!((&config.store, &config.queue), (StoreConfig::Postgres(_), QueueConfig::Kafka { .. }));
+        let mut environment =
+            BTreeMap::from([("REQUEST_URL", request_url.clone()), ("LOG_LEVEL", "warn".into())]);
+        let full =
+            matches!((&config.store, &config.queue), (StoreConfig::Postgres(_), QueueConfig::Kafka { .. }));
         let (mut scratch, mut file) = (None, None);
         if let (true, StoreConfig::Postgres(url)) = (full, &config.store) {
             let made = Scratch::create(url, &name).await.map_err(|error| AppError(error.to_string()))?;
@@ -60,7 +61,7 @@ impl Stack {
         store.put_endpoint(&Endpoint::new("default", &request_url)).await.map_err(|error| wrong(&error))?;
         let services = Mutex::default();
         let clock = Clock::system();
-        Ok(Stack { config, clock, store, queue, scratch, file, name, environment, services })
+        Ok(Stack { clock, store, queue, scratch, file, name, environment, services })
     }
 
     pub(super) fn kind(&self) -> &'static str {
@@ -85,7 +86,11 @@ impl Stack {
     }
 
     /// A store on the same server that holds `count` messages and nothing else, for the bare stages.
-    pub(super) async fn bare_store(&self, count: usize, payload_bytes: usize) -> Result<(Arc<dyn Store>, Scratch)> {
+    pub(super) async fn bare_store(
+        &self,
+        count: usize,
+        payload_bytes: usize,
+    ) -> Result<(Arc<dyn Store>, Scratch)> {
         let Some(scratch) = &self.scratch else {
             return Err(AppError("bare store stages are measured on the full stack only".to_owned()));
         };
@@ -106,7 +111,8 @@ impl Stack {
     pub(super) fn start(&mut self) -> Result<()> {
         let verbs: &[&str] =
             if self.scratch.is_some() { &["producer", "consumer", "retry-consumer"] } else { &["up"] };
-        let program = std::env::current_exe().map_err(|error| failed("our own program is not found")(&error))?;
+        let program =
+            std::env::current_exe().map_err(|error| failed("our own program is not found")(&error))?;
         for verb in verbs {
             let mut command = Command::new(&program);
             command.arg(verb).envs(&self.environment).stdout(Stdio::null());
@@ -123,7 +129,9 @@ impl Stack {
     pub(super) fn assert_running(&self) -> Result<()> {
         for (name, child) in self.services.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
             if let Ok(Some(status)) = child.try_wait() {
-                return Err(AppError(format!("the benchmark's {name} ended by itself ({status}); its log says why")));
+                return Err(AppError(format!(
+                    "the benchmark's {name} ended by itself ({status}); its log says why"
+                )));
             }
         }
         Ok(())
@@ -133,13 +141,17 @@ impl Stack {
     pub(super) async fn settle(&self) -> Result<()> {
         let watch = self.clock.stopwatch();
         loop {
-            let overview = self.store.overview(self.clock.now()).await.map_err(|error| AppError(error.to_string()))?;
+            let overview =
+                self.store.overview(self.clock.now()).await.map_err(|error| AppError(error.to_string()))?;
             let open = |status: Status| !status.is_final();
             if overview.counts.iter().filter(|count| open(count.status)).all(|count| count.count == 0) {
                 return Ok(());
             }
             if watch.elapsed() > Duration::from_secs(30) {
-                return Err(AppError(format!("messages are still under way after 30 s: {:?}", overview.counts)));
+                return Err(AppError(format!(
+                    "messages are still under way after 30 s: {:?}",
+                    overview.counts
+                )));
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -205,7 +217,9 @@ impl Drop for Stack {
 fn settings(config: &Config, name: &str, environment: &mut BTreeMap<&'static str, String>) {
     match &config.store {
         StoreConfig::Postgres(url) => environment.insert("DATABASE_URL", url.clone()),
-        StoreConfig::Sqlite(path) => environment.insert("DATABASE_URL", format!("sqlite://{}", path.display())),
+        StoreConfig::Sqlite(path) => {
+            environment.insert("DATABASE_URL", format!("sqlite://{}", path.display()))
+        }
     };
     environment.insert("KAFKA_GROUP_ID", name.to_owned());
     environment.insert("KAFKA_TOPIC", format!("{name}-fresh"));

@@ -1,0 +1,211 @@
+//! How the system is: status for people and programs, liveness, readiness, metrics.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::problem::Problem;
+use super::{ApiState, typed};
+use crate::clock::Timestamp;
+use crate::service::Parts;
+
+/// A part that has not answered by then counts as away.
+const ANSWER: Duration = Duration::from_secs(1);
+
+/// The whole system at a glance.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct StatusView {
+    /// This program's version.
+    #[schema(example = "0.1.0")]
+    version: &'static str,
+    /// Every process, with its last heartbeat.
+    services: Vec<ServiceView>,
+    /// How many messages have each status; counting stops at 10,000.
+    counts: BTreeMap<String, CountView>,
+    /// How long the oldest due message has waited, in seconds.
+    #[schema(example = 0.2)]
+    oldest_due_age_s: Option<f64>,
+    /// Records of each lane that its group has not taken up.
+    #[schema(example = json!({"messages": 12}))]
+    lag: BTreeMap<String, i64>,
+    /// Whether a producer is at work: `running`, or `away` when none leads.
+    #[schema(example = "running")]
+    producer: String,
+    /// Health of store, queue and cache.
+    parts: BTreeMap<&'static str, PartView>,
+}
+
+/// A process.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct ServiceView {
+    /// What it runs.
+    #[schema(example = "consumer")]
+    service: String,
+    /// Where.
+    #[schema(example = "host-1")]
+    host: String,
+    /// Its version.
+    #[schema(example = "0.1.0")]
+    version: String,
+    /// Since when.
+    #[schema(value_type = String, format = DateTime, example = "2030-01-01T09:00:00Z")]
+    started_at: Timestamp,
+    /// Its last heartbeat.
+    #[schema(value_type = String, format = DateTime, example = "2030-01-01T09:00:00Z")]
+    seen_at: Timestamp,
+    /// Whether its lease holds.
+    #[schema(example = true)]
+    alive: bool,
+}
+
+/// A count that stops counting.
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+pub(super) struct CountView {
+    /// How many, at least.
+    #[schema(example = 10000)]
+    count: u64,
+    /// Whether there are more.
+    #[schema(example = true)]
+    more: bool,
+}
+
+/// A part's health.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct PartView {
+    /// Which backend it is.
+    #[schema(example = "postgres")]
+    kind: &'static str,
+    /// Whether it answers.
+    #[schema(example = true)]
+    up: bool,
+    /// How long it took to answer, in milliseconds.
+    #[schema(example = 0.7)]
+    latency_ms: f64,
+    /// What is wrong, when it does not answer.
+    #[schema(example = "no answer within 1s")]
+    error: Option<String>,
+}
+
+/// Whether this process can do its work.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct ReadyView {
+    /// Whether all that it needs is there; the cache is not needed.
+    #[schema(example = true)]
+    ready: bool,
+    /// Each part.
+    parts: BTreeMap<&'static str, PartView>,
+}
+
+/// Services, counts, ages, lag and health
+#[utoipa::path(
+    get, path = "/v1/status", tag = "system",
+    responses(
+        (status = 200, description = "The whole system at a glance", body = StatusView),
+        (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusView>, Problem> {
+    let now = state.parts.clock.now();
+    let overview = state.parts.store.overview(now).await?;
+    let services: Vec<_> = overview
+        .instances
+        .into_iter()
+        .map(|instance| ServiceView {
+            alive: instance.lease_until > now,
+            service: instance.service,
+            host: instance.host,
+            version: instance.version,
+            started_at: instance.started_at,
+            seen_at: instance.seen_at,
+        })
+        .collect();
+    let runs = services.iter().any(|s| s.alive && matches!(s.service.as_str(), "producer" | "up"));
+    let count = |count: &crate::store::Count| {
+        (count.status.to_string(), CountView { count: count.count, more: count.more })
+    };
+    Ok(Json(StatusView {
+        version: env!("CARGO_PKG_VERSION"),
+        counts: overview.counts.iter().map(count).collect(),
+        oldest_due_age_s: overview.oldest_due_at.map(|due| now.since(due).as_secs_f64()),
+        lag: lag(&state.parts).await,
+        producer: if runs { "running" } else { "away" }.to_owned(),
+        parts: parts(&state.parts).await,
+        services,
+    }))
+}
+
+async fn lag(parts: &Parts) -> BTreeMap<String, i64> {
+    let mut lag = BTreeMap::new();
+    for lane in &parts.directory.snapshot().lanes {
+        let depth = tokio::time::timeout(ANSWER, parts.queue.depth(&lane.topic, &lane.group)).await;
+        if let Ok(Ok(depth)) = depth {
+            lag.insert(lane.topic.clone(), depth.iter().map(|depth| depth.end - depth.position).sum());
+        }
+    }
+    lag
+}
+
+async fn parts(parts: &Parts) -> BTreeMap<&'static str, PartView> {
+    let (store, queue, cache) = tokio::join!(
+        ask(parts, parts.store.kind(), parts.store.missing_migrations()),
+        ask(parts, parts.queue.kind(), parts.queue.ping()),
+        ask(parts, parts.cache.kind(), parts.cache.ping()),
+    );
+    for (part, view) in [("store", &store), ("queue", &queue), ("cache", &cache)] {
+        parts.metrics.part_up(part, view.up);
+    }
+    BTreeMap::from([("store", store), ("queue", queue), ("cache", cache)])
+}
+
+async fn ask<T, E: std::fmt::Display>(
+    parts: &Parts,
+    kind: &'static str,
+    call: impl Future<Output = Result<T, E>>,
+) -> PartView {
+    let watch = parts.clock.stopwatch();
+    let error = match tokio::time::timeout(ANSWER, call).await {
+        Ok(answer) => answer.err().map(|error| error.to_string()),
+        Err(_) => Some(format!("no answer within {ANSWER:?}")),
+    };
+    let latency_ms = watch.elapsed().as_secs_f64() * 1000.0;
+    PartView { kind, up: error.is_none(), latency_ms, error }
+}
+
+/// Whether the process is alive
+#[utoipa::path(
+    get, path = "/livez", tag = "system",
+    responses((status = 200, description = "It is", body = String, content_type = "text/plain", example = "alive"))
+)]
+pub(super) async fn livez() -> impl IntoResponse {
+    typed("text/plain; charset=utf-8", "alive\n".to_owned())
+}
+
+/// Whether the process can do its work, part by part
+#[utoipa::path(
+    get, path = "/readyz", tag = "system",
+    responses(
+        (status = 200, description = "It can", body = ReadyView),
+        (status = 503, description = "Something that it needs is away", body = ReadyView),
+    )
+)]
+pub(super) async fn readyz(State(state): State<ApiState>) -> (StatusCode, Json<ReadyView>) {
+    let parts = parts(&state.parts).await;
+    let ready = parts.iter().all(|(part, view)| view.up || *part == "cache");
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(ReadyView { ready, parts }))
+}
+
+/// Metrics for Prometheus
+#[utoipa::path(
+    get, path = "/metrics", tag = "system",
+    responses((status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text"))
+)]
+pub(super) async fn metrics(State(state): State<ApiState>) -> impl IntoResponse {
+    typed("application/openmetrics-text; version=1.0.0; charset=utf-8", state.parts.metrics.encode())
+}

@@ -1,0 +1,214 @@
+//! The API through a real listener, on the embedded backends.
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::{Method, Request, StatusCode};
+use serde_json::{Value, json};
+
+use super::*;
+use crate::cache::memory::MemoryCache;
+use crate::clock::Clock;
+use crate::queue::embedded::EmbeddedQueue;
+use crate::service::{Directory, Presence};
+use crate::store::sqlite::SqliteStore;
+use crate::store::{Endpoint, Store};
+
+struct Api {
+    port: u16,
+    stop: CancellationToken,
+}
+
+impl Api {
+    async fn start() -> Api {
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
+        store.put_endpoint(&Endpoint::new("default", "http://localhost:3000")).await.unwrap();
+        let clock = Clock::system();
+        let directory = Arc::new(Directory::new(Arc::clone(&store)));
+        let parts = Parts {
+            presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "api", "test")),
+            queue: Arc::new(EmbeddedQueue::new(2)),
+            cache: Arc::new(MemoryCache::new()),
+            metrics: Arc::default(),
+            clock: clock.clone(),
+            directory,
+            store: Arc::clone(&store),
+        };
+        parts.presence.step().await.unwrap();
+        let intake = Intake::new(store, clock, Arc::clone(&parts.metrics), Arc::default());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let stop = CancellationToken::new();
+        tokio::spawn(serve(listener, router(ApiState::new(&parts, intake)), stop.clone()));
+        Api { port, stop }
+    }
+
+    async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: String,
+    ) -> (StatusCode, String, String) {
+        let stream = tokio::net::TcpStream::connect(("127.0.0.1", self.port)).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        let mut request = Request::builder().method(method).uri(path).header("host", "localhost");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let response =
+            sender.send_request(request.body(Full::new(Bytes::from(body))).unwrap()).await.unwrap();
+        let content_type =
+            response.headers().get("content-type").map(|value| value.to_str().unwrap().to_owned());
+        let status = response.status();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, content_type.unwrap_or_default(), String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    async fn post(&self, path: &str, body: Value) -> (StatusCode, Value) {
+        let headers = [("content-type", "application/json")];
+        let (status, _, body) = self.call(Method::POST, path, &headers, body.to_string()).await;
+        (status, serde_json::from_str(&body).unwrap())
+    }
+
+    async fn get(&self, path: &str) -> (StatusCode, Value) {
+        let (status, _, body) = self.call(Method::GET, path, &[], String::new()).await;
+        (status, serde_json::from_str(&body).unwrap())
+    }
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+#[tokio::test]
+async fn a_message_is_accepted_and_shown_with_what_it_waits_for() {
+    let api = Api::start().await;
+    let (status, sent) =
+        api.post("/v1/messages", json!({"recipient": "+90", "content": "Hello", "tags": {"a": 1}})).await;
+    assert_eq!(status, StatusCode::ACCEPTED);
+    assert_eq!(
+        (&sent["id"], &sent["status"], &sent["endpoint"]),
+        (&json!(1), &json!("pending"), &json!("default"))
+    );
+    let (status, shown) = api.get("/v1/messages/1").await;
+    assert_eq!((status, &shown), (StatusCode::OK, &sent));
+    assert!(shown["why"].as_str().unwrap().contains("due now"));
+    assert_eq!(
+        api.get("/v1/messages/1/attempts").await,
+        (StatusCode::OK, json!({"data": [], "next_cursor": null}))
+    );
+    assert_eq!(api.get("/v1/messages/1/response").await.0, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn a_batch_is_stored_whole_or_not_at_all() {
+    let api = Api::start().await;
+    let good = json!({"recipient": "+90", "content": "Hello"});
+    let (status, ids) = api.post("/v1/messages/batch", json!({"messages": [good, good]})).await;
+    assert_eq!((status, ids), (StatusCode::ACCEPTED, json!({"ids": [1, 2]})));
+    let bad = json!({"recipient": "", "content": "Hello", "endpoint": "nobody"});
+    let (status, problem) = api.post("/v1/messages/batch", json!({"messages": [good, bad]})).await;
+    assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
+    let fields: Vec<_> =
+        problem["errors"].as_array().unwrap().iter().map(|e| (&e["index"], &e["field"])).collect();
+    assert_eq!(fields, [(&json!(1), &json!("recipient")), (&json!(1), &json!("endpoint"))]);
+    assert_eq!(api.get("/v1/messages/3").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(
+        api.post("/v1/messages/batch", json!({"messages": []})).await.0,
+        StatusCode::UNPROCESSABLE_ENTITY
+    );
+}
+
+#[tokio::test]
+async fn an_idempotency_key_makes_one_message() {
+    let api = Api::start().await;
+    let headers = [("content-type", "application/json"), ("idempotency-key", "once")];
+    let body = |content: &str| json!({"recipient": "+90", "content": content}).to_string();
+    let first = api.call(Method::POST, "/v1/messages", &headers, body("Hello")).await;
+    let again = api.call(Method::POST, "/v1/messages", &headers, body("Hello")).await;
+    let other = api.call(Method::POST, "/v1/messages", &headers, body("Other")).await;
+    assert_eq!(
+        (first.0, again.0, other.0),
+        (StatusCode::ACCEPTED, StatusCode::OK, StatusCode::UNPROCESSABLE_ENTITY)
+    );
+    assert_eq!(first.2, again.2);
+    assert!(other.2.contains("idempotency_conflict"), "{}", other.2);
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_a_request_is_a_problem_with_a_code() {
+    let api = Api::start().await;
+    let json_type = [("content-type", "application/json")];
+    for (method, path, headers, body, status, code) in [
+        (Method::POST, "/v1/messages", &json_type[..], "{", 400, "invalid_json"),
+        (Method::POST, "/v1/messages", &json_type[..], r#"{"recipient":"+90"}"#, 400, "invalid_json"),
+        (
+            Method::POST,
+            "/v1/messages",
+            &json_type[..],
+            r#"{"recipient":"+90","content":"x","status":"sent"}"#,
+            400,
+            "invalid_json",
+        ),
+        (Method::POST, "/v1/messages", &[][..], "{}", 415, "unsupported_media_type"),
+        (
+            Method::POST,
+            "/v1/messages",
+            &json_type[..],
+            r#"{"recipient":"","content":"x"}"#,
+            422,
+            "invalid_message",
+        ),
+        (Method::GET, "/v1/messages/seven", &[][..], "", 400, "invalid_path"),
+        (Method::GET, "/v1/messages/7", &[][..], "", 404, "not_found"),
+        (Method::GET, "/v2", &[][..], "", 404, "not_found"),
+        (Method::DELETE, "/v1/messages/7", &[][..], "", 405, "method_not_allowed"),
+    ] {
+        let (got, content_type, text) = api.call(method.clone(), path, headers, body.to_owned()).await;
+        assert_eq!(got.as_u16(), status, "{method} {path} {body}: {text}");
+        assert_eq!(content_type, "application/problem+json", "{method} {path}");
+        assert!(text.contains(&format!("\"{code}\"")), "{method} {path}: {text}");
+    }
+    let large = json!({"recipient": "+90", "content": "x".repeat(3 << 20)}).to_string();
+    let (status, _, text) = api.call(Method::POST, "/v1/messages", &json_type, large).await;
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE, "{text}");
+}
+
+#[tokio::test]
+async fn health_status_metrics_and_documents_are_there() {
+    let api = Api::start().await;
+    assert_eq!(api.call(Method::GET, "/livez", &[], String::new()).await.2, "alive\n");
+    let (status, ready) = api.get("/readyz").await;
+    assert_eq!(
+        (status, &ready["ready"], &ready["parts"]["store"]["kind"]),
+        (StatusCode::OK, &json!(true), &json!("sqlite"))
+    );
+    let (_, whole) = api.get("/v1/status").await;
+    assert_eq!(whole["services"][0]["service"], "api");
+    assert_eq!(whole["counts"]["pending"], json!({"count": 0, "more": false}));
+    let metrics = api.call(Method::GET, "/metrics", &[], String::new()).await.2;
+    assert!(metrics.contains("# HELP ams_part_up"), "{metrics}");
+    assert!(api.call(Method::GET, "/swagger/index.html", &[], String::new()).await.2.contains("swagger"));
+    assert!(api.call(Method::GET, "/", &[], String::new()).await.2.contains("/swagger/index.html"));
+    assert_eq!(api.get("/openapi.json").await.1["openapi"], "3.1.0");
+}
+
+#[test]
+fn the_openapi_document_is_the_committed_one() {
+    let now = openapi();
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let committed = std::fs::read_to_string(folder.join("docs/openapi.json")).unwrap_or_default();
+    let written = folder.join("target/openapi.json");
+    if committed.trim() != now.trim() {
+        std::fs::create_dir_all(folder.join("target")).unwrap();
+        std::fs::write(&written, &now).unwrap();
+        panic!(
+            "the OpenAPI document has changed: look at the difference and copy {} over docs/openapi.json",
+            written.display()
+        );
+    }
+}
