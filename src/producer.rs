@@ -47,7 +47,7 @@ const LEADERSHIP: Duration = Duration::from_secs(6);
 /// How often the range behind the cursor is searched for rows that committed late or were given back.
 const SWEEP: Duration = Duration::from_millis(200);
 /// How often timed rows are looked for: delays are exact to about this.
-const TIMED: Duration = Duration::from_millis(40);
+const TIMED: Duration = Duration::from_millis(25);
 /// How often held rows of endpoints that are open again are looked for.
 const UNHOLD: Duration = Duration::from_secs(1);
 /// Batches waiting for the broker at once.

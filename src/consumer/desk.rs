@@ -246,7 +246,10 @@ impl Desk {
             Some(outcome) => {
                 self.parts.metrics.attempted(&lane.topic, outcome.class, took);
                 let directory = self.parts.directory.snapshot();
-                directory.policy(lane, &job.endpoint).judge(outcome, job.lane_try, now, fastrand::f64())
+                // A wait begins when the try ended, not when this busy task came to it.
+                let ended =
+                    outcome.started_at.after(Duration::from_micros(outcome.times.total_us().max(0) as u64));
+                directory.policy(lane, &job.endpoint).judge(outcome, job.lane_try, ended, fastrand::f64())
             }
         };
         let record = Record {

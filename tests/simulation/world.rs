@@ -189,7 +189,7 @@ impl World {
             },
         );
         let janitor = Janitor::new(parts.clone(), producer.leading());
-        let delivery = Arc::new(Delivery::scripted(parts.clock.clone(), self.script()));
+        let delivery = Arc::new(Delivery::scripted(parts.clock.clone(), self.script(&parts.clock)));
         let options = |lane| ConsumerOptions { lane, window: 50, drain: Duration::from_secs(30) };
         let [fresh, retry] = lanes();
         let wake = Notify::new();
@@ -226,10 +226,11 @@ impl World {
     }
 
     /// A receiver that takes its time, refuses a share, and sometimes accepts without our hearing of it.
-    fn script(&self) -> Script {
+    fn script(&self, clock: &Clock) -> Script {
+        let clock = clock.clone();
         let (receivers, faults) = (Arc::clone(&self.receivers), Arc::clone(&self.faults));
         Arc::new(move |ticket, _endpoint| {
-            let (receivers, faults) = (Arc::clone(&receivers), Arc::clone(&faults));
+            let (receivers, faults, clock) = (Arc::clone(&receivers), Arc::clone(&faults), clock.clone());
             Box::pin(async move {
                 *receivers.lock().unwrap().tried.entry(ticket.id).or_default() += 1;
                 faults.maybe_crash().await;
@@ -250,7 +251,7 @@ impl World {
                     }
                 }
                 faults.maybe_crash().await;
-                outcome(class)
+                Outcome { started_at: clock.now(), ..outcome(class) }
             })
         })
     }

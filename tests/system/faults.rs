@@ -2,9 +2,15 @@
 
 use std::time::Duration;
 
+use ams::testclient::TestClientOptions;
+use rdkafka::admin::{AdminClient, AdminOptions};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
 use crate::harness::*;
 use crate::kills::{Load, rows};
-use ams::testclient::TestClientOptions;
 
 /// Services that run a stack.
 fn start(stack: &Stack) -> Vec<Service> {
@@ -47,10 +53,10 @@ async fn redis_forgets_everything() {
     settle("FLUSHALL", &stack, &receiver, 0).await;
 }
 
-fn kafka(arguments: &[&str], class: &str) {
-    let jars = std::fs::canonicalize(".dev/kafka/jars").unwrap();
-    let path = format!("{}/*", jars.display());
-    tool("java", &[&["-cp", &path, class], arguments].concat());
+fn kafka(stack: &Stack) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", &stack.environment["KAFKA_BROKERS"]).set("group.id", &stack.name);
+    config
 }
 
 #[tokio::test]
@@ -59,18 +65,30 @@ async fn kafkas_topics_are_deleted() {
     let stack = Stack::new("deleted", &receiver).await;
     let _services = start(&stack);
     under_way(&stack, &receiver).await;
-    let brokers = &stack.environment["KAFKA_BROKERS"];
-    let topic = format!("{}-fresh", stack.name);
-    kafka(
-        &["--bootstrap-server", brokers, "--delete", "--topic", &topic],
-        "org.apache.kafka.tools.TopicCommand",
-    );
-    settle("topic deleted", &stack, &receiver, 0).await;
+    let admin: AdminClient<DefaultClientContext> = kafka(&stack).create().unwrap();
+    let topics = [format!("{}-fresh", stack.name), format!("{}-retry", stack.name)];
+    let deleted = admin.delete_topics(&[&topics[0], &topics[1]], &AdminOptions::new()).await.unwrap();
+    assert!(deleted.iter().all(Result::is_ok), "{deleted:?}");
+    settle("topics deleted", &stack, &receiver, 0).await;
+}
+
+/// Commits for a group without members, as the broker's own tool for resetting does.
+fn reset(stack: &Stack, to: Offset) {
+    let consumer: BaseConsumer = kafka(stack).create().unwrap();
+    let (topic, patience) = (format!("{}-fresh", stack.name), Duration::from_secs(10));
+    let partitions = consumer.fetch_metadata(Some(&topic), patience).unwrap().topics()[0].partitions().len();
+    let mut list = TopicPartitionList::new();
+    for partition in 0..i32::try_from(partitions).unwrap() {
+        let (first, end) = consumer.fetch_watermarks(&topic, partition, patience).unwrap();
+        let offset = if to == Offset::Beginning { first } else { end };
+        list.add_partition_offset(&topic, partition, Offset::Offset(offset)).unwrap();
+    }
+    consumer.commit(&list, CommitMode::Sync).unwrap();
 }
 
 #[tokio::test]
 async fn group_offsets_are_reset_to_the_start_and_to_the_end() {
-    for to in ["--to-earliest", "--to-latest"] {
+    for to in [Offset::Beginning, Offset::End] {
         let receiver = receiver(20).await;
         let stack = Stack::new("offsets", &receiver).await;
         let _producer = stack.start("producer", &[]);
@@ -78,21 +96,9 @@ async fn group_offsets_are_reset_to_the_start_and_to_the_end() {
         under_way(&stack, &receiver).await;
         // Only a group without members can be reset.
         assert!(consumer.stop().await.success());
-        let (brokers, topic) = (&stack.environment["KAFKA_BROKERS"], format!("{}-fresh", stack.name));
-        let arguments = [
-            "--bootstrap-server",
-            brokers,
-            "--group",
-            &stack.name,
-            "--topic",
-            &topic,
-            "--reset-offsets",
-            to,
-            "--execute",
-        ];
-        kafka(&arguments, "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand");
+        reset(&stack, to);
         let _consumer = stack.start("consumer", &[]);
-        settle(to, &stack, &receiver, 0).await;
+        settle(&format!("offsets reset to {to:?}"), &stack, &receiver, 0).await;
     }
 }
 

@@ -153,13 +153,6 @@ impl Service {
         .await;
         status.unwrap()
     }
-
-    /// Resident memory in MB.
-    pub fn memory_mb(&self) -> f64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
-    }
 }
 
 impl Drop for Service {
@@ -208,7 +201,8 @@ impl Stack {
     /// An `ams` command in this stack's environment, logging to its file.
     pub fn command(&self, verb: &str, more: &[(&str, &str)]) -> Command {
         let log = || File::options().append(true).create(true).open(&self.log).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ams"));
+        let program = setting("AMS_TEST_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_ams").to_owned());
+        let mut command = Command::new(program);
         command.arg(verb).envs(&self.environment).stdin(Stdio::null()).stdout(log()).stderr(log());
         if verb == "retry-consumer" {
             let retry = [format!("{}-retry", self.name), format!("{}-dlq", self.name)];
@@ -242,12 +236,11 @@ impl Stack {
 
     /// Waits until every message is final and `count` exist; returns how many ended how.
     pub async fn all_final(&self, count: i64, limit: Duration) -> BTreeMap<String, i64> {
-        let mut last = BTreeMap::new();
         let watch: Stopwatch = Clock::system().stopwatch();
         let mut tick = tokio::time::interval(Duration::from_millis(200));
         loop {
             tick.tick().await;
-            last = self.statuses().await;
+            let last = self.statuses().await;
             let ended =
                 ["sent", "dead", "cancelled", "expired"].iter().filter_map(|s| last.get(*s)).sum::<i64>();
             if ended == count && last.values().sum::<i64>() == count {
