@@ -220,6 +220,7 @@ fn migrations_come_in_pairs() {
 fn every_setting_and_metric_is_documented() {
     let readme = std::fs::read_to_string("README.md").unwrap();
     let mut missing: Vec<&str> = ams::config::SETTINGS.iter().map(|setting| setting.name).collect();
+    missing.extend(ams::telemetry::METRICS.iter().map(|metric| metric.0));
     missing.retain(|name| !readme.contains(&format!("`{name}`")));
     assert!(missing.is_empty(), "README.md does not name {missing:?}");
 }

@@ -14,9 +14,9 @@ use super::begin::{self, Arrivals, Job, Started};
 use super::recorder::Judged;
 use crate::clock::Timestamp;
 use crate::delivery::Delivery;
-use crate::delivery::limits::Limits;
-use crate::message::{Held, Outcome, Verdict};
-use crate::queue::{Subscription, Taken};
+use crate::delivery::limits::{Admission, Limits};
+use crate::message::{Held, Outcome, Ticket, Verdict};
+use crate::queue::{Receipt, Subscription, Taken};
 use crate::service::Parts;
 use crate::store::Record;
 
@@ -37,6 +37,8 @@ pub(super) struct Desk {
     subscription: Subscription,
     records: mpsc::UnboundedSender<Judged>,
     limits: Limits,
+    /// Taken, and neither admitted nor held yet: their endpoint will have room in a moment.
+    door: VecDeque<(Ticket, Receipt)>,
     arrivals: Arrivals,
     /// The begin call under way: one at a time, so that what arrives meanwhile goes together.
     beginning: Option<Call<Started>>,
@@ -87,6 +89,7 @@ impl Desk {
             options,
             subscription,
             records,
+            door: VecDeque::new(),
             arrivals: Arrivals::default(),
             beginning: None,
             waiting: BTreeMap::new(),
@@ -111,7 +114,7 @@ impl Desk {
         let mut ended = Vec::new();
         loop {
             let takes =
-                self.limits.free() > self.unrecorded + self.arrivals.len() && self.arrivals.len() < BATCH;
+                self.door.is_empty() && self.unrecorded < self.options.window && self.arrivals.len() < BATCH;
             // In this order, so that what ends makes room before more is taken, and a run replays from its seed.
             tokio::select! {
                 biased;
@@ -133,37 +136,58 @@ impl Desk {
                     }
                 },
             }
+            self.admit();
             self.begin();
         }
         self.drain(written).await
     }
 
-    /// Sorts a taken batch: to begin, to hold, unreadable.
+    /// Parses a taken batch: tickets go to the door.
     fn arrive(&mut self, batch: Vec<Taken>) {
-        let directory = self.parts.directory.snapshot();
         for taken in batch {
-            self.arrivals.receipts.push(taken.receipt);
-            let ticket = match begin::parse(&taken) {
-                Ok(ticket) => ticket,
+            match begin::parse(&taken) {
+                Ok(ticket) => {
+                    if let Some(busy) = self.busy.get_mut(&ticket.endpoint) {
+                        busy.expected = busy.expected.saturating_sub(1);
+                    }
+                    self.door.push_back((ticket, taken.receipt));
+                }
                 Err(reason) => {
+                    self.arrivals.receipts.push(taken.receipt);
                     self.arrivals.unreadable.push((taken.key, taken.value, reason));
-                    continue;
                 }
+            }
+        }
+    }
+
+    /// Lets tickets in, in their order: to begin, or to hold; stops at the first that has to wait.
+    fn admit(&mut self) {
+        if self.door.is_empty() {
+            return;
+        }
+        let (directory, now) = (self.parts.directory.snapshot(), self.parts.clock.now());
+        while let Some((ticket, receipt)) = self.door.pop_front() {
+            let held = match directory.open_endpoint(&ticket.endpoint) {
+                None => Held::EndpointClosed,
+                Some(endpoint) => match self.limits.admit(&endpoint.name, endpoint.in_flight_max, now) {
+                    Admission::Wait => {
+                        self.door.push_front((ticket, receipt));
+                        return;
+                    }
+                    Admission::Admitted => {
+                        self.arrivals.receipts.push(receipt);
+                        self.arrivals.admitted.push((ticket, Arc::clone(endpoint)));
+                        continue;
+                    }
+                    Admission::Hold => {
+                        let busy = Busy { expected: 0, since: now };
+                        self.busy.entry(ticket.endpoint).or_insert(busy);
+                        Held::EndpointBusy
+                    }
+                },
             };
-            if let Some(busy) = self.busy.get_mut(&ticket.endpoint) {
-                busy.expected = busy.expected.saturating_sub(1);
-            }
-            match directory.open_endpoint(&ticket.endpoint) {
-                None => self.arrivals.refused.push((ticket.id, ticket.epoch, Held::EndpointClosed)),
-                Some(endpoint) if self.limits.admit(&endpoint.name, endpoint.in_flight_max) => {
-                    self.arrivals.admitted.push((ticket, Arc::clone(endpoint)));
-                }
-                Some(_) => {
-                    let now = self.parts.clock.now();
-                    self.busy.entry(ticket.endpoint).or_insert(Busy { expected: 0, since: now });
-                    self.arrivals.refused.push((ticket.id, ticket.epoch, Held::EndpointBusy));
-                }
-            }
+            self.arrivals.receipts.push(receipt);
+            self.arrivals.refused.push((ticket.id, ticket.epoch, held));
         }
     }
 
@@ -208,7 +232,8 @@ impl Desk {
         let Some(queue) = self.waiting.get_mut(endpoint) else {
             return;
         };
-        while !queue.is_empty() && self.limits.start(endpoint, in_flight_max) {
+        let now = self.parts.clock.now();
+        while !queue.is_empty() && self.limits.start(endpoint, in_flight_max, now) {
             let Some(job) = queue.pop_front() else { break };
             let (parts, delivery) = (self.parts.clone(), Arc::clone(&self.delivery));
             let (stop, finished) = (self.stop.clone(), self.finished.0.clone());
@@ -230,7 +255,7 @@ impl Desk {
     fn finish(&mut self, finished: Finished) {
         let Finished { job, outcome, took } = finished;
         let endpoint = Arc::clone(&job.endpoint);
-        self.limits.finish(&endpoint.name, took);
+        self.limits.finish(&endpoint.name, took, self.parts.clock.now());
         if outcome.is_some() {
             self.parts.metrics.in_flight(self.limits.in_flight());
         }

@@ -3,12 +3,16 @@
 //! Two bounds keep a bad endpoint from hurting others (P5). *Admission*: an endpoint may hold at most
 //! as much of the window as is still free, so one that hangs ends up with half, two with a third
 //! each, and there is always as much left for somebody else. (The rule is the dynamic threshold
-//! of shared-memory switches: Choudhury and Hahne, 1998.) *Attempts in flight*: few while answers come
+//! of shared-memory switches: Choudhury and Hahne, 1998.) What is not admitted waits at the door as long
+//! as its endpoint gets on, which is cheap and short; once it does not, its row is held, so that nobody
+//! waits behind it. *Attempts in flight*: few while answers come
 //! at once, because more connections only cost, and more as latency grows, up to the endpoint's setting.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
+
+use crate::clock::Timestamp;
 
 /// Attempts in flight with which a receiver that answers at once is kept fully busy (24 to 64 were
 /// best in the design's measurement; 512 cost a third more CPU per message).
@@ -18,7 +22,12 @@ const IN_FLIGHT_MIN: u32 = 64;
 const LATENCY_AT_MIN: Duration = Duration::from_millis(4);
 
 /// How many messages may wait here for an endpoint beyond those in flight.
-const WAITING_MAX: usize = 1024;
+const WAITING_MAX: usize = 4_096;
+
+/// An endpoint that ends no attempt for this long, or whose last message here would have to wait for
+/// longer than [`WAIT_MAX`], is slow: others must not wait behind it.
+const SILENCE_MAX: Duration = Duration::from_millis(100);
+const WAIT_MAX: Duration = Duration::from_millis(500);
 
 /// The loads of all endpoints in this process's lane.
 #[derive(Debug)]
@@ -35,6 +44,19 @@ struct Load {
     in_flight: u32,
     /// Moving mean of the time an attempt takes, in seconds.
     latency_s: f64,
+    /// When an attempt last ended here, or the first of those in flight began.
+    last_progress: Timestamp,
+}
+
+/// What is to become of a message that comes to the door.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// It is in, and counted.
+    Admitted,
+    /// There will be room in a moment.
+    Wait,
+    /// Its endpoint is slow: its row is to be held.
+    Hold,
 }
 
 impl Limits {
@@ -62,27 +84,34 @@ impl Limits {
         own.min(threshold)
     }
 
-    /// Admits one message of `endpoint` if there is room.
-    pub fn admit(&mut self, endpoint: &str, in_flight_max: u32) -> bool {
-        if self.room(endpoint, in_flight_max) == 0 {
-            return false;
+    /// Admits one message of `endpoint`, or says what to do with it.
+    pub fn admit(&mut self, endpoint: &str, in_flight_max: u32, now: Timestamp) -> Admission {
+        if self.room(endpoint, in_flight_max) > 0 {
+            self.load(endpoint).admitted += 1;
+            self.total += 1;
+            return Admission::Admitted;
         }
-        self.load(endpoint).admitted += 1;
-        self.total += 1;
-        true
+        match self.loads.get(endpoint) {
+            Some(load) if load.is_slow(in_flight_max, now) => Admission::Hold,
+            _ => Admission::Wait,
+        }
     }
 
     /// Starts an attempt at `endpoint` if one more may be in flight.
-    pub fn start(&mut self, endpoint: &str, in_flight_max: u32) -> bool {
+    pub fn start(&mut self, endpoint: &str, in_flight_max: u32, now: Timestamp) -> bool {
         let load = self.load(endpoint);
+        if load.in_flight == 0 {
+            load.last_progress = now;
+        }
         let may = load.in_flight < in_flight_target(load.latency_s, in_flight_max);
         load.in_flight += u32::from(may);
         may
     }
 
     /// Notes that an attempt at `endpoint` ended after `took`; its message leaves the window.
-    pub fn finish(&mut self, endpoint: &str, took: Duration) {
+    pub fn finish(&mut self, endpoint: &str, took: Duration, now: Timestamp) {
         let load = self.load(endpoint);
+        load.last_progress = now;
         load.in_flight = load.in_flight.saturating_sub(1);
         load.latency_s += (took.as_secs_f64() - load.latency_s) * 0.05;
         self.leave(endpoint);
@@ -116,6 +145,14 @@ impl Limits {
     }
 }
 
+impl Load {
+    fn is_slow(&self, in_flight_max: u32, now: Timestamp) -> bool {
+        let silent = self.in_flight > 0 && now.since(self.last_progress) > SILENCE_MAX;
+        let slots = f64::from(in_flight_target(self.latency_s, in_flight_max));
+        silent || self.admitted as f64 * self.latency_s / slots > WAIT_MAX.as_secs_f64()
+    }
+}
+
 /// How many attempts may be in flight at a mean latency: by Little's law the same rate needs as
 /// many more connections as answers take longer.
 fn in_flight_target(latency_s: f64, in_flight_max: u32) -> u32 {
@@ -130,12 +167,10 @@ mod tests {
 
     use super::*;
 
+    const NOW: Timestamp = Timestamp::EPOCH;
+
     fn fill(limits: &mut Limits, endpoint: &str, max: u32) -> usize {
-        let mut count = 0;
-        while limits.admit(endpoint, max) {
-            count += 1;
-        }
-        count
+        (0..).take_while(|_| limits.admit(endpoint, max, NOW) == Admission::Admitted).count()
     }
 
     #[test]
@@ -150,6 +185,33 @@ mod tests {
     fn an_endpoint_never_waits_here_in_more_than_its_own_bound() {
         let mut limits = Limits::new(100_000);
         assert_eq!(fill(&mut limits, "a", 1), 1 + WAITING_MAX);
+    }
+
+    #[test]
+    fn only_what_a_slow_endpoint_has_too_much_of_is_held() {
+        let mut limits = Limits::new(100);
+        assert_eq!(fill(&mut limits, "a", 64), 50);
+        assert!(limits.start("a", 64, NOW));
+        let soon = NOW.after(Duration::from_millis(90));
+        assert_eq!(limits.admit("a", 64, soon), Admission::Wait, "it may yet answer");
+        let late = NOW.after(Duration::from_millis(110));
+        assert_eq!(limits.admit("a", 64, late), Admission::Hold, "it has fallen silent");
+        limits.finish("a", Duration::from_millis(110), late);
+        fill(&mut limits, "a", 64);
+        assert_eq!(limits.admit("a", 64, late), Admission::Wait, "it gets on again");
+    }
+
+    #[test]
+    fn an_endpoint_that_answers_too_slowly_for_its_queue_is_slow() {
+        let mut limits = Limits::new(100);
+        fill(&mut limits, "a", 1);
+        assert!(limits.start("a", 1, NOW));
+        for _ in 0..100 {
+            limits.finish("a", Duration::from_millis(90), NOW);
+            limits.start("a", 1, NOW);
+            fill(&mut limits, "a", 1);
+        }
+        assert_eq!(limits.admit("a", 1, NOW), Admission::Hold, "50 messages at 90 ms each");
     }
 
     #[test]
@@ -170,10 +232,10 @@ mod tests {
     #[test]
     fn slow_answers_open_more_slots() {
         let mut limits = Limits::new(8_000);
-        let started = |limits: &mut Limits| (0..).take_while(|_| limits.start("slow", 1024)).count();
+        let started = |limits: &mut Limits| (0..).take_while(|_| limits.start("slow", 1024, NOW)).count();
         assert_eq!(started(&mut limits), 64);
         for _ in 0..64 {
-            limits.finish("slow", Duration::from_secs(5));
+            limits.finish("slow", Duration::from_secs(5), NOW);
         }
         assert_eq!(started(&mut limits), 1024);
     }
@@ -187,9 +249,9 @@ mod tests {
             for (what, which) in moves {
                 let (name, i) = (format!("e{which}"), usize::from(which));
                 match what {
-                    0 => waiting[i] += usize::from(limits.admit(&name, 5)),
-                    1 if waiting[i] > 0 && limits.start(&name, 5) => { waiting[i] -= 1; flying[i] += 1; }
-                    2 if flying[i] > 0 => { limits.finish(&name, Duration::from_millis(1)); flying[i] -= 1; }
+                    0 => waiting[i] += usize::from(limits.admit(&name, 5, NOW) == Admission::Admitted),
+                    1 if waiting[i] > 0 && limits.start(&name, 5, NOW) => { waiting[i] -= 1; flying[i] += 1; }
+                    2 if flying[i] > 0 => { limits.finish(&name, Duration::from_millis(1), NOW); flying[i] -= 1; }
                     3 if waiting[i] > 0 => { limits.leave(&name); waiting[i] -= 1; }
                     _ => {}
                 }
