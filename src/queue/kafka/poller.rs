@@ -27,6 +27,10 @@ use crate::queue::{QueueError, Receipt, Result, Subscription, Taken, Watermark};
 /// Records given at once, at most.
 const BATCH: usize = 1_000;
 const POLL: Duration = Duration::from_millis(10);
+/// How long to rest while the reader is busy.
+const FULL: Duration = Duration::from_millis(1);
+/// A reader that is busy for longer is waited for with the partitions paused, because the client must be polled.
+const STALLED: Duration = Duration::from_secs(2);
 const COMMIT: Duration = Duration::from_millis(150);
 /// How long the end waits for its last commit.
 const LAST_COMMIT: Duration = Duration::from_secs(1);
@@ -67,6 +71,7 @@ pub(super) fn subscribe(
         give,
         receipts,
         pending: Vec::new(),
+        stuck: None,
         paused: false,
         since_commit: clock.stopwatch(),
         clock,
@@ -97,6 +102,8 @@ struct Poller {
     receipts: mpsc::UnboundedReceiver<Vec<Receipt>>,
     /// Taken from the client and not given on yet.
     pending: Vec<Taken>,
+    /// Since when a whole batch waits for a reader that is busy.
+    stuck: Option<Stopwatch>,
     paused: bool,
     clock: Clock,
     since_commit: Stopwatch,
@@ -105,7 +112,12 @@ struct Poller {
 impl Poller {
     fn run(mut self) {
         while self.note_done() {
-            self.poll();
+            if self.stuck.is_some() && !self.paused {
+                // The reader is busy for a moment. Pausing now would throw away what was fetched ahead.
+                std::thread::sleep(FULL);
+            } else {
+                self.poll();
+            }
             self.give();
             self.hold_back();
             if self.since_commit.elapsed() >= COMMIT {
@@ -172,8 +184,13 @@ impl Poller {
         }
         match self.give.try_send(std::mem::take(&mut self.pending)) {
             // A reader that has gone will drop the other end too.
-            Ok(()) | Err(TrySendError::Closed(_)) => {}
-            Err(TrySendError::Full(back)) => self.pending = back,
+            Ok(()) | Err(TrySendError::Closed(_)) => self.stuck = None,
+            Err(TrySendError::Full(back)) => {
+                if back.len() >= BATCH && self.stuck.is_none() {
+                    self.stuck = Some(self.clock.stopwatch());
+                }
+                self.pending = back;
+            }
         }
     }
 
@@ -187,7 +204,8 @@ impl Poller {
             // New partitions are not paused.
             self.paused = false;
         }
-        let full = self.pending.len() >= BATCH || out >= self.window;
+        let stalled = self.stuck.as_ref().is_some_and(|since| since.elapsed() > STALLED);
+        let full = stalled || out >= self.window;
         let roomy = self.pending.is_empty() && out <= self.window / 4 * 3;
         if (self.paused || !full) && !(self.paused && roomy) {
             return;
