@@ -71,6 +71,7 @@ fn program(text: &str) -> &str {
 fn is_test_file(path: &str) -> bool {
     path.starts_with("tests/")
         || path.ends_with("/tests.rs")
+        || path.ends_with("/real.rs")
         || path.contains("conformance")
         || path.contains("/tests/")
 }

@@ -5,6 +5,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::task::JoinHandle;
+
 use crate::clock::Timestamp;
 use crate::queue::{Depth, QueueError};
 use crate::service::Parts;
@@ -18,6 +20,7 @@ pub(super) struct Rooms {
     limit: usize,
     lanes: HashMap<String, Room>,
     next_refresh: Timestamp,
+    asking: Option<JoinHandle<Result<Answers, QueueError>>>,
     /// A lock because publishing tasks end on their own; held for a look-up only, never over an await.
     under_way: Arc<Mutex<HashSet<BatchId>>>,
 }
@@ -29,7 +32,12 @@ struct Room {
     /// Published since that look began.
     since: usize,
     known: bool,
+    /// Whether a consumer has registered the lane.
+    registered: bool,
 }
+
+/// What the broker said: lane, what had been published when it was asked, depth.
+type Answers = Vec<(String, usize, Vec<Depth>)>;
 
 /// A batch that is being published; it stops being so when this is dropped.
 pub(super) struct UnderWay {
@@ -50,41 +58,69 @@ impl Rooms {
             limit,
             lanes: HashMap::new(),
             next_refresh: Timestamp::EPOCH,
+            asking: None,
             under_way: Arc::default(),
         }
     }
 
-    /// Asks the broker how far each lane's group has come, when it is time to.
+    /// Asks the broker how far each lane's group has come, when it is time to. The question goes on
+    /// beside the claims, because a broker may take its time; its failure is told with the next call.
     pub(super) async fn refresh(&mut self, fresh_lane: &str, now: Timestamp) -> Result<(), QueueError> {
-        if now < self.next_refresh {
-            return Ok(());
-        }
-        let directory = self.parts.directory.snapshot();
-        for lane in &directory.lanes {
-            let room = self.lanes.entry(lane.topic.clone()).or_default();
-            // A quiet lane needs no look: nothing was published that could have filled it.
-            if room.known && room.lag == 0 && room.since == 0 {
-                continue;
-            }
-            let before = room.since;
-            let depth = self.parts.queue.depth(&lane.topic, &lane.group).await?;
-            room.lag = lag(&depth);
-            room.since -= before;
-            room.known = true;
-            for d in depth {
-                self.parts.metrics.lag(&lane.topic, d.partition, d.end - d.position);
-            }
-        }
         // Before any consumer has registered the fresh lane, tickets may already wait for it there.
         self.lanes.entry(fresh_lane.to_owned()).or_default();
-        self.next_refresh = now.after(REFRESH);
+        if let Some(asking) = self.asking.take_if(|asking| asking.is_finished()) {
+            self.next_refresh = now.after(REFRESH);
+            // A task that was cut off has no answer, and the next one will.
+            for (lane, before, depth) in asking.await.unwrap_or_else(|_| Ok(Vec::new()))? {
+                self.learn(&lane, before, &depth);
+            }
+        }
+        if self.asking.is_none() && now >= self.next_refresh {
+            self.ask();
+        }
         Ok(())
+    }
+
+    fn ask(&mut self) {
+        let directory = self.parts.directory.snapshot();
+        let mut questions = Vec::new();
+        for lane in &directory.lanes {
+            let room = self.lanes.entry(lane.topic.clone()).or_default();
+            room.registered = true;
+            // A quiet lane needs no look: nothing was published that could have filled it.
+            if !(room.known && room.lag == 0 && room.since == 0) {
+                questions.push((lane.clone(), room.since));
+            }
+        }
+        let queue = Arc::clone(&self.parts.queue);
+        self.asking = Some(tokio::spawn(async move {
+            let mut answers = Vec::with_capacity(questions.len());
+            for (lane, before) in questions {
+                let depth = queue.depth(&lane.topic, &lane.group).await?;
+                answers.push((lane.topic, before, depth));
+            }
+            Ok(answers)
+        }));
+    }
+
+    fn learn(&mut self, lane: &str, before: usize, depth: &[Depth]) {
+        let room = self.lanes.entry(lane.to_owned()).or_default();
+        room.lag = lag(depth);
+        room.since = room.since.saturating_sub(before);
+        room.known = true;
+        for d in depth {
+            self.parts.metrics.lag(lane, d.partition, d.end - d.position);
+        }
     }
 
     /// How many tickets `lane` takes now.
     pub(super) fn room(&self, lane: &str) -> usize {
-        let taken = self.lanes.get(lane).map_or(0, |room| room.lag + room.since);
-        self.limit.saturating_sub(taken)
+        match self.lanes.get(lane) {
+            // Its consumer is known, and how far it has come is not yet.
+            Some(room) if room.registered && !room.known => 0,
+            Some(room) => self.limit.saturating_sub(room.lag + room.since),
+            None => self.limit,
+        }
     }
 
     /// Notes that `count` tickets are on their way to `lane`.
