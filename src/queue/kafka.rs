@@ -19,6 +19,7 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::producer::Producer;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use super::{Depth, LaneRecord, Queue, QueueError, Result, Subscription};
@@ -179,8 +180,15 @@ impl Queue for KafkaQueue {
     }
 
     async fn depth(&self, lane: &str, group: &str) -> Result<Vec<Depth>> {
-        let (asker, lane) = (self.asker(group)?, lane.to_owned());
-        blocking(move || depth(&asker, &lane)).await
+        let (asker, name) = (self.asker(group)?, lane.to_owned());
+        let depth = blocking(move || depth(&asker, &name)).await?;
+        if !depth.is_empty() && self.publisher.known_partitions(lane).is_none() {
+            // Whoever asks for a lane's depth will publish there: the first batch must not wait for this.
+            let (client, name) = (self.publisher.client(), lane.to_owned());
+            blocking(move || client.client().fetch_metadata(Some(&name), ANSWER).map(drop)).await?;
+            self.publisher.know(lane, i32::try_from(depth.len()).unwrap_or(i32::MAX));
+        }
+        Ok(depth)
     }
 
     async fn ping(&self) -> Result<()> {

@@ -21,7 +21,7 @@ use crate::store::Place;
 /// The rest between two tries to put a record into a full client buffer.
 const FULL: Duration = Duration::from_millis(5);
 
-type Client = ThreadedProducer<AckContext>;
+pub(super) type Client = ThreadedProducer<AckContext>;
 
 /// The producing client, and what it knows of lanes.
 pub(super) struct Publisher {
@@ -52,6 +52,11 @@ impl Publisher {
             rotation: AtomicUsize::new(fastrand::usize(..1_000)),
             partitions: Mutex::default(),
         })
+    }
+
+    /// The client as it is now.
+    pub(super) fn client(&self) -> Arc<Client> {
+        self.client.load_full()
     }
 
     pub(super) fn known_partitions(&self, lane: &str) -> Option<i32> {
@@ -182,7 +187,7 @@ impl Acks {
 
 /// The producing client's context: logs, and passes acknowledgements to their batch.
 #[derive(Default)]
-struct AckContext {
+pub(super) struct AckContext {
     log: LogContext,
 }
 
