@@ -77,6 +77,13 @@ async fn unreadable_records_go_to_the_dead_letter_lane_and_hold_nothing_up() {
     let _services = ["producer", "consumer", "retry-consumer"].map(|verb| stack.start(verb, &[]));
     stack.insert(1).await;
     until("it runs", Duration::from_secs(20), async || receiver.arrivals() == 1).await;
+    // Where the chain ends is known once both lanes are registered, and the directory was read again.
+    let sql = stack.sql().await;
+    until("both lanes are registered", Duration::from_secs(20), async || {
+        sql.query_one("select count(*) from lanes", &[]).await.unwrap().get::<_, i64>(0) == 2
+    })
+    .await;
+    let_run(Duration::from_millis(1_500)).await;
 
     let brokers = stack.environment["KAFKA_BROKERS"].clone();
     let producer: BaseProducer = ClientConfig::new().set("bootstrap.servers", &brokers).create().unwrap();

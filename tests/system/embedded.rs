@@ -17,6 +17,7 @@ fn ams(folder: &std::path::Path) -> Command {
 
 #[test]
 fn the_demo_ends_with_its_summary() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let output = ams(folder.path()).args(["demo", "--exit-when-done"]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
@@ -30,6 +31,7 @@ fn the_demo_ends_with_its_summary() {
 
 #[tokio::test]
 async fn a_shell_inserts_into_the_embedded_store_and_a_kill_loses_nothing() {
+    let _alone = tokio::task::spawn_blocking(alone).await.unwrap();
     let folder = tempfile::tempdir().unwrap();
     let receiver = Receiver::start(TestClientOptions::default()).await;
     let start =
@@ -60,6 +62,7 @@ async fn a_shell_inserts_into_the_embedded_store_and_a_kill_loses_nothing() {
 
 #[test]
 fn the_benchmark_prints_what_the_contract_names() {
+    let _alone = alone();
     let _stack = setting("DATABASE_URL").expect("DATABASE_URL is set by `make test`");
     let folder = tempfile::tempdir().unwrap();
     let arguments = ["bench", "--json", "--messages", "5000", "--seconds", "1", "--rate", "200"];

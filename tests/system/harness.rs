@@ -16,6 +16,11 @@ use tokio_util::sync::CancellationToken;
 /// The services are shared and some tests kill them.
 static ONE_AT_A_TIME: AsyncMutex<()> = AsyncMutex::const_new(());
 
+/// Waits until no other test runs: for those that have no [`Stack`] and still need the machine.
+pub fn alone() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME.blocking_lock()
+}
+
 /// A setting of the tests themselves.
 pub fn setting(name: &str) -> Option<String> {
     #[expect(
