@@ -38,6 +38,9 @@ const BATCH_BODY_MAX: usize = 64 << 20;
 const CONNECTIONS: usize = 4_096;
 /// How long a client may take over a request's head.
 const HEAD: Duration = Duration::from_secs(10);
+/// How long a whole call may take, the arrival of its body with it: longer than the store's own bounds,
+/// so that only a client that sends slowly meets it.
+const CALL: Duration = Duration::from_secs(60);
 /// How long a stop waits for requests under way.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -101,6 +104,7 @@ pub fn router(state: ApiState) -> Router {
             Problem::new(Code::MethodNotAllowed, "this path has other methods")
         })
         .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(axum::middleware::from_fn(|request, next| in_time(CALL, request, next)))
         .layer(CatchPanicLayer::custom(|_| Problem::internal("a handler panicked").into_response()))
         .with_state(state)
 }
@@ -112,7 +116,20 @@ pub fn health_router(state: ApiState) -> Router {
         .route("/readyz", get(status::readyz))
         .route("/metrics", get(status::metrics))
         .fallback(|| async { Problem::new(Code::NotFound, "here are /livez, /readyz and /metrics") })
+        .method_not_allowed_fallback(|| async {
+            Problem::new(Code::MethodNotAllowed, "this path has other methods")
+        })
         .with_state(state)
+}
+
+/// Ends a call that takes longer than `bound`.
+async fn in_time(
+    bound: Duration,
+    request: axum::extract::Request,
+    next: axum::middleware::Next,
+) -> axum::response::Response {
+    let too_slow = |_| Problem::new(Code::TooSlow, "send the body faster, or try again").into_response();
+    tokio::time::timeout(bound, next.run(request)).await.unwrap_or_else(too_slow)
 }
 
 async fn front_page() -> Html<&'static str> {
@@ -132,7 +149,10 @@ async fn front_page() -> Html<&'static str> {
 pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
-        let place = Arc::clone(&places).acquire_owned().await;
+        let place = tokio::select! {
+            () = stop.cancelled() => break,
+            place = Arc::clone(&places).acquire_owned() => place,
+        };
         let stream = tokio::select! {
             () = stop.cancelled() => break,
             accepted = listener.accept() => match accepted {

@@ -1,25 +1,30 @@
 //! Enters: messages are validated and stored by group commit.
 //!
 //! Single posts of many clients share a transaction: while one commit is on its way, what arrives
-//! gathers, and goes out together with the next. A batch call stays whole. An answer is given only after
-//! the commit.
+//! gathers, and goes out together with the next. A batch call stays whole; one whose messages have
+//! idempotency keys has a transaction of its own, because a conflict must keep all of it out and nobody
+//! else. An answer is given only after the commit.
 
 mod rules;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::clock::Clock;
 use crate::message::NewMessage;
-use crate::store::{Inserted, Store, StoreError};
+use crate::store::{Inserted, Store, StoreError, Whole};
 use crate::telemetry::Metrics;
 
 pub use rules::{BATCH_MAX, Fault, check};
 
 /// Submissions that may wait for their commit; more are turned away.
 const WAITING: usize = 4_096;
+/// KiB that submissions may hold while they wait; a few of the largest batches, many thousand usual posts.
+const WAITING_KIB: u32 = 256 * 1_024;
+/// What a message weighs beside its texts, in bytes.
+const OVERHEAD: usize = 512;
 /// Messages that share a transaction, unless a single batch is larger.
 const TOGETHER: usize = 1_000;
 
@@ -29,6 +34,10 @@ pub enum IntakeError {
     /// Too much is waiting already; come back in a moment.
     #[error("too many messages are waiting to be stored")]
     Busy,
+    /// None is stored: the messages at these places have idempotency keys of other messages. Only
+    /// for more than one message; a single one is answered with [`Inserted::Conflict`].
+    #[error("idempotency keys were used for other messages")]
+    Conflicts(Vec<usize>),
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -38,32 +47,59 @@ type Answer = oneshot::Sender<Result<Vec<Inserted>, IntakeError>>;
 struct Submission {
     messages: Vec<NewMessage>,
     answer: Answer,
+    // Gives the room back once it is answered.
+    _room: OwnedSemaphorePermit,
+}
+
+impl Submission {
+    /// Whether a conflict of one message must keep the others out.
+    fn is_alone(&self) -> bool {
+        self.messages.len() > 1 && self.messages.iter().any(|message| message.idempotency_key.is_some())
+    }
 }
 
 /// The way in. Cheap to clone; all clones share one task that commits.
 #[derive(Clone)]
 pub struct Intake {
     submissions: mpsc::Sender<Submission>,
+    room: Arc<Semaphore>,
+    room_kib: u32,
 }
 
 impl Intake {
     /// An intake into `store`; `wake` is told of each commit.
     pub fn new(store: Arc<dyn Store>, clock: Clock, metrics: Arc<Metrics>, wake: Arc<Notify>) -> Intake {
+        Intake::with_room(Committer { store, clock, metrics, wake }, WAITING_KIB)
+    }
+
+    fn with_room(committer: Committer, room_kib: u32) -> Intake {
         let (submissions, waiting) = mpsc::channel(WAITING);
-        tokio::spawn(commit_all(Committer { store, clock, metrics, wake }, waiting));
-        Intake { submissions }
+        tokio::spawn(commit_all(committer, waiting));
+        Intake { submissions, room: Arc::new(Semaphore::new(room_kib as usize)), room_kib }
     }
 
     /// Stores these messages in one transaction, all or none, and answers once they are committed.
     ///
     /// # Errors
-    /// [`IntakeError::Busy`] when too much is waiting; else what the store says.
+    /// [`IntakeError::Busy`] when too much is waiting, [`IntakeError::Conflicts`] when an idempotency key
+    /// keeps a batch out; else what the store says.
     pub async fn submit(&self, messages: Vec<NewMessage>) -> Result<Vec<Inserted>, IntakeError> {
         let (answer, answered) = oneshot::channel();
-        self.submissions.try_send(Submission { messages, answer }).map_err(|_| IntakeError::Busy)?;
+        // Never more than all the room, so that a large batch can enter when nothing else waits.
+        let room = Arc::clone(&self.room).try_acquire_many_owned(weight_kib(&messages).min(self.room_kib));
+        let _room = room.map_err(|_| IntakeError::Busy)?;
+        let submission = Submission { messages, answer, _room };
+        self.submissions.try_send(submission).map_err(|_| IntakeError::Busy)?;
         let stopped = || IntakeError::Store(StoreError::Unavailable("the program is stopping".to_owned()));
         answered.await.unwrap_or_else(|_| Err(stopped()))
     }
+}
+
+/// About how much memory these messages hold.
+fn weight_kib(messages: &[NewMessage]) -> u32 {
+    let bytes: usize =
+        messages.iter().map(|message| message.content.len() + message.recipient.len() + OVERHEAD).sum();
+    u32::try_from(bytes.div_ceil(1_024)).unwrap_or(u32::MAX)
 }
 
 struct Committer {
@@ -74,13 +110,26 @@ struct Committer {
 }
 
 async fn commit_all(committer: Committer, mut waiting: mpsc::Receiver<Submission>) {
-    while let Some(first) = waiting.recv().await {
+    let mut next = None;
+    while let Some(first) = match next.take() {
+        Some(first) => Some(first),
+        None => waiting.recv().await,
+    } {
+        if first.is_alone() {
+            committer.commit_alone(first).await;
+            continue;
+        }
         let mut count = first.messages.len();
         let mut together = vec![first];
-        while count < TOGETHER {
-            let Ok(next) = waiting.try_recv() else { break };
-            count += next.messages.len();
-            together.push(next);
+        while count < TOGETHER && next.is_none() {
+            let Ok(submission) = waiting.try_recv() else { break };
+            count += submission.messages.len();
+            if count > TOGETHER || submission.is_alone() {
+                // It begins the next transaction.
+                next = Some(submission);
+            } else {
+                together.push(submission);
+            }
         }
         committer.commit(together).await;
     }
@@ -113,16 +162,34 @@ impl Committer {
         }
     }
 
+    async fn commit_alone(&self, submission: Submission) {
+        let now = self.clock.now();
+        let whole = self.call(submission.messages.len(), self.store.insert_whole(&submission.messages, now));
+        let answer = match whole.await {
+            Ok(Whole::Stored(inserted)) => Ok(inserted),
+            Ok(Whole::Conflicts(places)) => Err(IntakeError::Conflicts(places)),
+            Err(error) => Err(error.into()),
+        };
+        let _ = submission.answer.send(answer);
+    }
+
     async fn insert(&self, messages: &[NewMessage]) -> Result<Vec<Inserted>, StoreError> {
+        self.call(messages.len(), self.store.insert(messages, self.clock.now())).await
+    }
+
+    /// Bounds and measures a call of the store that inserts `rows` messages.
+    async fn call<T>(
+        &self,
+        rows: usize,
+        call: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
         let watch = self.clock.stopwatch();
-        let inserted =
-            tokio::time::timeout(Duration::from_secs(30), self.store.insert(messages, self.clock.now()));
-        let inserted = inserted
+        let inserted = tokio::time::timeout(Duration::from_secs(30), call)
             .await
             .unwrap_or_else(|_| Err(StoreError::Unavailable("no answer within 30 s".to_owned())));
         self.metrics.part_up("store", !matches!(inserted, Err(StoreError::Unavailable(_))));
         let inserted = inserted?;
-        self.metrics.batch("insert", messages.len(), watch.elapsed());
+        self.metrics.batch("insert", rows, watch.elapsed());
         self.wake.notify_one();
         Ok(inserted)
     }
@@ -133,9 +200,17 @@ mod tests {
     use super::*;
     use crate::store::sqlite::SqliteStore;
 
-    fn intake() -> (Intake, Arc<SqliteStore>) {
+    fn intake() -> (Intake, Arc<Metrics>) {
         let store = Arc::new(SqliteStore::in_memory().unwrap());
-        (Intake::new(store.clone(), Clock::system(), Arc::default(), Arc::default()), store)
+        let metrics = Arc::<Metrics>::default();
+        (Intake::new(store, Clock::system(), Arc::clone(&metrics), Arc::default()), metrics)
+    }
+
+    /// How many transactions have inserted.
+    fn transactions(metrics: &Metrics) -> u64 {
+        let text = metrics.encode();
+        let line = text.lines().find(|line| line.starts_with("ams_batch_rows_count{stage=\"insert\"}"));
+        line.and_then(|line| line.rsplit(' ').next()).map_or(0, |count| count.parse().unwrap())
     }
 
     fn message(text: &str) -> NewMessage {
@@ -144,7 +219,7 @@ mod tests {
 
     #[tokio::test]
     async fn many_clients_share_transactions_and_get_their_own_ids() {
-        let (intake, _) = intake();
+        let (intake, metrics) = intake();
         let calls = (0..256).map(|i| {
             let intake = intake.clone();
             async move { intake.submit(vec![message(&i.to_string())]).await.unwrap().remove(0) }
@@ -158,6 +233,59 @@ mod tests {
             })
             .collect();
         assert_eq!(ids.len(), 256);
+        let transactions = transactions(&metrics);
+        assert!((1..=8).contains(&transactions), "{transactions} transactions for 256 posts");
+    }
+
+    #[tokio::test]
+    async fn no_transaction_is_larger_than_it_may_be() {
+        let (intake, metrics) = intake();
+        let calls = (0..4).map(|_| intake.submit(vec![message("part"); 600]));
+        for inserted in futures_util::future::join_all(calls).await {
+            assert_eq!(inserted.unwrap().len(), 600);
+        }
+        assert_eq!(transactions(&metrics), 4);
+    }
+
+    #[tokio::test]
+    async fn a_conflict_keeps_its_batch_out_and_nobody_elses() {
+        let (intake, _) = intake();
+        let keyed = NewMessage { idempotency_key: Some("once".into()), ..message("Hello") };
+        let other = NewMessage { content: "Other".into(), ..keyed.clone() };
+        let first = intake.submit(vec![keyed.clone()]).await.unwrap();
+        let [Inserted::New { id: first, .. }] = first[..] else { panic!("{first:?}") };
+        let (single, batch, again) = tokio::join!(
+            intake.submit(vec![message("single")]),
+            intake.submit(vec![message("kept out"), other, message("kept out")]),
+            intake.submit(vec![keyed, message("new")]),
+        );
+        assert!(matches!(batch, Err(IntakeError::Conflicts(ref places)) if places[..] == [1]), "{batch:?}");
+        let single = single.unwrap();
+        let [Inserted::New { id: single, .. }] = single[..] else { panic!("{single:?}") };
+        let again = again.unwrap();
+        let [Inserted::Existing(existing), Inserted::New { id: new, .. }] = again[..] else {
+            panic!("{again:?}")
+        };
+        assert_eq!(existing, first);
+        assert_eq!(new.0, single.0 + 1, "the batch that was kept out must not be stored");
+    }
+
+    #[tokio::test]
+    async fn what_waits_has_a_bound_in_bytes() {
+        let store = Arc::new(SqliteStore::in_memory().unwrap());
+        let committer =
+            Committer { store, clock: Clock::system(), metrics: Arc::default(), wake: Arc::default() };
+        let intake = Intake::with_room(committer, 256);
+        let large = || vec![message(&"x".repeat(1 << 10)); 40];
+        let calls = (0..6).map(|_| intake.submit(large()));
+        let answers = futures_util::future::join_all(calls).await;
+        let busy = answers.iter().filter(|answer| matches!(answer, Err(IntakeError::Busy))).count();
+        let stored = answers.iter().filter(|answer| answer.is_ok()).count();
+        assert_eq!((stored, busy), (4, 2));
+        // The room is free again.
+        assert!(intake.submit(large()).await.is_ok());
+        // What is larger than all of it may still enter alone.
+        assert!(intake.submit(vec![message(&"x".repeat(300 << 10))]).await.is_ok());
     }
 
     #[tokio::test]

@@ -116,6 +116,15 @@ pub enum Inserted {
     Conflict(MessageId),
 }
 
+/// What became of messages that belong together.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Whole {
+    /// All are stored, or were before; in the order of the batch, and without a [`Inserted::Conflict`].
+    Stored(Vec<Inserted>),
+    /// None is stored: the messages at these places have idempotency keys of other messages.
+    Conflicts(Vec<usize>),
+}
+
 /// An instance's wish to be the one active producer.
 #[derive(Clone, Copy, Debug)]
 pub struct Bid {
@@ -313,6 +322,10 @@ pub trait Store: Send + Sync + 'static {
     /// Inserts all messages in one transaction, or none. Idempotency keys are checked against the
     /// store and within the batch.
     async fn insert(&self, messages: &[NewMessage], now: Timestamp) -> Result<Vec<Inserted>>;
+
+    /// As [`Store::insert`], but one conflict keeps all of them out. For batches whose sender is
+    /// promised all or none, also when it is an idempotency key that stands in the way.
+    async fn insert_whole(&self, messages: &[NewMessage], now: Timestamp) -> Result<Whole>;
 
     /// Registers a process, whose lease lasts until `lease_until`.
     async fn enroll(

@@ -18,19 +18,45 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::message::Class;
 
-/// Every metric as it is exposed, with its help.
-pub const METRICS: &[(&str, &str)] = &[
-    ("ams_batch_rows", "rows of batches by stage: insert, claim, publish, begin, record, hold, unhold"),
-    ("ams_batch_seconds", "how long a batch took, by stage"),
-    ("ams_attempts_total", "tries by lane and class of outcome"),
-    ("ams_attempt_seconds", "how long a try took, by lane"),
-    ("ams_verdicts_total", "verdicts by lane: sent, retrying, dead, released"),
-    ("ams_delivery_latency_seconds", "from a message's creation to its delivery"),
-    ("ams_stale_total", "tickets and failures that a guarded write refused, by stage"),
-    ("ams_in_flight", "tries under way in this process"),
-    ("ams_lane_lag", "records of a lane that its group has not taken up, by partition"),
-    ("ams_part_up", "whether store, queue or cache answered when last asked: 1 or 0"),
-    ("ams_recovered_total", "rows given back by the janitor, by reason"),
+/// What a metric does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Counts by size.
+    Histogram,
+}
+
+impl Kind {
+    /// The kind as it is written in the exposition.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
+        }
+    }
+}
+
+/// Every metric as it is exposed, with its kind and help.
+pub const METRICS: &[(&str, Kind, &str)] = &[
+    (
+        "ams_batch_rows",
+        Kind::Histogram,
+        "rows of batches by stage: insert, claim, publish, begin, record, hold, unhold",
+    ),
+    ("ams_batch_seconds", Kind::Histogram, "how long a batch took, by stage"),
+    ("ams_attempts_total", Kind::Counter, "tries by lane and class of outcome"),
+    ("ams_attempt_seconds", Kind::Histogram, "how long a try took, by lane"),
+    ("ams_verdicts_total", Kind::Counter, "verdicts by lane: sent, retrying, dead, released"),
+    ("ams_delivery_latency_seconds", Kind::Histogram, "from a message's creation to its delivery"),
+    ("ams_stale_total", Kind::Counter, "tickets and failures that a guarded write refused, by stage"),
+    ("ams_in_flight", Kind::Gauge, "tries under way in this process"),
+    ("ams_lane_lag", Kind::Gauge, "records of a lane that its group has not taken up, by partition"),
+    ("ams_part_up", Kind::Gauge, "whether store, queue or cache answered when last asked: 1 or 0"),
+    ("ams_recovered_total", Kind::Counter, "rows given back by the janitor, by reason"),
 ];
 
 type Labels<const N: usize> = [(&'static str, String); N];
@@ -87,7 +113,7 @@ impl Default for Metrics {
 impl Metrics {
     fn register(&self) {
         let mut registry = self.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for (name, help) in METRICS {
+        for (name, _, help) in METRICS {
             // The encoder adds `_total` to counters itself.
             let short = name.trim_end_matches("_total");
             match *name {
@@ -215,8 +241,10 @@ mod tests {
         metrics.part_up("cache", false);
         metrics.recovered("ticket_lost", 4);
         let text = metrics.encode();
-        for (name, help) in METRICS {
+        for (name, kind, help) in METRICS {
             assert!(text.contains(help), "{name}: {text}");
+            let kind = format!("# TYPE {} {}\n", name.trim_end_matches("_total"), kind.as_str());
+            assert!(text.contains(&kind), "{kind}{text}");
             assert!(text.lines().any(|line| line.starts_with(name)), "{name}: {text}");
         }
         assert!(text.contains("ams_lane_lag{lane=\"messages\",partition=\"3\"} 17"), "{text}");

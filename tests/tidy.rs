@@ -153,7 +153,7 @@ fn functions_fit_a_screen_and_files_a_sitting() {
         let mut open: Option<(usize, String)> = None;
         for (number, line) in lines.iter().enumerate() {
             let indent = &line[..line.len() - line.trim_start().len()];
-            let words: Vec<_> = line.trim_start().split_whitespace().collect();
+            let words: Vec<_> = line.split_whitespace().collect();
             let is_function = words.iter().take(5).any(|word| *word == "fn")
                 && words.iter().take_while(|word| **word != "fn").all(|word| {
                     matches!(*word, "pub" | "async" | "const" | "unsafe" | "extern")

@@ -13,7 +13,7 @@ use super::{ApiState, endpoint_exists};
 use crate::cache::Response;
 use crate::clock::Timestamp;
 use crate::intake::{self, BATCH_MAX, Fault};
-use crate::message::{Attempt, Message, MessageId, NewMessage};
+use crate::message::{Attempt, Message, MessageId, NewMessage, Status};
 use crate::store::Inserted;
 
 /// A message to send.
@@ -283,6 +283,7 @@ impl From<Response> for ResponseView {
         (status = 202, description = "Stored: it will be sent", body = MessageView),
         (status = 200, description = "The key was used before for this message: here it is", body = MessageView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
+        (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Not application/json", body = Problem, content_type = "application/problem+json"),
         (status = 422, description = "A field is wrong, or the key was used for another message", body = Problem, content_type = "application/problem+json"),
@@ -307,18 +308,46 @@ pub(super) async fn send(
     if !faults.is_empty() {
         return Err(Problem::faults(faults.into_iter().map(|(_, fault)| (None, fault)).collect()));
     }
-    let inserted = state.intake.submit(messages).await?;
-    let (status, id) = match inserted.first() {
-        Some(Inserted::New { id, .. }) => (StatusCode::ACCEPTED, *id),
-        Some(Inserted::Existing(id)) => (StatusCode::OK, *id),
-        Some(Inserted::Conflict(id)) => {
-            let detail = format!("message {id} has this key and says something else; use a new key");
-            return Err(Problem::new(Code::IdempotencyConflict, &detail));
+    let inserted = state.intake.submit(messages.clone()).await?;
+    match (inserted.first(), messages.into_iter().next()) {
+        // Not read back: what is committed must be answered as such, even if the store goes away now.
+        (Some(Inserted::New { id, created_at }), Some(message)) => {
+            Ok((StatusCode::ACCEPTED, Json(fresh(*id, *created_at, message).into())))
         }
-        None => return Err(Problem::internal("the store answered an insert with nothing")),
-    };
-    let stored = find(&state, id).await?;
-    Ok((status, Json(stored.into())))
+        (Some(Inserted::Existing(id)), _) => Ok((StatusCode::OK, Json(find(&state, *id).await?.into()))),
+        (Some(Inserted::Conflict(id)), _) => {
+            let detail = format!("message {id} has this key and says something else; use a new key");
+            Err(Problem::new(Code::IdempotencyConflict, &detail))
+        }
+        _ => Err(Problem::internal("the store answered an insert with nothing")),
+    }
+}
+
+/// A message as it stands right after its insert.
+fn fresh(id: MessageId, created_at: Timestamp, message: NewMessage) -> Message {
+    Message {
+        id,
+        endpoint: message.endpoint.unwrap_or_else(|| "default".to_owned()),
+        recipient: message.recipient,
+        content: message.content,
+        content_type: message.content_type,
+        headers: message.headers,
+        ordering_key: message.ordering_key,
+        priority: message.priority,
+        send_at: message.send_at,
+        expires_at: message.expires_at,
+        idempotency_key: message.idempotency_key,
+        tags: message.tags,
+        created_at,
+        status: Status::Pending,
+        held: None,
+        epoch: 0,
+        attempts: 0,
+        lane: String::new(),
+        due_at: None,
+        finished_at: None,
+        reason: None,
+    }
 }
 
 fn key_fault(detail: &str) -> Problem {
@@ -331,6 +360,7 @@ fn key_fault(detail: &str) -> Problem {
     responses(
         (status = 202, description = "Stored: they will be sent", body = BatchView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
+        (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Not application/json", body = Problem, content_type = "application/problem+json"),
         (status = 422, description = "None is stored; each bad one is named by its index", body = Problem, content_type = "application/problem+json"),
@@ -351,18 +381,6 @@ pub(super) async fn send_batch(
         return Err(Problem::faults(faults.into_iter().map(|(index, fault)| (Some(index), fault)).collect()));
     }
     let inserted = state.intake.submit(messages).await?;
-    let conflicts: Vec<_> = inserted
-        .iter()
-        .enumerate()
-        .filter(|(_, inserted)| matches!(inserted, Inserted::Conflict(_)))
-        .map(|(index, _)| {
-            let detail = "was used for another message; use a new key".to_owned();
-            (Some(index), Fault { field: "idempotency_key", detail })
-        })
-        .collect();
-    if !conflicts.is_empty() {
-        return Err(Problem::faults(conflicts));
-    }
     let ids = inserted
         .into_iter()
         .map(|inserted| match inserted {

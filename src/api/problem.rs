@@ -22,6 +22,7 @@ pub(super) enum Code {
     MethodNotAllowed,
     UnsupportedMediaType,
     TooLarge,
+    TooSlow,
     Busy,
     Unavailable,
     Internal,
@@ -52,6 +53,9 @@ impl Code {
                 "The body must be application/json",
             ),
             Code::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "too_large", "The body is too large"),
+            Code::TooSlow => {
+                (StatusCode::REQUEST_TIMEOUT, "too_slow", "The request did not arrive or end in time")
+            }
             Code::Busy => (StatusCode::SERVICE_UNAVAILABLE, "busy", "Too much is waiting to be stored"),
             Code::Unavailable => {
                 (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "The store can't be reached")
@@ -146,7 +150,11 @@ impl IntoResponse for Problem {
 impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Problem {
         match error {
-            StoreError::Refused(why) => Problem::new(Code::InvalidMessage, &why),
+            StoreError::Refused(why) => {
+                // Our own check should have said it first, in words that are not the database's.
+                tracing::warn!("the store refused a message that the intake let through: {why}");
+                Problem::new(Code::InvalidMessage, "the store refused it; the log of AMS says why")
+            }
             StoreError::Unavailable(_) | StoreError::Version(_) => {
                 tracing::warn!("a request had to be turned away: {error}");
                 Problem::new(Code::Unavailable, "try again in a moment; /readyz says more")
@@ -160,6 +168,15 @@ impl From<IntakeError> for Problem {
     fn from(error: IntakeError) -> Problem {
         match error {
             IntakeError::Busy => Problem::new(Code::Busy, "try again in a moment"),
+            IntakeError::Conflicts(places) => Problem::faults(
+                places
+                    .into_iter()
+                    .map(|index| {
+                        let detail = "was used for another message; use a new key".to_owned();
+                        (Some(index), Fault { field: "idempotency_key", detail })
+                    })
+                    .collect(),
+            ),
             IntakeError::Store(error) => error.into(),
         }
     }

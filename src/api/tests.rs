@@ -117,6 +117,12 @@ async fn a_batch_is_stored_whole_or_not_at_all() {
         problem["errors"].as_array().unwrap().iter().map(|e| (&e["index"], &e["field"])).collect();
     assert_eq!(fields, [(&json!(1), &json!("recipient")), (&json!(1), &json!("endpoint"))]);
     assert_eq!(api.get("/v1/messages/3").await.0, StatusCode::NOT_FOUND);
+    let keyed = |content: &str| json!({"recipient": "+90", "content": content, "idempotency_key": "once"});
+    let conflict = json!({"messages": [good, keyed("Hello"), good, keyed("Other")]});
+    let (status, problem) = api.post("/v1/messages/batch", conflict).await;
+    assert_eq!((status, &problem["errors"][0]["index"]), (StatusCode::UNPROCESSABLE_ENTITY, &json!(3)));
+    assert_eq!(problem["errors"][0]["field"], "idempotency_key");
+    assert_eq!(api.get("/v1/messages/3").await.0, StatusCode::NOT_FOUND);
     assert_eq!(
         api.post("/v1/messages/batch", json!({"messages": []})).await.0,
         StatusCode::UNPROCESSABLE_ENTITY
@@ -176,6 +182,30 @@ async fn what_is_wrong_with_a_request_is_a_problem_with_a_code() {
     let large = json!({"recipient": "+90", "content": "x".repeat(3 << 20)}).to_string();
     let (status, _, text) = api.call(Method::POST, "/v1/messages", &json_type, large).await;
     assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE, "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_takes_too_long_is_ended() {
+    use tower_service::Service;
+    let mut router: Router = Router::new()
+        .route("/", get(std::future::pending::<()>))
+        .layer(axum::middleware::from_fn(|request, next| in_time(CALL, request, next)));
+    let Ok(response) = router.call(Request::new(axum::body::Body::empty())).await;
+    assert_eq!(response.status(), StatusCode::REQUEST_TIMEOUT);
+    assert_eq!(response.headers()[CONTENT_TYPE], "application/problem+json");
+}
+
+#[tokio::test]
+async fn a_hundred_posts_with_one_key_make_one_message() {
+    let api = Api::start().await;
+    let headers = [("content-type", "application/json"), ("idempotency-key", "once")];
+    let body = json!({"recipient": "+90", "content": "Hello"}).to_string();
+    let calls = (0..100).map(|_| api.call(Method::POST, "/v1/messages", &headers, body.clone()));
+    let answers = futures_util::future::join_all(calls).await;
+    let with = |status| answers.iter().filter(|answer| answer.0 == status).count();
+    assert_eq!((with(StatusCode::ACCEPTED), with(StatusCode::OK)), (1, 99));
+    assert!(answers.iter().all(|answer| serde_json::from_str::<Value>(&answer.2).unwrap()["id"] == 1));
+    assert_eq!(api.get("/v1/messages/2").await.0, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]

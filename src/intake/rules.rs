@@ -9,6 +9,11 @@ pub const BATCH_MAX: usize = 10_000;
 const RECIPIENT_MAX: usize = 1_024;
 const CONTENT_BYTES_MAX: usize = 1 << 20;
 const WORD_MAX: usize = 255;
+const TAGS_BYTES_MAX: usize = 16 << 10;
+
+// What a delivery would refuse must not be accepted first: these are its bounds too.
+const HEADERS_MAX: usize = 64;
+const HEADERS_BYTES_MAX: usize = 16 << 10;
 
 /// Request headers that are ours to set.
 const RESERVED: &[&str] = &[
@@ -53,6 +58,10 @@ pub fn check(message: &NewMessage, now: Timestamp, endpoint_exists: impl Fn(&str
             fault(field, "must have from 1 to 255 characters");
         }
     }
+    let as_header = message.content_type.as_ref().map(|text| hyper::header::HeaderValue::from_str(text));
+    if as_header.is_some_and(|value| value.is_err()) {
+        fault("content_type", "must be a text without control characters");
+    }
     if !(-100..=100).contains(&message.priority) {
         fault("priority", "must be from -100 to 100");
     }
@@ -69,6 +78,8 @@ pub fn check(message: &NewMessage, now: Timestamp, endpoint_exists: impl Fn(&str
     }
     if message.tags.as_ref().is_some_and(|tags| !tags.is_object()) {
         fault("tags", "must be a JSON object");
+    } else if message.tags.as_ref().is_some_and(|tags| tags.to_string().len() > TAGS_BYTES_MAX) {
+        fault("tags", "must have at most 16 KiB as JSON");
     }
     if has_nul(message) {
         fault("content", "no text may hold the character U+0000");
@@ -78,6 +89,14 @@ pub fn check(message: &NewMessage, now: Timestamp, endpoint_exists: impl Fn(&str
 
 fn headers_fault(headers: &serde_json::Value) -> Option<String> {
     let Some(headers) = headers.as_object() else { return Some("must be a JSON object of texts".to_owned()) };
+    if headers.len() > HEADERS_MAX {
+        return Some(format!("must be at most {HEADERS_MAX}"));
+    }
+    let bytes: usize =
+        headers.iter().map(|(name, value)| name.len() + value.as_str().map_or(0, str::len)).sum();
+    if bytes > HEADERS_BYTES_MAX {
+        return Some("must have at most 16 KiB, names and values together".to_owned());
+    }
     for (name, value) in headers {
         let lower = name.to_ascii_lowercase();
         let ours = ["webhook-", "ams-", "proxy-"].iter().any(|start| lower.starts_with(start));
@@ -138,6 +157,8 @@ mod tests {
         assert_eq!(faults(|m| m.content = "x".repeat((1 << 20) + 1)), ["content"]);
         assert_eq!(faults(|m| m.content = "a\0b".into()), ["content"]);
         assert_eq!(faults(|m| m.content_type = Some(String::new())), ["content_type"]);
+        assert_eq!(faults(|m| m.content_type = Some("text/plain\r\nx: y".into())), ["content_type"]);
+        assert_eq!(faults(|m| m.tags = Some(json!({"a": "x".repeat(16 << 10)}))), ["tags"]);
         assert_eq!(faults(|m| m.idempotency_key = Some("x".repeat(256))), ["idempotency_key"]);
         assert_eq!(faults(|m| m.priority = 101), ["priority"]);
         assert_eq!(faults(|m| m.endpoint = Some("nobody".into())), ["endpoint"]);
@@ -150,6 +171,8 @@ mod tests {
             json!({"Webhook-Id": "x"}),
             json!({"a b": "x"}),
             json!({"a": 1}),
+            json!({"a": "x".repeat(16 << 10)}),
+            (0..65).map(|i| (format!("x-{i}"), json!("y"))).collect::<serde_json::Map<_, _>>().into(),
         ] {
             assert_eq!(faults(|m| m.headers = Some(headers.clone())), ["headers"], "{headers}");
         }

@@ -31,6 +31,7 @@ macro_rules! store_conformance {
             entering::values_that_can_not_be_are_refused,
             entering::an_idempotency_key_is_used_once,
             entering::idempotency_keys_are_checked_within_a_batch,
+            entering::one_conflict_keeps_a_whole_batch_out,
             entering::inserts_are_numbered_in_order,
             claiming::a_claim_takes_fresh_rows_in_id_order,
             claiming::a_claim_takes_no_more_than_its_limit,

@@ -222,6 +222,10 @@ impl Store for PostgresStore {
         self.call(async |db| insert::insert(db, messages, now).await).await
     }
 
+    async fn insert_whole(&self, messages: &[NewMessage], now: Timestamp) -> Result<Whole> {
+        self.call(async |db| insert::insert_whole(db, messages, now).await).await
+    }
+
     async fn enroll(
         &self,
         service: &str,

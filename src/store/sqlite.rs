@@ -29,7 +29,7 @@ use uuid::Uuid;
 
 use super::{
     Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, Due, Endpoint, Inserted, InstanceId,
-    Leadership, Overview, Place, Records, Recovered, Result, Store, StoreError,
+    Leadership, Overview, Place, Records, Recovered, Result, Store, StoreError, Whole,
 };
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
@@ -198,6 +198,14 @@ impl Store for SqliteStore {
         }
         let messages = messages.to_vec();
         self.write(true, move |db| insert::insert(db, &messages, now)).await
+    }
+
+    async fn insert_whole(&self, messages: &[NewMessage], now: Timestamp) -> Result<Whole> {
+        if messages.is_empty() {
+            return Ok(Whole::Stored(Vec::new()));
+        }
+        let messages = messages.to_vec();
+        self.write(true, move |db| insert::insert_whole(db, &messages, now)).await
     }
 
     async fn enroll(

@@ -89,6 +89,7 @@ faulty! {
     missing_migrations() -> Vec<String>;
     installation() -> Uuid;
     insert(messages: &[NewMessage], now: Timestamp) -> Vec<Inserted>;
+    insert_whole(messages: &[NewMessage], now: Timestamp) -> Whole;
     enroll(service: &str, host: &str, now: Timestamp, lease_until: Timestamp) -> InstanceId;
     renew(instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> bool;
     retire(instance: InstanceId) -> ();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Bench, new_id, text};
 use crate::message::{NewMessage, Status};
-use crate::store::{Inserted, Store, StoreError};
+use crate::store::{Inserted, Store, StoreError, Whole};
 
 pub(crate) async fn a_fresh_store_is_empty_and_of_this_version(store: Arc<dyn Store>) {
     assert_eq!(store.missing_migrations().await.unwrap(), Vec::<String>::new());
@@ -129,6 +129,25 @@ pub(crate) async fn idempotency_keys_are_checked_within_a_batch(store: Arc<dyn S
     let first = new_id(&inserted[1]);
     assert_eq!(inserted[2..4], [Inserted::Existing(first), Inserted::Conflict(first)]);
     assert_eq!(super::ids(&bench.claim_fresh().await), [new_id(&inserted[0]), first, new_id(&inserted[4])]);
+}
+
+pub(crate) async fn one_conflict_keeps_a_whole_batch_out(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let keyed = NewMessage { idempotency_key: Some("k".to_owned()), ..text("x") };
+    let id = bench.insert(std::slice::from_ref(&keyed)).await[0];
+    let other = NewMessage { content: "y".to_owned(), ..keyed.clone() };
+    let within = NewMessage { idempotency_key: Some("l".to_owned()), ..text("x") };
+    let without = NewMessage { content: "y".to_owned(), ..within.clone() };
+    let batch = [text("a"), other, within.clone(), without, keyed.clone()];
+    let kept_out = bench.store.insert_whole(&batch, bench.now()).await.unwrap();
+    assert_eq!(kept_out, Whole::Conflicts(vec![1, 3]));
+    // Nothing of it is stored, and its keys are free.
+    assert_eq!(super::ids(&bench.claim_fresh().await), [id]);
+    let stored = bench.store.insert_whole(&[keyed, within.clone(), within], bench.now()).await.unwrap();
+    let Whole::Stored(inserted) = stored else { panic!("{stored:?}") };
+    let new = new_id(&inserted[1]);
+    assert_eq!((&inserted[0], &inserted[2]), (&Inserted::Existing(id), &Inserted::Existing(new)));
+    assert_eq!(super::ids(&bench.claim_fresh().await), [new]);
 }
 
 pub(crate) async fn inserts_are_numbered_in_order(store: Arc<dyn Store>) {

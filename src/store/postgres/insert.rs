@@ -8,20 +8,44 @@ use tokio_postgres::error::SqlState;
 use super::{read, written};
 use crate::clock::Timestamp;
 use crate::message::{Message, MessageId, NewMessage};
-use crate::store::{Inserted, Result};
+use crate::store::{Inserted, Result, Whole};
 
 /// How often an insert is tried again because another program used one of its keys meanwhile.
 const RACES: usize = 5;
 
-/// Inserts all messages or none.
+/// Inserts all messages or none; one in conflict is left out.
 pub(super) async fn insert(
     db: &mut Object,
     messages: &[NewMessage],
     now: Timestamp,
 ) -> Result<Vec<Inserted>> {
+    match insert_racing(db, messages, now, Conflicting::IsLeftOut).await? {
+        Whole::Stored(inserted) => Ok(inserted),
+        Whole::Conflicts(_) => Err(crate::store::StoreError::Internal("an insert gave up whole".to_owned())),
+    }
+}
+
+/// Inserts all messages, or none when one of them has the key of another message.
+pub(super) async fn insert_whole(db: &mut Object, messages: &[NewMessage], now: Timestamp) -> Result<Whole> {
+    insert_racing(db, messages, now, Conflicting::KeepsAllOut).await
+}
+
+/// What a message in conflict means for the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Conflicting {
+    IsLeftOut,
+    KeepsAllOut,
+}
+
+async fn insert_racing(
+    db: &mut Object,
+    messages: &[NewMessage],
+    now: Timestamp,
+    conflicting: Conflicting,
+) -> Result<Whole> {
     for _ in 0..RACES {
         let transaction = db.transaction().await?;
-        match insert_in(&transaction, messages, now).await {
+        match insert_in(&transaction, messages, now, conflicting).await {
             Ok(inserted) => {
                 transaction.commit().await?;
                 return Ok(inserted);
@@ -58,7 +82,8 @@ async fn insert_in(
     db: &Transaction<'_>,
     messages: &[NewMessage],
     now: Timestamp,
-) -> std::result::Result<Vec<Inserted>, Failed> {
+    conflicting: Conflicting,
+) -> std::result::Result<Whole, Failed> {
     let stored = stored(db, messages).await?;
     // Where a key stands for the first time in this batch, and what each message comes to.
     let mut first: HashMap<&str, usize> = HashMap::new();
@@ -81,21 +106,32 @@ async fn insert_in(
             new.push(message);
         }
     }
+    if conflicting == Conflicting::KeepsAllOut {
+        let conflicts: Vec<usize> =
+            places.iter().enumerate().filter(|(_, place)| place.conflicts()).map(|(at, _)| at).collect();
+        if !conflicts.is_empty() {
+            return Ok(Whole::Conflicts(conflicts));
+        }
+    }
     let ids = if new.is_empty() { Vec::new() } else { insert_new(db, &new, now).await? };
-    Ok(places
-        .into_iter()
-        .map(|place| match place {
-            Place::Known(inserted) => inserted,
-            Place::New(at) => Inserted::New { id: ids[at], created_at: now },
-            Place::Same { at, equal } => answer(ids[at], equal),
-        })
-        .collect())
+    let inserted = places.into_iter().map(|place| match place {
+        Place::Known(inserted) => inserted,
+        Place::New(at) => Inserted::New { id: ids[at], created_at: now },
+        Place::Same { at, equal } => answer(ids[at], equal),
+    });
+    Ok(Whole::Stored(inserted.collect()))
 }
 
 enum Place {
     Known(Inserted),
     New(usize),
     Same { at: usize, equal: bool },
+}
+
+impl Place {
+    fn conflicts(&self) -> bool {
+        matches!(self, Place::Known(Inserted::Conflict(_)) | Place::Same { equal: false, .. })
+    }
 }
 
 fn answer(id: MessageId, equal: bool) -> Inserted {

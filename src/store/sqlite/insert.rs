@@ -1,11 +1,13 @@
 //! Inserts, and their idempotency keys.
 
+use std::collections::HashMap;
+
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::read;
 use crate::clock::Timestamp;
 use crate::message::{Message, MessageId, NewMessage};
-use crate::store::{Inserted, Result};
+use crate::store::{Inserted, Result, Whole};
 
 /// Inserts all messages or none.
 pub(super) fn insert(db: &Connection, messages: &[NewMessage], now: Timestamp) -> Result<Vec<Inserted>> {
@@ -41,6 +43,35 @@ pub(super) fn insert(db: &Connection, messages: &[NewMessage], now: Timestamp) -
     Ok(inserted)
 }
 
+/// Inserts all messages, or none when one of them has the key of another message.
+pub(super) fn insert_whole(db: &Connection, messages: &[NewMessage], now: Timestamp) -> Result<Whole> {
+    let mut first: HashMap<&str, &NewMessage> = HashMap::new();
+    let mut conflicts = Vec::new();
+    for (place, message) in messages.iter().enumerate() {
+        let Some(key) = &message.idempotency_key else { continue };
+        let conflict = match first.get(key.as_str()) {
+            Some(before) => named(before) != named(message),
+            None => matches!(same_key(db, message)?, Some(Inserted::Conflict(_))),
+        };
+        if conflict {
+            conflicts.push(place);
+        } else {
+            first.entry(key).or_insert(message);
+        }
+    }
+    if conflicts.is_empty() {
+        insert(db, messages, now).map(Whole::Stored)
+    } else {
+        Ok(Whole::Conflicts(conflicts))
+    }
+}
+
+/// The message with the endpoint that it goes to when it names none.
+fn named(message: &NewMessage) -> NewMessage {
+    let endpoint = message.endpoint.clone().or_else(|| Some("default".to_owned()));
+    NewMessage { endpoint, ..message.clone() }
+}
+
 /// What to answer for a message whose key was used before, in the store or earlier in the batch.
 fn same_key(db: &Connection, message: &NewMessage) -> Result<Option<Inserted>> {
     let Some(key) = &message.idempotency_key else {
@@ -70,6 +101,5 @@ fn is_equal(stored: &Message, new: &NewMessage) -> bool {
         idempotency_key: stored.idempotency_key.clone(),
         tags: stored.tags.clone(),
     };
-    let endpoint = new.endpoint.clone().or_else(|| Some("default".to_owned()));
-    said == NewMessage { endpoint, ..new.clone() }
+    said == named(new)
 }
