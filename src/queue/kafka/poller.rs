@@ -172,7 +172,6 @@ impl Poller {
                 let generation = self.client.context().trackers().generation;
                 client.context().trackers().generation = generation + 1;
                 self.client = client;
-                self.paused = false;
             }
             Err(error) => tracing::warn!(target: "kafka", lane = self.lane, "{}: {error}", self.lane),
         }
@@ -200,22 +199,20 @@ impl Poller {
             let mut trackers = self.client.context().trackers();
             (trackers.out(), std::mem::take(&mut trackers.reassigned))
         };
-        if reassigned {
-            // New partitions are not paused.
-            self.paused = false;
-        }
         let stalled = self.stuck.as_ref().is_some_and(|since| since.elapsed() > STALLED);
         let full = stalled || out >= self.window;
         let roomy = self.pending.is_empty() && out <= self.window / 4 * 3;
-        if (self.paused || !full) && !(self.paused && roomy) {
+        let pause = full || (self.paused && !roomy && !reassigned);
+        // Partitions that have just come are not paused, and those that were there before may be.
+        if pause == self.paused && !reassigned {
             return;
         }
-        let changed = self.client.assignment().and_then(|all| match full {
+        let changed = self.client.assignment().and_then(|all| match pause {
             true => self.client.pause(&all),
             false => self.client.resume(&all),
         });
         match changed {
-            Ok(()) => self.paused = full,
+            Ok(()) => self.paused = pause,
             Err(error) => {
                 tracing::debug!(target: "kafka", "{} can't be paused or resumed: {error}", self.lane)
             }

@@ -1,5 +1,6 @@
 //! Against a real broker.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::*;
@@ -65,5 +66,85 @@ async fn asking_for_depth_does_not_disturb_the_group() {
     }
     let taken = take(&mut subscription, 200).await;
     assert_eq!(taken.len(), 200, "nothing came twice: there was no second rebalance");
+    subscription.close().await;
+}
+
+/// Reads on and marks all as done, until nothing is left in the partitions that `mine` picks.
+async fn drain(queue: &KafkaQueue, lane: &str, subscription: &mut Subscription, mine: impl Fn(i32) -> bool) {
+    let all = async {
+        loop {
+            let depths = queue.depth(lane, lane).await.unwrap();
+            if depths.iter().all(|depth| !mine(depth.partition) || depth.position == depth.end) {
+                return;
+            }
+            if let Ok(Some(more)) =
+                tokio::time::timeout(Duration::from_secs(1), subscription.taken.recv()).await
+            {
+                subscription.done.send(receipts(&more)).unwrap();
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), all).await.expect("all is read to its end");
+}
+
+#[tokio::test]
+async fn a_full_reader_that_is_given_more_partitions_goes_on_with_all_of_them() {
+    let (queue, lane) = (queue(), conformance::lane());
+    queue.ensure(std::slice::from_ref(&lane)).await.unwrap();
+    let mut leaves = queue.subscribe(&lane, &lane, 100).await.unwrap();
+    let mut stays = queue.subscribe(&lane, &lane, 100).await.unwrap();
+    // Twelve partitions are dealt six and six, after the first to come had all.
+    let mut own = BTreeSet::new();
+    let mut theirs = BTreeSet::new();
+    while own.len() < 6 || theirs.len() < 6 {
+        if !own.is_disjoint(&theirs) {
+            own.clear();
+            theirs.clear();
+        }
+        queue.publish(&lane, records(0..1)).await.unwrap();
+        for (reader, seen) in [(&mut leaves, &mut theirs), (&mut stays, &mut own)] {
+            while let Ok(more) = reader.taken.try_recv() {
+                seen.extend(more.iter().map(|taken| taken.receipt.partition));
+                reader.done.send(receipts(&more)).unwrap();
+            }
+        }
+    }
+    for _ in 0..24 {
+        queue.publish(&lane, records(0..500)).await.unwrap();
+    }
+    drain(&queue, &lane, &mut leaves, |partition| theirs.contains(&partition)).await;
+    let mut out = take(&mut stays, 100).await;
+    // Full, it is paused; then room is made, too little to go on, and partitions come to it.
+    while let Ok(Some(more)) = tokio::time::timeout(Duration::from_secs(1), stays.taken.recv()).await {
+        out.extend(more);
+    }
+    stays.done.send(receipts(&out.split_off(85))).unwrap();
+    leaves.close().await;
+    for _ in 0..24 {
+        queue.publish(&lane, records(0..1)).await.unwrap();
+    }
+    out.extend(take(&mut stays, 1).await);
+    stays.done.send(receipts(&out)).unwrap();
+    drain(&queue, &lane, &mut stays, |_| true).await;
+    stays.close().await;
+}
+
+#[tokio::test]
+async fn a_lane_that_is_deleted_under_a_full_reader_is_read_when_it_is_made_anew() {
+    let (queue, lane) = (queue(), conformance::lane());
+    queue.ensure(std::slice::from_ref(&lane)).await.unwrap();
+    let mut subscription = queue.subscribe(&lane, &lane, 100).await.unwrap();
+    for first in 0..24 {
+        queue.publish(&lane, records(first * 100..first * 100 + 100)).await.unwrap();
+    }
+    let out = take(&mut subscription, 100).await;
+    let admin: AdminClient<DefaultClientContext> = queue.config.create().unwrap();
+    admin.delete_topics(&[&lane], &AdminOptions::new()).await.unwrap();
+    let published = tokio::time::timeout(Duration::from_secs(30), async {
+        while queue.publish(&lane, records(5_000..5_050)).await.is_err() {}
+    });
+    published.await.expect("publishing goes on");
+    subscription.done.send(receipts(&out)).unwrap();
+    drain(&queue, &lane, &mut subscription, |_| true).await;
     subscription.close().await;
 }
