@@ -97,16 +97,16 @@ async fn a_full_reader_that_is_given_more_partitions_goes_on_with_all_of_them() 
     let mut own = BTreeSet::new();
     let mut theirs = BTreeSet::new();
     while own.len() < 6 || theirs.len() < 6 {
-        if !own.is_disjoint(&theirs) {
-            own.clear();
-            theirs.clear();
-        }
         queue.publish(&lane, records(0..1)).await.unwrap();
         for (reader, seen) in [(&mut leaves, &mut theirs), (&mut stays, &mut own)] {
             while let Ok(more) = reader.taken.try_recv() {
                 seen.extend(more.iter().map(|taken| taken.receipt.partition));
                 reader.done.send(receipts(&more)).unwrap();
             }
+        }
+        if !own.is_disjoint(&theirs) {
+            own.clear();
+            theirs.clear();
         }
     }
     for _ in 0..24 {
