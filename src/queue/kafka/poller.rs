@@ -32,6 +32,9 @@ const FULL: Duration = Duration::from_millis(1);
 /// A reader that is busy for longer is waited for with the partitions paused, because the client must be polled.
 const STALLED: Duration = Duration::from_secs(2);
 const COMMIT: Duration = Duration::from_millis(150);
+/// How often positions are committed that have not moved. One may have been lost on its way, and a lane that was
+/// deleted and made anew has none: whoever asks would hear that the group has yet to read what it has in fact passed.
+const REPEAT: Duration = Duration::from_secs(5);
 /// How long the end waits for its last commit.
 const LAST_COMMIT: Duration = Duration::from_secs(1);
 
@@ -74,6 +77,7 @@ pub(super) fn subscribe(
         stuck: None,
         paused: false,
         since_commit: clock.stopwatch(),
+        since_repeat: clock.stopwatch(),
         clock,
     };
     std::thread::Builder::new()
@@ -107,6 +111,7 @@ struct Poller {
     paused: bool,
     clock: Clock,
     since_commit: Stopwatch,
+    since_repeat: Stopwatch,
 }
 
 impl Poller {
@@ -219,10 +224,14 @@ impl Poller {
         }
     }
 
-    /// Sends the positions that have moved.
+    /// Sends the positions that have moved, and now and then the others.
     fn commit(&mut self) {
         self.since_commit = self.clock.stopwatch();
         let context = self.client.context();
+        if self.since_repeat.elapsed() >= REPEAT {
+            self.since_repeat = self.clock.stopwatch();
+            context.trackers().repeat();
+        }
         let positions = context.trackers().moved();
         commit(&self.client, &self.lane, &positions);
     }
@@ -300,6 +309,11 @@ impl Trackers {
 
     fn out(&self) -> usize {
         self.partitions.values().map(|tracker| tracker.watermark.out()).sum()
+    }
+
+    /// Has all positions count as moved.
+    fn repeat(&mut self) {
+        self.partitions.values_mut().for_each(|tracker| tracker.committed = None);
     }
 
     /// The positions that have moved since they were last asked for.
