@@ -4,7 +4,7 @@
 //! begun with others in one guarded write. From then on the lane's record is done with: the store's
 //! lease remembers the message (see `docs/adr/`), so a slow receiver holds back no position of the
 //! lane. The message waits for a free slot of its endpoint, is delivered and judged, and its record
-//! goes to the [`recorder`], which writes in batches beside all this.
+//! goes to the `recorder`, which writes in batches beside all this.
 
 mod begin;
 mod desk;

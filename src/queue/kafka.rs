@@ -1,7 +1,7 @@
 //! The queue on Apache Kafka, through librdkafka.
 //!
 //! One idempotent producer publishes each batch to one partition. Each subscription has one plain
-//! thread that does nothing but poll ([`poller`]). A third kind of client, never subscribed, asks how
+//! thread that does nothing but poll (`poller`). A third kind of client, never subscribed, asks how
 //! far a group has come. Broker and topics may come and go: clients reconnect by themselves, and those
 //! that librdkafka declares dead are made anew.
 
