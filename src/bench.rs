@@ -10,6 +10,7 @@ mod limit;
 mod receiver;
 mod stack;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::app::{AppError, Result};
@@ -18,10 +19,13 @@ use crate::config::Config;
 use crate::message::NewMessage;
 
 use cpu::Usage;
-use receiver::Receiver;
+use receiver::{Arrived, Receiver};
 use stack::Stack;
 
 pub use receiver::serve as serve_receiver;
+
+/// Single rows that are sent at rest.
+const REST_ROWS: usize = 40;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -50,16 +54,20 @@ pub struct Report {
     /// From commit to arrival, at `rate` messages a second.
     pub latency_ms: Latency,
     pub rate: usize,
-    /// Messages that never arrived, over both phases.
+    /// From commit to arrival of single rows, four a second, on a system that has nothing else to do.
+    pub rest_latency_ms: Latency,
+    /// CPU time while nothing is sent, in per cent of one core.
+    pub idle_cpu_percent: BTreeMap<String, f64>,
+    /// Messages that never arrived, over all phases.
     pub lost: usize,
     /// Arrivals beyond the first of each message.
     pub duplicates: usize,
-    pub cpu_us_per_message: std::collections::BTreeMap<String, f64>,
+    pub cpu_us_per_message: BTreeMap<String, f64>,
     pub sql_statements_per_message: Option<f64>,
     /// The largest resident memory of each process while the backlog was drained, in MB.
-    pub memory_mb: std::collections::BTreeMap<String, f64>,
+    pub memory_mb: BTreeMap<String, f64>,
     /// The bare stages behind the limit, in CPU µs a message (embedded: the bare client's rate).
-    pub stages: std::collections::BTreeMap<&'static str, f64>,
+    pub stages: BTreeMap<&'static str, f64>,
 }
 
 /// A distribution in three numbers, in milliseconds.
@@ -94,6 +102,10 @@ pub async fn run(config: Config, options: &BenchOptions) -> Result<Report> {
     eprintln!("{} messages a second for {:?}", options.rate, options.steady);
     receiver.reset().await?;
     let steady = steady(&clock, &stack, &receiver, options).await?;
+    eprintln!("at rest for {:?}, then {REST_ROWS} single rows", options.steady);
+    receiver.reset().await?;
+    let idle_cpu_percent = idle(&clock, &stack, &receiver, options).await;
+    let rest = rest(&stack, &receiver, options).await?;
     let kind = stack.kind();
     stack.tear_down().await?;
     receiver.stop();
@@ -109,8 +121,10 @@ pub async fn run(config: Config, options: &BenchOptions) -> Result<Report> {
         ratio: delivered_per_s / limit.per_s,
         latency_ms: steady.latency,
         rate: options.rate,
-        lost: options.messages - drained.distinct + steady.lost,
-        duplicates: drained.arrivals - drained.distinct + steady.duplicates,
+        rest_latency_ms: rest.latency,
+        idle_cpu_percent,
+        lost: options.messages - drained.distinct + steady.lost + rest.lost,
+        duplicates: drained.arrivals - drained.distinct + steady.duplicates + rest.duplicates,
         cpu_us_per_message: after
             .cpu_us_since(&before)
             .into_iter()
@@ -122,14 +136,24 @@ pub async fn run(config: Config, options: &BenchOptions) -> Result<Report> {
     })
 }
 
-struct Steady {
+struct Phase {
     latency: Latency,
     lost: usize,
     duplicates: usize,
 }
 
+impl Phase {
+    fn of(inserted: usize, arrived: &Arrived) -> Phase {
+        Phase {
+            latency: arrived.latency(),
+            lost: inserted - arrived.distinct,
+            duplicates: arrived.arrivals - arrived.distinct,
+        }
+    }
+}
+
 /// Inserts at an even rate, in groups of ten milliseconds, and waits for the last to arrive.
-async fn steady(clock: &Clock, stack: &Stack, receiver: &Receiver, options: &BenchOptions) -> Result<Steady> {
+async fn steady(clock: &Clock, stack: &Stack, receiver: &Receiver, options: &BenchOptions) -> Result<Phase> {
     const GROUP: Duration = Duration::from_millis(10);
     let group = (options.rate as f64 * GROUP.as_secs_f64()).ceil() as usize;
     let mut tick =
@@ -142,11 +166,32 @@ async fn steady(clock: &Clock, stack: &Stack, receiver: &Receiver, options: &Ben
         inserted += group;
     }
     let arrived = receiver.wait_for(inserted, stack).await?;
-    Ok(Steady {
-        latency: arrived.latency(),
-        lost: inserted - arrived.distinct,
-        duplicates: arrived.arrivals - arrived.distinct,
-    })
+    Ok(Phase::of(inserted, &arrived))
+}
+
+/// CPU time while nothing is sent.
+async fn idle(
+    clock: &Clock,
+    stack: &Stack,
+    receiver: &Receiver,
+    options: &BenchOptions,
+) -> BTreeMap<String, f64> {
+    let (watch, before) = (clock.stopwatch(), Usage::of(&stack.processes(receiver)));
+    tokio::time::sleep(options.steady).await;
+    let (elapsed, after) = (watch.elapsed(), Usage::of(&stack.processes(receiver)));
+    let used = after.cpu_us_since(&before).into_iter();
+    used.map(|(name, us)| (name, us / elapsed.as_secs_f64() / 10_000.0)).collect()
+}
+
+/// Inserts single rows, each after everything has come to rest.
+async fn rest(stack: &Stack, receiver: &Receiver, options: &BenchOptions) -> Result<Phase> {
+    let mut tick = tokio::time::interval(Duration::from_millis(250));
+    for _ in 0..REST_ROWS {
+        tick.tick().await;
+        stack.fill(1, options.payload_bytes).await?;
+    }
+    let arrived = receiver.wait_for(REST_ROWS, stack).await?;
+    Ok(Phase::of(REST_ROWS, &arrived))
 }
 
 fn message(payload_bytes: usize) -> NewMessage {

@@ -196,13 +196,16 @@ fn print_report(report: &Report) {
     );
     let Latency { p50, p99, max } = report.latency_ms;
     println!("commit to arrival at {}/s: p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms", report.rate);
+    let Latency { p50, p99, max } = report.rest_latency_ms;
+    println!("commit to arrival at rest: p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms");
     println!("lost {}, duplicates {}", report.lost, report.duplicates);
     if let Some(statements) = report.sql_statements_per_message {
         println!("SQL statements per message: {statements:.4}");
     }
     for (name, us) in &report.cpu_us_per_message {
         let memory = report.memory_mb.get(name).copied().unwrap_or_default();
-        println!("  {name:<16} {us:6.1} µs CPU per message, {memory:.0} MB");
+        let idle = report.idle_cpu_percent.get(name).copied().unwrap_or_default();
+        println!("  {name:<16} {us:6.1} µs CPU per message, {memory:.0} MB, {idle:.1} % of a core at rest");
     }
     for (stage, figure) in &report.stages {
         println!("  bare {stage:<24} {figure:.1}");

@@ -102,3 +102,42 @@ async fn a_frozen_consumer_does_no_harm_when_it_wakes() {
     let older: i64 = stack.sql().await.query_one(older, &[]).await.unwrap().get(0);
     assert_eq!(older, 0, "stale results over newer ones");
 }
+
+#[tokio::test]
+async fn a_second_signal_ends_at_once() {
+    let hanging = TestClientOptions { latency: Duration::from_secs(25), ..TestClientOptions::default() };
+    let receiver = Receiver::start(hanging).await;
+    let stack = Stack::new("second_signal", &receiver).await;
+    let up = stack.start("up", &[]);
+    stack.insert(1).await;
+    until("an attempt is in flight", Duration::from_secs(30), async || processing(&stack).await == 1).await;
+    up.signal("-TERM");
+    until("the first is heard", Duration::from_secs(10), async || {
+        std::fs::read_to_string(&stack.log).unwrap().contains("a second signal ends at once")
+    })
+    .await;
+    assert_eq!(processing(&stack).await, 1, "it waits for the attempt");
+    assert_eq!(up.stop().await.code(), Some(130));
+    assert_eq!(processing(&stack).await, 1, "nothing was finished");
+}
+
+#[tokio::test]
+async fn a_standby_producer_takes_over() {
+    let receiver = Receiver::start(TestClientOptions::default()).await;
+    let stack = Stack::new("standby", &receiver).await;
+    let _consumer = stack.start("consumer", &[]);
+    let active = stack.start("producer", &[]);
+    stack.insert(1).await;
+    until("the first producer is the active one", Duration::from_secs(30), async || receiver.arrivals() == 1)
+        .await;
+    let _standby = stack.start("producer", &[]);
+    until("the second has come", Duration::from_secs(10), async || instances(&stack).await == 3).await;
+    active.kill();
+    stack.insert(1).await;
+    let after = until("it goes on", Duration::from_secs(10), async || receiver.arrivals() == 2).await;
+    println!("the standby producer went on {after:.1?} after the kill of the active one");
+}
+
+async fn instances(stack: &Stack) -> i64 {
+    stack.sql().await.query_one("select count(*) from instances", &[]).await.unwrap().get(0)
+}

@@ -81,8 +81,10 @@ fn the_benchmark_prints_what_the_contract_names() {
         }
         for name in ["p50", "p99", "max"] {
             assert!(report["latency_ms"][name].as_f64().unwrap() > 0.0, "{name} in {report}");
+            assert!(report["rest_latency_ms"][name].as_f64().unwrap() > 0.0, "{name} in {report}");
         }
         assert!(report["cpu_us_per_message"]["receiver"].as_f64().unwrap() > 0.0, "{report}");
+        assert!(report["idle_cpu_percent"]["receiver"].is_number(), "{report}");
         assert_eq!(report["sql_statements_per_message"].is_number(), stack == "full", "{report}");
     }
 }
