@@ -57,8 +57,11 @@ impl PostgresOptions {
         let mut config = Config::from_str(&url).map_err(|error| {
             StoreError::Refused(format!("DATABASE_URL can't be understood: {error}; mend it"))
         })?;
+        // A generic plan that is made while a partition is empty would read that partition whole, later when it
+        // is full; every statement has its index. Costs that only rule out a plan must not start the JIT compiler.
         let options = format!(
-            "-c plan_cache_mode=force_generic_plan -c statement_timeout={STATEMENT_TIMEOUT_MS} -c timezone=UTC"
+            "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off \
+             -c statement_timeout={STATEMENT_TIMEOUT_MS} -c timezone=UTC"
         );
         config
             .application_name("ams")

@@ -6,6 +6,7 @@
 
 mod broken;
 mod calm;
+mod documents;
 mod embedded;
 mod faults;
 mod harness;

@@ -40,8 +40,8 @@ macro_rules! claim {
 }
 
 pub(super) const FRESH: &str = claim!("fresh", "fresh and id > $1 order by id");
-const LATE: &str = claim!("late", "fresh and id <= $1 order by id");
-const TIMED: &str =
+pub(super) const LATE: &str = claim!("late", "fresh and id <= $1 order by id");
+pub(super) const TIMED: &str =
     claim!("timed", "timed_at is not null and lane = $1 and timed_at <= $3 order by timed_at, id");
 
 /// Takes due rows: most become `queued`, with one ledger row for all.

@@ -122,6 +122,34 @@ async fn pages(db: &tokio_postgres::Client, statement: &str) -> i64 {
     at("Shared Hit Blocks") + at("Shared Read Blocks")
 }
 
+/// Plans are kept; one that is made while a partition is empty must be right when it is full.
+#[tokio::test]
+async fn plans_made_on_empty_partitions_use_the_indexes() {
+    let scratch = scratch().await;
+    let store = open(scratch.url());
+    store.migrate().await.unwrap();
+    let options = PostgresOptions::parse(scratch.url()).unwrap();
+    let (db, connection) = options.config.connect(tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    db.batch_execute("analyze").await.unwrap();
+    let claim = "bigint, bigint, timestamptz, text[], text, bigint";
+    let timed = "text, bigint, timestamptz, text[], text, bigint";
+    let begin = "bigint[], int, bigint, bigint, timestamptz, bigint, bigint";
+    let retry = "bigint[], int[], text[], int[], timestamptz[], text[], bigint, bigint";
+    for (name, kinds, values, text) in [
+        ("fresh", claim, "0, 1000, now(), '{default}', 'messages', 1", claim::FRESH),
+        ("late", claim, "0, 1000, now(), '{default}', 'messages', 1", claim::LATE),
+        ("timed", timed, "'messages-retry', 1000, now(), '{default}', 'messages-retry', 1", claim::TIMED),
+        ("begin", begin, "'{1,2}', 1, 1, 2, now(), 1, 1", begin::BEGIN),
+        ("retry", retry, "'{1}', '{1}', '{messages}', '{0}', '{2030-01-01}', '{x}', 1, 2", record::RETRY),
+    ] {
+        db.batch_execute(&format!("prepare {name} ({kinds}) as {text}")).await.unwrap();
+        let plan = db.query(&format!("explain execute {name} ({values})"), &[]).await.unwrap();
+        let plan: Vec<String> = plan.iter().map(|row| row.get(0)).collect();
+        assert!(!plan.iter().any(|line| line.contains("Seq Scan on messages")), "{name}: {plan:#?}");
+    }
+}
+
 /// Statistics that say "no row is queued" or "no row is pending" must not make a plan quadratic, or
 /// make it read a partition to its end: claim, begin and record touch a bounded number of pages.
 #[tokio::test]
