@@ -45,8 +45,8 @@ pub type Result<T> = std::result::Result<T, AppError>;
 
 /// Rows a claim takes at most.
 const CLAIM: usize = 1_000;
-/// Tickets that may be on a lane and not taken up: about a second's worth at full speed.
-const ROOM: usize = 50_000;
+/// Tickets that may be on a lane and not taken up: half a second's worth at full speed, held in memory when embedded.
+const ROOM: usize = 16_000;
 /// Messages begun and not recorded, per consumer.
 const WINDOW: usize = 8_000;
 /// Open files wanted: the default endpoint setting allows a thousand connections to each endpoint.

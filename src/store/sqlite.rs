@@ -394,7 +394,7 @@ fn prepare_file(connection: &Connection) -> rusqlite::Result<()> {
         tracing::warn!("the store's journal is {mode}, not wal: reads will wait for writes");
     }
     connection.execute_batch(
-        "pragma synchronous = full; pragma wal_autocheckpoint = 1000; pragma cache_size = -65536; \
+        "pragma synchronous = full; pragma wal_autocheckpoint = 1000; pragma cache_size = -24576; \
          pragma journal_size_limit = 67108864",
     )
 }

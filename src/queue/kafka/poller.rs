@@ -57,7 +57,7 @@ pub(super) fn subscribe(
         .set("session.timeout.ms", "10000")
         .set("heartbeat.interval.ms", "2000")
         .set("fetch.queue.backoff.ms", "10")
-        .set("fetch.wait.max.ms", "50")
+        .set("fetch.wait.max.ms", "250")
         .set("fetch.error.backoff.ms", "200")
         .set("queued.min.messages", "2000")
         .set("queued.max.messages.kbytes", "32768");
