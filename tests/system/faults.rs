@@ -11,6 +11,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::harness::*;
 use crate::kills::{Load, rows};
+use crate::proxy::{Fault, Proxy};
 
 /// Services that run a stack.
 fn start(stack: &Stack) -> Vec<Service> {
@@ -170,6 +171,37 @@ async fn postgres_cuts_every_connection_again_and_again() {
     }
     load.finish().await;
     settle("connections cut", &stack, &receiver, 0).await;
+}
+
+/// The statement was done, its commit too, and nobody was told.
+#[tokio::test]
+async fn answers_of_postgres_are_lost() {
+    let receiver = receiver(1).await;
+    let mut stack = Stack::new("answers", &receiver).await;
+    let proxy = Proxy::start(&stack.database_url, Fault::Lost(0.005)).await;
+    stack.environment.insert("DATABASE_URL".into(), proxy.url.clone());
+    let _services = start(&stack);
+    let load = Load::start(&stack);
+    until("a hundred answers are lost", Duration::from_secs(90), async || {
+        proxy.lost() >= 100 && receiver.arrivals() > 500
+    })
+    .await;
+    load.finish().await;
+    settle(&format!("{} answers of PostgreSQL lost", proxy.lost()), &stack, &receiver, 0).await;
+}
+
+#[tokio::test]
+async fn redis_is_slow_and_nothing_slows_down() {
+    let receiver = receiver(1).await;
+    let mut stack = Stack::new("redis_late", &receiver).await;
+    let proxy = Proxy::start(&stack.environment["REDIS_URL"], Fault::Late(Duration::from_millis(500))).await;
+    stack.environment.insert("REDIS_URL".into(), proxy.url.clone());
+    let _services = start(&stack);
+    let load = Load::start(&stack);
+    until("it runs", Duration::from_secs(30), async || receiver.arrivals() > 500).await;
+    goes_on(&receiver, "Redis answers after 500 ms").await;
+    load.finish().await;
+    settle("Redis slow", &stack, &receiver, 0).await;
 }
 
 #[tokio::test]

@@ -141,6 +141,13 @@ impl Service {
         assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
     }
 
+    /// A line of `/proc/<pid>/status`, such as `VmRSS` or `VmHWM` (the most so far), in MB.
+    pub fn memory_mb(&self, line: &str) -> f64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|found| found.starts_with(line)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1_024.0
+    }
+
     /// As a power cut would end it.
     pub fn kill(mut self) {
         self.child.kill().unwrap();
