@@ -46,8 +46,10 @@ pub struct ProducerOptions {
 const LEADERSHIP: Duration = Duration::from_secs(6);
 /// How often the range behind the cursor is searched for rows that committed late or were given back.
 const SWEEP: Duration = Duration::from_millis(200);
-/// How often timed rows are looked for: delays are exact to about this.
-const TIMED: Duration = Duration::from_millis(25);
+/// How often timed rows are looked for while some have lately been due: delays are exact to about this.
+const TIMED: Duration = Duration::from_millis(10);
+/// Rows come due in bursts, as their tries failed in bursts; for so long after one the looks stay frequent.
+const BURST: Duration = Duration::from_secs(1);
 /// How often held rows of endpoints that are open again are looked for.
 const UNHOLD: Duration = Duration::from_secs(1);
 /// Batches waiting for the broker at once.
@@ -69,6 +71,7 @@ pub struct Producer {
     next_bid: Timestamp,
     next_sweep: Timestamp,
     next_timed: Timestamp,
+    burst_until: Timestamp,
     next_unhold: Timestamp,
     gap: Duration,
 }
@@ -91,6 +94,7 @@ impl Producer {
             next_bid: Timestamp::EPOCH,
             next_sweep: Timestamp::EPOCH,
             next_timed: Timestamp::EPOCH,
+            burst_until: Timestamp::EPOCH,
             next_unhold: Timestamp::EPOCH,
             gap: GAP_MIN,
         }
@@ -133,17 +137,18 @@ impl Producer {
         if now >= self.next_timed {
             worked |= self.claim_timed(instance, now).await?;
         }
-        Ok(self.rest(worked))
+        Ok(self.rest(worked, now))
     }
 
     /// After work the next look follows at once; then the gap doubles up to the poll interval.
-    fn rest(&mut self, worked: bool) -> Step {
+    fn rest(&mut self, worked: bool, now: Timestamp) -> Step {
         if worked {
             self.gap = GAP_MIN;
             return Step::Worked;
         }
-        let gap = self.gap;
-        self.gap = (self.gap * 2).min(self.options.poll);
+        let longest = if now < self.burst_until { TIMED } else { self.options.poll };
+        let gap = self.gap.min(longest);
+        self.gap = (self.gap * 2).min(longest);
         Step::Idle(gap)
     }
 
@@ -200,7 +205,11 @@ impl Producer {
         let lanes = self.parts.directory.snapshot();
         let topics = lanes.lanes.iter().map(|lane| lane.topic.as_str());
         for lane in std::iter::once("").chain(topics) {
-            full |= matches!(self.claim(instance, Due::Timed { lane }, now).await?, Taken::Full);
+            let taken = self.claim(instance, Due::Timed { lane }, now).await?;
+            full |= matches!(taken, Taken::Full);
+            if matches!(taken, Taken::Full | Taken::Some) {
+                self.burst_until = now.after(BURST);
+            }
         }
         if !full {
             self.next_timed = now.after(TIMED);

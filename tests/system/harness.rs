@@ -30,6 +30,12 @@ pub fn setting(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
+/// Whether the program under test was built to be judged by its speed. The test build is several times
+/// slower and shares its two cores with the services, so its figures are only looked at roughly.
+pub fn release() -> bool {
+    setting("AMS_TEST_BINARY").is_some()
+}
+
 fn service_url(name: &str) -> String {
     setting(name).unwrap_or_else(|| {
         panic!(

@@ -92,6 +92,10 @@ async fn misbehave(mut stream: TcpStream, manner: Manner, elsewhere: u16) -> std
                 "HTTP/1.1 307 Go on\r\nlocation: http://127.0.0.1:{elsewhere}/\r\ncontent-length: 0\r\n\r\n"
             );
             stream.write_all(answer.as_bytes()).await?;
+            // The connection is kept, and the next request gets the same.
+            while stream.read(&mut request).await? > 0 {
+                stream.write_all(answer.as_bytes()).await?;
+            }
         }
     }
     // Until the other side goes.

@@ -8,7 +8,9 @@ use ams::clock::Timestamp;
 use ams::testclient::TestClientOptions;
 
 /// What a wait may last beyond its jitter: a poll of the producer and a passage of the lane.
-const SLACK: Duration = Duration::from_millis(100);
+fn slack() -> Duration {
+    if release() { Duration::from_millis(100) } else { Duration::from_secs(2) }
+}
 
 #[tokio::test]
 async fn half_of_the_requests_fail_and_every_message_ends_as_it_should() {
@@ -41,7 +43,7 @@ async fn half_of_the_requests_fail_and_every_message_ends_as_it_should() {
             let waited = pair[1].0.since(pair[0].1);
             let wait = Duration::from_secs(wait);
             assert!(waited >= wait, "message {id} waited {waited:?} of {wait:?}");
-            if waited > wait.mul_f64(1.1) + SLACK {
+            if waited > wait.mul_f64(1.1) + slack() {
                 late.push((id, wait, waited));
             }
         }
