@@ -16,8 +16,6 @@ use crate::store::{Begin, BegunMessage, Endpoint, InstanceId, LeaseId};
 pub(super) struct Arrivals {
     /// Admitted: to be begun.
     pub(super) admitted: Vec<(Ticket, Arc<Endpoint>)>,
-    /// Not admitted: their rows are to be held.
-    pub(super) refused: Vec<(MessageId, Epoch, Held)>,
     /// Not tickets at all: to be dead-lettered raw, with the reason.
     pub(super) unreadable: Vec<(Bytes, Bytes, String)>,
     /// The records all of these came from.
@@ -32,6 +30,14 @@ impl Arrivals {
     pub(super) fn len(&self) -> usize {
         self.receipts.len()
     }
+}
+
+/// Tickets that were not admitted: their rows are to be held.
+#[derive(Debug, Default)]
+pub(super) struct Refused {
+    pub(super) rows: Vec<(MessageId, Epoch, Held)>,
+    /// The records they came from.
+    pub(super) receipts: Vec<Receipt>,
 }
 
 /// A message that this process is to try.
@@ -79,12 +85,11 @@ pub(super) async fn start(
     stop: CancellationToken,
 ) -> Started {
     let watch = parts.clock.stopwatch();
-    let done = futures_util::future::join3(
+    let done = futures_util::future::join(
         dead_letter_raw(&parts, &lane, &arrivals.unreadable, &stop),
-        hold(&parts, &arrivals.refused, &stop),
         begin(&parts, &arrivals.admitted, &stop),
     );
-    let (Some(()), Some(()), Some((lease, instance, messages))) = done.await else {
+    let (Some(()), Some((lease, instance, messages))) = done.await else {
         let stale = arrivals.admitted.into_iter().map(|(_, endpoint)| endpoint).collect();
         return Started { stale, ..Started::default() };
     };
@@ -147,17 +152,22 @@ async fn begin(
     .await
 }
 
-async fn hold(parts: &Parts, refused: &[(MessageId, Epoch, Held)], stop: &CancellationToken) -> Option<()> {
+/// Holds the rows of refused tickets; waits for the store as long as it takes. Gives back the records
+/// that are done with: none when `stop` comes first, and the tickets will come again.
+pub(super) async fn hold(parts: Parts, refused: Refused, stop: CancellationToken) -> Vec<Receipt> {
     for held in [Held::EndpointBusy, Held::EndpointClosed] {
-        let tickets: Vec<_> = refused.iter().filter(|r| r.2 == held).map(|r| (r.0, r.1)).collect();
+        let tickets: Vec<_> = refused.rows.iter().filter(|r| r.2 == held).map(|r| (r.0, r.1)).collect();
         if tickets.is_empty() {
             continue;
         }
         let watch = parts.clock.stopwatch();
-        service::persist("hold", stop, || parts.store.hold(&tickets, held, parts.clock.now())).await?;
+        let call = || parts.store.hold(&tickets, held, parts.clock.now());
+        if service::persist("hold", &stop, call).await.is_none() {
+            return Vec::new();
+        }
         parts.metrics.batch("hold", tickets.len(), watch.elapsed());
     }
-    Some(())
+    refused.receipts
 }
 
 async fn dead_letter_raw(

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::ConsumerOptions;
-use super::begin::{self, Arrivals, Job, Started};
+use super::begin::{self, Arrivals, Job, Refused, Started};
 use super::recorder::Judged;
 use crate::clock::Timestamp;
 use crate::delivery::Delivery;
@@ -42,6 +42,9 @@ pub(super) struct Desk {
     arrivals: Arrivals,
     /// The begin call under way: one at a time, so that what arrives meanwhile goes together.
     beginning: Option<Call<Started>>,
+    refused: Refused,
+    /// The call under way that holds rows: apart from the other, which must not wait for it.
+    holding: Option<Call<Vec<Receipt>>>,
     waiting: BTreeMap<String, VecDeque<Job>>,
     finished: (mpsc::UnboundedSender<Finished>, mpsc::UnboundedReceiver<Finished>),
     /// Tried, and not written yet.
@@ -92,6 +95,8 @@ impl Desk {
             door: VecDeque::new(),
             arrivals: Arrivals::default(),
             beginning: None,
+            refused: Refused::default(),
+            holding: None,
             waiting: BTreeMap::new(),
             finished: mpsc::unbounded_channel(),
             unrecorded: 0,
@@ -113,8 +118,10 @@ impl Desk {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut ended = Vec::new();
         loop {
-            let takes =
-                self.door.is_empty() && self.unrecorded < self.options.window && self.arrivals.len() < BATCH;
+            let takes = self.door.is_empty()
+                && self.unrecorded < self.options.window
+                && self.arrivals.len() < BATCH
+                && self.refused.rows.len() < self.options.window;
             // In this order, so that what ends makes room before more is taken, and a run replays from its seed.
             tokio::select! {
                 biased;
@@ -126,6 +133,10 @@ impl Desk {
                 }
                 Some(count) = written.recv() => self.unrecorded -= count,
                 started = under_way(&mut self.beginning) => self.begun(started),
+                receipts = under_way(&mut self.holding) => {
+                    self.holding = None;
+                    self.done(receipts);
+                }
                 freed = under_way(&mut self.freeing) => self.freed(freed),
                 _ = tick.tick() => self.tick(),
                 batch = self.subscription.taken.recv(), if takes => match batch {
@@ -186,9 +197,26 @@ impl Desk {
                     }
                 },
             };
-            self.arrivals.receipts.push(receipt);
-            self.arrivals.refused.push((ticket.id, ticket.epoch, held));
+            self.refused.receipts.push(receipt);
+            self.refused.rows.push((ticket.id, ticket.epoch, held));
         }
+        if self.refused.rows.len() >= BATCH {
+            self.hold();
+        }
+    }
+
+    /// Holds the rows of refused tickets, unless a call is under way. In large groups, as nobody waits for it.
+    fn hold(&mut self) {
+        if self.holding.is_none() && !self.refused.rows.is_empty() {
+            let refused = std::mem::take(&mut self.refused);
+            self.holding = Some(Box::pin(begin::hold(self.parts.clone(), refused, self.stop.clone())));
+        }
+    }
+
+    /// Tells the lane that these records are done with.
+    fn done(&self, receipts: Vec<Receipt>) {
+        // The receiving end is gone only when the subscription has ended, and the tickets come again then.
+        let _ = self.subscription.done.send(receipts);
     }
 
     /// Begins what has arrived, unless a call is under way.
@@ -208,8 +236,7 @@ impl Desk {
         for endpoint in &started.stale {
             self.limits.leave(&endpoint.name);
         }
-        // The receiving end is gone only when the subscription has ended, and the tickets come again then.
-        let _ = self.subscription.done.send(started.receipts);
+        self.done(started.receipts);
         let mut touched: Vec<Arc<crate::store::Endpoint>> = Vec::new();
         for job in started.jobs {
             let endpoint = Arc::clone(&job.endpoint);
@@ -290,9 +317,10 @@ impl Desk {
         let _ = self.records.send(Judged { record, ticket: job.ticket, lease: job.lease, judged_at: now });
     }
 
-    /// Housekeeping: frees held rows of endpoints that have room again.
+    /// Housekeeping: holds what was refused, and frees held rows of endpoints that have room again.
     fn tick(&mut self) {
         self.limits.forget_idle();
+        self.hold();
         if self.freeing.is_some() {
             return;
         }
@@ -306,7 +334,7 @@ impl Desk {
             if now.since(busy.since) > EXPECTED {
                 busy.expected = 0;
             }
-            let room = self.limits.room(name, endpoint.in_flight_max).saturating_sub(busy.expected);
+            let room = self.limits.room(name, endpoint.in_flight_max, now).saturating_sub(busy.expected);
             // Not one by one: a write for each row that ends would cost what holding saves.
             if room >= endpoint.in_flight_max.min(32) as usize {
                 wanted.push((name.clone(), room.min(BATCH)));
@@ -343,10 +371,14 @@ impl Desk {
         tokio::pin!(patience);
         if let Some(beginning) = self.beginning.take() {
             let started = beginning.await;
-            let _ = self.subscription.done.send(started.receipts);
+            self.done(started.receipts);
             for job in started.jobs {
                 self.judge(job, None, Duration::ZERO);
             }
+        }
+        if let Some(holding) = self.holding.take() {
+            let receipts = holding.await;
+            self.done(receipts);
         }
         for job in std::mem::take(&mut self.waiting).into_values().flatten() {
             self.judge(job, None, Duration::ZERO);

@@ -3,9 +3,10 @@
 //! Two bounds keep a bad endpoint from hurting others (P5). *Admission*: an endpoint may hold at most
 //! as much of the window as is still free, so one that hangs ends up with half, two with a third
 //! each, and there is always as much left for somebody else. (The rule is the dynamic threshold
-//! of shared-memory switches: Choudhury and Hahne, 1998.) What is not admitted waits at the door as long
-//! as its endpoint gets on, which is cheap and short; once it does not, its row is held, so that nobody
-//! waits behind it. *Attempts in flight*: few while answers come
+//! of shared-memory switches: Choudhury and Hahne, 1998.) And no more than it gets through soon: one
+//! that has fallen silent is given what it can have in flight, and nothing to wait here. What is not
+//! admitted waits at the door as long as its endpoint gets on, which is cheap and short; once it does
+//! not, its row is held, so that nobody waits behind it. *Attempts in flight*: few while answers come
 //! at once, because more connections only cost, and more as latency grows, up to the endpoint's setting.
 
 use std::collections::HashMap;
@@ -19,13 +20,18 @@ use crate::clock::Timestamp;
 const IN_FLIGHT_MIN: u32 = 64;
 
 /// The latency at which [`IN_FLIGHT_MIN`] is no longer enough; above it the number grows in proportion.
-const LATENCY_AT_MIN: Duration = Duration::from_millis(4);
+const LATENCY_AT_MIN: Duration = Duration::from_millis(10);
+
+/// How fast the mean latency follows longer and shorter answers. A machine that is busy for a moment
+/// makes every answer late, and more connections would make it busier: hence up slowly, down at once.
+const RISE: Duration = Duration::from_secs(1);
+const FALL: Duration = Duration::from_millis(100);
 
 /// How many messages may wait here for an endpoint beyond those in flight.
 const WAITING_MAX: usize = 4_096;
 
-/// An endpoint that ends no attempt for this long, or whose last message here would have to wait for
-/// longer than [`WAIT_MAX`], is slow: others must not wait behind it.
+/// An endpoint that ends no attempt for this long is silent, and one whose last message here would have
+/// to wait for longer than [`WAIT_MAX`] is full. Others must not wait behind either.
 const SILENCE_MAX: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_millis(500);
 
@@ -37,11 +43,14 @@ pub struct Limits {
     loads: HashMap<Arc<str>, Load>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Load {
     /// Waiting and in flight.
     admitted: usize,
     in_flight: u32,
+    /// Attempts that may be in flight, below the endpoint's setting. Each that ends adds one at most: a
+    /// thousand connections at once overflow a receiver's queue of new ones, and then each waits a second.
+    slots: u32,
     /// Moving mean of the time an attempt takes, in seconds.
     latency_s: f64,
     /// When an attempt last ended here, or the first of those in flight began.
@@ -76,17 +85,17 @@ impl Limits {
     }
 
     /// How many more messages of `endpoint` would be admitted now.
-    pub fn room(&self, endpoint: &str, in_flight_max: u32) -> usize {
-        let admitted = self.loads.get(endpoint).map_or(0, |load| load.admitted);
+    pub fn room(&self, endpoint: &str, in_flight_max: u32, now: Timestamp) -> usize {
+        let unknown = Load::new();
+        let load = self.loads.get(endpoint).unwrap_or(&unknown);
         // Each admission takes one from what is free and adds one to what it has: hence half of the rest.
-        let threshold = self.free().saturating_sub(admitted).div_ceil(2);
-        let own = (in_flight_max as usize + WAITING_MAX).saturating_sub(admitted);
-        own.min(threshold)
+        let threshold = self.free().saturating_sub(load.admitted).div_ceil(2);
+        load.bound(in_flight_max, now).saturating_sub(load.admitted).min(threshold)
     }
 
     /// Admits one message of `endpoint`, or says what to do with it.
     pub fn admit(&mut self, endpoint: &str, in_flight_max: u32, now: Timestamp) -> Admission {
-        if self.room(endpoint, in_flight_max) > 0 {
+        if self.room(endpoint, in_flight_max, now) > 0 {
             self.load(endpoint).admitted += 1;
             self.total += 1;
             return Admission::Admitted;
@@ -103,17 +112,14 @@ impl Limits {
         if load.in_flight == 0 {
             load.last_progress = now;
         }
-        let may = load.in_flight < in_flight_target(load.latency_s, in_flight_max);
+        let may = load.in_flight < load.slots(in_flight_max);
         load.in_flight += u32::from(may);
         may
     }
 
     /// Notes that an attempt at `endpoint` ended after `took`; its message leaves the window.
     pub fn finish(&mut self, endpoint: &str, took: Duration, now: Timestamp) {
-        let load = self.load(endpoint);
-        load.last_progress = now;
-        load.in_flight = load.in_flight.saturating_sub(1);
-        load.latency_s += (took.as_secs_f64() - load.latency_s) * 0.05;
+        self.load(endpoint).progress(took, now);
         self.leave(endpoint);
     }
 
@@ -139,26 +145,68 @@ impl Limits {
 
     fn load(&mut self, endpoint: &str) -> &mut Load {
         if !self.loads.contains_key(endpoint) {
-            self.loads.insert(endpoint.into(), Load::default());
+            self.loads.insert(endpoint.into(), Load::new());
         }
         self.loads.get_mut(endpoint).expect("it was inserted above if it was missing")
     }
 }
 
 impl Load {
+    fn new() -> Load {
+        Load {
+            admitted: 0,
+            in_flight: 0,
+            slots: IN_FLIGHT_MIN,
+            latency_s: 0.0,
+            last_progress: Timestamp::EPOCH,
+        }
+    }
+
+    fn progress(&mut self, took: Duration, now: Timestamp) {
+        let (took, since) = (took.as_secs_f64(), now.since(self.last_progress));
+        let pace = if took > self.latency_s { RISE } else { FALL };
+        let weight = -(-since.as_secs_f64() / pace.as_secs_f64()).exp_m1();
+        self.latency_s += (took - self.latency_s) * weight;
+        self.slots = in_flight_target(self.latency_s).min(self.slots + 1);
+        self.last_progress = now;
+        self.in_flight = self.in_flight.saturating_sub(1);
+    }
+
+    fn slots(&self, in_flight_max: u32) -> u32 {
+        self.slots.min(in_flight_max).max(1)
+    }
+
+    /// How many of its messages may be here: those in flight, and as many as follow them soon.
+    fn bound(&self, in_flight_max: u32, now: Timestamp) -> usize {
+        let slots = self.slots(in_flight_max);
+        let waiting = if self.is_silent(now) { 0 } else { self.soon(slots) };
+        slots as usize + waiting
+    }
+
+    /// How many messages get their turn within [`WAIT_MAX`]: by Little's law the slots times the time, by
+    /// the latency.
+    fn soon(&self, slots: u32) -> usize {
+        // One that has never answered divides by nothing, and the cast stops at the largest number.
+        let soon = (f64::from(slots) * WAIT_MAX.as_secs_f64() / self.latency_s).ceil() as usize;
+        soon.min(WAITING_MAX)
+    }
+
+    fn is_silent(&self, now: Timestamp) -> bool {
+        self.in_flight > 0 && now.since(self.last_progress) > SILENCE_MAX
+    }
+
     fn is_slow(&self, in_flight_max: u32, now: Timestamp) -> bool {
-        let silent = self.in_flight > 0 && now.since(self.last_progress) > SILENCE_MAX;
-        let slots = f64::from(in_flight_target(self.latency_s, in_flight_max));
-        silent || self.admitted as f64 * self.latency_s / slots > WAIT_MAX.as_secs_f64()
+        let slots = self.slots(in_flight_max);
+        self.is_silent(now)
+            || self.soon(slots) < WAITING_MAX && self.admitted >= self.bound(in_flight_max, now)
     }
 }
 
-/// How many attempts may be in flight at a mean latency: by Little's law the same rate needs as
-/// many more connections as answers take longer.
-fn in_flight_target(latency_s: f64, in_flight_max: u32) -> u32 {
+/// How many attempts should be in flight at a mean latency: by Little's law the same rate needs as many
+/// more connections as answers take longer.
+fn in_flight_target(latency_s: f64) -> u32 {
     let factor = latency_s / LATENCY_AT_MIN.as_secs_f64();
-    let wanted = f64::from(IN_FLIGHT_MIN) * factor.max(1.0);
-    if wanted >= f64::from(in_flight_max) { in_flight_max.max(1) } else { wanted as u32 }
+    (f64::from(IN_FLIGHT_MIN) * factor.max(1.0)) as u32
 }
 
 #[cfg(test)]
@@ -178,13 +226,27 @@ mod tests {
         let mut limits = Limits::new(6_000);
         assert_eq!(fill(&mut limits, "hangs", 10_000), 3_000);
         assert_eq!(fill(&mut limits, "hangs too", 10_000), 1_500);
-        assert_eq!(limits.room("healthy", 10_000), 750);
+        assert_eq!(limits.room("healthy", 10_000, NOW), 750);
     }
 
     #[test]
     fn an_endpoint_never_waits_here_in_more_than_its_own_bound() {
         let mut limits = Limits::new(100_000);
         assert_eq!(fill(&mut limits, "a", 1), 1 + WAITING_MAX);
+    }
+
+    #[test]
+    fn a_silent_endpoint_is_given_only_what_it_can_have_in_flight() {
+        let mut limits = Limits::new(8_000);
+        let late = NOW.after(Duration::from_millis(110));
+        assert_eq!(limits.admit("a", 64, NOW), Admission::Admitted);
+        assert!(limits.start("a", 64, NOW));
+        assert_eq!(limits.room("a", 64, NOW), 3_999, "half of the window, while it may yet answer");
+        assert_eq!(limits.room("a", 64, late), 63, "the other connections, once it is silent");
+        assert_eq!(limits.room("b", 64, late), 3_999 + 1, "which is nothing to another");
+        let other = NOW.after(Duration::from_millis(120));
+        limits.finish("a", Duration::from_millis(110), other);
+        assert!(limits.room("a", 64, other) > 2_000, "it has answered");
     }
 
     #[test]
@@ -206,38 +268,63 @@ mod tests {
         let mut limits = Limits::new(100);
         fill(&mut limits, "a", 1);
         assert!(limits.start("a", 1, NOW));
+        let mut now = NOW;
         for _ in 0..100 {
-            limits.finish("a", Duration::from_millis(90), NOW);
-            limits.start("a", 1, NOW);
+            now = now.after(Duration::from_millis(90));
+            limits.finish("a", Duration::from_millis(90), now);
+            limits.start("a", 1, now);
             fill(&mut limits, "a", 1);
         }
-        assert_eq!(limits.admit("a", 1, NOW), Admission::Hold, "50 messages at 90 ms each");
+        assert_eq!(limits.admit("a", 1, now), Admission::Hold, "50 messages at 90 ms each");
     }
 
     #[test]
-    fn attempts_in_flight_follow_latency_up_to_the_setting() {
-        for (latency_s, max, expected) in [
-            (0.0, 1024, 64),
-            (0.001, 1024, 64),
-            (0.008, 1024, 128),
-            (0.1, 10_000, 1_600),
-            (5.0, 1024, 1024),
-            (0.0, 1, 1),
-            (0.0, 0, 1),
-        ] {
-            assert_eq!(in_flight_target(latency_s, max), expected, "{latency_s} s, at most {max}");
+    fn attempts_in_flight_follow_latency() {
+        for (latency_s, expected) in [(0.0, 64), (0.001, 64), (0.02, 128), (0.1, 640), (5.0, 32_000)] {
+            assert_eq!(in_flight_target(latency_s), expected, "{latency_s} s");
         }
     }
 
+    fn start_all(limits: &mut Limits, max: u32, now: Timestamp) -> usize {
+        (0..).take_while(|_| limits.start("slow", max, now)).count()
+    }
+
     #[test]
-    fn slow_answers_open_more_slots() {
+    fn slow_answers_open_more_slots_one_by_one_up_to_the_setting() {
         let mut limits = Limits::new(8_000);
-        let started = |limits: &mut Limits| (0..).take_while(|_| limits.start("slow", 1024, NOW)).count();
-        assert_eq!(started(&mut limits), 64);
-        for _ in 0..64 {
-            limits.finish("slow", Duration::from_secs(5), NOW);
+        assert_eq!(start_all(&mut limits, 200, NOW), 64);
+        let mut now = NOW;
+        for (ended, started) in [(64, 128), (128, 200), (200, 200)] {
+            now = now.after(Duration::from_secs(5));
+            for _ in 0..ended {
+                limits.finish("slow", Duration::from_secs(5), now);
+            }
+            assert_eq!(start_all(&mut limits, 200, now), started);
         }
-        assert_eq!(started(&mut limits), 1024);
+    }
+
+    #[test]
+    fn a_busy_moment_opens_no_connections() {
+        let mut limits = Limits::new(8_000);
+        let mut now = NOW;
+        let mut ended = |limits: &mut Limits, count: u64, took: u64| {
+            for _ in 0..count {
+                start_all(limits, 1_024, now);
+                now = now.after(Duration::from_micros(100));
+                limits.finish("slow", Duration::from_millis(took), now);
+            }
+            start_all(limits, 1_024, now);
+            limits.in_flight()
+        };
+        assert_eq!(ended(&mut limits, 1_000, 1), 64);
+        assert!(ended(&mut limits, 1_000, 60) < 100, "100 ms of answers that take 60");
+        assert!(ended(&mut limits, 50_000, 60) > 370, "5 s of them");
+        assert!(ended(&mut limits, 5_000, 1) < 370, "and it comes down at once");
+    }
+
+    #[test]
+    fn a_setting_of_none_is_one() {
+        assert!(Limits::new(10).start("a", 0, NOW));
     }
 
     proptest! {
