@@ -50,6 +50,8 @@ const SWEEP: Duration = Duration::from_millis(200);
 const TIMED: Duration = Duration::from_millis(10);
 /// Rows come due in bursts, as their tries failed in bursts; for so long after one the looks stay frequent.
 const BURST: Duration = Duration::from_secs(1);
+/// How often consumers are asked, while rows are claimed, which endpoints are busy.
+const BUSY: Duration = Duration::from_millis(50);
 /// How often held rows of endpoints that are open again are looked for.
 const UNHOLD: Duration = Duration::from_secs(1);
 /// Batches waiting for the broker at once.
@@ -73,6 +75,9 @@ pub struct Producer {
     next_timed: Timestamp,
     burst_until: Timestamp,
     next_unhold: Timestamp,
+    /// Endpoints whose new rows would only wait on the lane; nothing is known of them at rest.
+    busy: Vec<String>,
+    next_busy: Timestamp,
     gap: Duration,
 }
 
@@ -96,6 +101,8 @@ impl Producer {
             next_timed: Timestamp::EPOCH,
             burst_until: Timestamp::EPOCH,
             next_unhold: Timestamp::EPOCH,
+            busy: Vec::new(),
+            next_busy: Timestamp::EPOCH,
             gap: GAP_MIN,
         }
     }
@@ -195,8 +202,23 @@ impl Producer {
             let fresh = Due::Fresh { after: self.cursor };
             let taken = self.claim(instance, fresh, now).await?;
             worked |= matches!(taken, Taken::Full | Taken::Some);
+            self.learn_busy(taken, now).await?;
         }
         Ok(worked)
+    }
+
+    /// Asks which endpoints are busy while there is work, and forgets it at rest: what was true before a
+    /// pause would only delay the first rows after it.
+    async fn learn_busy(&mut self, taken: Taken, now: Timestamp) -> Result<(), ProducerError> {
+        match taken {
+            Taken::Nothing => self.busy.clear(),
+            Taken::Full | Taken::Some | Taken::NoRoom if now >= self.next_busy => {
+                self.busy = self.parts.store.busy().await?;
+                self.next_busy = now.after(BUSY);
+            }
+            Taken::Full | Taken::Some | Taken::NoRoom => {}
+        }
+        Ok(())
     }
 
     /// Claims rows whose time has come, lane by lane.
@@ -250,7 +272,9 @@ impl Producer {
             return Ok(Taken::NoRoom);
         }
         let directory = self.parts.directory.snapshot();
-        let claim = Claim { due, limit, lane, open: &directory.open, owner, now };
+        // Only new rows: the others have been held before, and were freed because there is room.
+        let busy = if matches!(due, Due::Fresh { .. }) { self.busy.as_slice() } else { &[] };
+        let claim = Claim { due, limit, lane, open: &directory.open, busy, owner, now };
         let watch = self.parts.clock.stopwatch();
         let claimed = self.parts.store.claim(&claim).await.inspect_err(|_| self.unsure = true)?;
         if claimed.seen == 0 {

@@ -166,6 +166,8 @@ pub struct Claim<'a> {
     pub lane: &'a str,
     /// Endpoints that take messages. Rows of any other are held as [`Held::EndpointClosed`] instead.
     pub open: &'a [String],
+    /// Endpoints whose rows are held as [`Held::EndpointBusy`] instead: they would only wait on the lane.
+    pub busy: &'a [String],
     pub owner: InstanceId,
     pub now: Timestamp,
 }
@@ -339,6 +341,13 @@ pub trait Store: Send + Sync + 'static {
     /// Renews an instance's lease. `false`: it had run out and was taken away; enroll anew, and drop
     /// every begun message that has not been tried.
     async fn renew(&self, instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> Result<bool>;
+
+    /// Says which endpoints this instance can't try as fast as their messages come, in place of what it
+    /// said before.
+    async fn say_busy(&self, instance: InstanceId, endpoints: &[String]) -> Result<()>;
+
+    /// The endpoints that some instance has said to be busy.
+    async fn busy(&self) -> Result<Vec<String>>;
 
     /// Ends an instance in good order: its lease, leadership and row go.
     async fn retire(&self, instance: InstanceId) -> Result<()>;

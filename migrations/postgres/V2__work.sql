@@ -9,7 +9,9 @@ create table instances (
     version text not null,
     started_at timestamptz not null,
     seen_at timestamptz not null,
-    lease_until timestamptz not null
+    lease_until timestamptz not null,
+    -- Endpoints that it can't try as fast as their messages come.
+    busy text[] not null default '{}'
 );
 
 -- The one active producer. Pacing stands here too, because it holds over all producers together.

@@ -9,7 +9,9 @@ create table instances (
     version text not null,
     started_at integer not null,
     seen_at integer not null,
-    lease_until integer not null
+    lease_until integer not null,
+    -- Endpoints that it can't try as fast as their messages come: a JSON list.
+    busy text not null default '[]'
 ) strict;
 
 -- The one active producer. Pacing stands here too, because it holds over all producers together.

@@ -76,7 +76,7 @@ async fn store(
     let before = machine_us();
     loop {
         let due = Due::Fresh { after };
-        let claim = Claim { due, limit: BATCH, lane: "bench", open: &open, owner, now };
+        let claim = Claim { due, limit: BATCH, lane: "bench", open: &open, busy: &[], owner, now };
         let claimed = store.claim(&claim).await.map_err(|error| wrong(&error))?;
         let Some(last) = claimed.last else { break };
         after = last;

@@ -18,7 +18,7 @@ use crate::delivery::limits::{Admission, Limits};
 use crate::message::{Held, Outcome, Ticket, Verdict};
 use crate::queue::{Receipt, Subscription, Taken};
 use crate::service::Parts;
-use crate::store::Record;
+use crate::store::{InstanceId, Record};
 
 /// Tickets begun in one call, at most.
 const BATCH: usize = 2_000;
@@ -27,6 +27,12 @@ const TICK: Duration = Duration::from_millis(100);
 const HELD: Duration = Duration::from_secs(1);
 /// After this, rows that were made due and did not come here are believed to have gone to another consumer.
 const EXPECTED: Duration = Duration::from_secs(2);
+
+/// How long an endpoint counts as busy after it was last seen to be slow: one that hangs answers nothing
+/// for the whole of its deadline, then all of its attempts end at once.
+const SLOW_FOR: Duration = Duration::from_millis(300);
+/// Endpoints said to be busy, at most.
+const SAID_MAX: usize = 1_000;
 
 type Call<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
@@ -52,6 +58,9 @@ pub(super) struct Desk {
     /// Endpoints with rows held because they were busy.
     busy: BTreeMap<String, Busy>,
     freeing: Option<Call<Freed>>,
+    /// The call under way that says which endpoints are busy, and what was said last, and by whom.
+    saying: Option<Call<Option<Said>>>,
+    said: Option<Said>,
     next_held: Timestamp,
     stop: CancellationToken,
 }
@@ -61,7 +70,12 @@ struct Busy {
     /// Rows made due that have not come back as tickets.
     expected: usize,
     since: Timestamp,
+    /// When it was last seen to be slow.
+    slow_at: Timestamp,
 }
+
+/// Which endpoints an instance has said to be busy.
+type Said = (InstanceId, Vec<String>);
 
 /// A try that ended, or did not take place.
 struct Finished {
@@ -102,6 +116,8 @@ impl Desk {
             unrecorded: 0,
             busy: BTreeMap::new(),
             freeing: None,
+            saying: None,
+            said: None,
             next_held: Timestamp::EPOCH,
             stop: CancellationToken::new(),
         }
@@ -138,6 +154,10 @@ impl Desk {
                     self.done(receipts);
                 }
                 freed = under_way(&mut self.freeing) => self.freed(freed),
+                said = under_way(&mut self.saying) => {
+                    self.saying = None;
+                    self.said = said.or(self.said.take());
+                }
                 _ = tick.tick() => self.tick(),
                 batch = self.subscription.taken.recv(), if takes => match batch {
                     Some(batch) => self.arrive(batch),
@@ -191,8 +211,7 @@ impl Desk {
                         continue;
                     }
                     Admission::Hold => {
-                        let busy = Busy { expected: 0, since: now };
-                        self.busy.entry(ticket.endpoint).or_insert(busy);
+                        self.refused(ticket.endpoint.clone(), now);
                         Held::EndpointBusy
                     }
                 },
@@ -203,6 +222,37 @@ impl Desk {
         if self.refused.rows.len() >= BATCH {
             self.hold();
         }
+    }
+
+    /// Notes that a ticket was refused, and says so at once when its endpoint has just become busy.
+    fn refused(&mut self, endpoint: String, now: Timestamp) {
+        let new = !self.busy.contains_key(&endpoint);
+        let busy = self.busy.entry(endpoint).or_insert(Busy { expected: 0, since: now, slow_at: now });
+        busy.slow_at = now;
+        if new {
+            self.say(now);
+        }
+    }
+
+    /// Says which endpoints are busy, when that has changed, so that the producer holds their new rows
+    /// instead of sending them here. Only first tries are held like that.
+    fn say(&mut self, now: Timestamp) {
+        let Some(instance) = self.parts.presence.instance() else { return };
+        if !self.options.lane.fresh || self.saying.is_some() {
+            return;
+        }
+        let slow = self.busy.iter().filter(|(_, busy)| now.since(busy.slow_at) < SLOW_FOR);
+        let said = (instance, slow.map(|(name, _)| name.clone()).take(SAID_MAX).collect::<Vec<_>>());
+        if self.said.as_ref() == Some(&said) || self.said.is_none() && said.1.is_empty() {
+            return;
+        }
+        let store = Arc::clone(&self.parts.store);
+        self.saying = Some(Box::pin(async move {
+            // It is a hint: without it the rows come here and are held then. The next tick says it again.
+            let heard = store.say_busy(said.0, &said.1).await;
+            heard.inspect_err(|error| tracing::debug!("busy endpoints could not be told: {error}")).ok()?;
+            Some(said)
+        }));
     }
 
     /// Holds the rows of refused tickets, unless a call is under way. In large groups, as nobody waits for it.
@@ -331,6 +381,9 @@ impl Desk {
             let Some(endpoint) = directory.open_endpoint(name) else {
                 continue;
             };
+            if self.limits.is_slow(name, endpoint.in_flight_max, now) {
+                busy.slow_at = now;
+            }
             if now.since(busy.since) > EXPECTED {
                 busy.expected = 0;
             }
@@ -340,6 +393,7 @@ impl Desk {
                 wanted.push((name.clone(), room.min(BATCH)));
             }
         }
+        self.say(now);
         let look = now >= self.next_held;
         if look {
             self.next_held = now.after(HELD);
@@ -361,7 +415,7 @@ impl Desk {
             }
         }
         for name in freed.found {
-            self.busy.entry(name).or_insert(Busy { expected: 0, since: now });
+            self.busy.entry(name).or_insert(Busy { expected: 0, since: now, slow_at: Timestamp::EPOCH });
         }
     }
 

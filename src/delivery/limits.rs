@@ -106,6 +106,11 @@ impl Limits {
         }
     }
 
+    /// Whether messages of `endpoint` come faster than it gets through them.
+    pub fn is_slow(&self, endpoint: &str, in_flight_max: u32, now: Timestamp) -> bool {
+        self.loads.get(endpoint).is_some_and(|load| load.is_slow(in_flight_max, now))
+    }
+
     /// Starts an attempt at `endpoint` if one more may be in flight.
     pub fn start(&mut self, endpoint: &str, in_flight_max: u32, now: Timestamp) -> bool {
         let load = self.load(endpoint);

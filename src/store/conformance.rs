@@ -62,6 +62,8 @@ macro_rules! store_conformance {
             trying::a_late_success_takes_the_dead_letter_back,
             trying::one_write_takes_every_kind_of_verdict,
             holding::a_held_ticket_is_not_claimable,
+            holding::rows_of_a_busy_endpoint_are_held_by_the_claim,
+            holding::what_instances_say_to_be_busy_is_known_while_they_live,
             holding::only_tickets_of_the_epoch_are_held,
             holding::held_rows_are_freed_oldest_first,
             holding::a_held_row_that_was_tried_is_due_again_when_freed,
@@ -159,7 +161,7 @@ impl Bench {
             _ => FRESH,
         };
         let open = &["default".to_owned()];
-        let claim = Claim { due, limit, lane, open, owner, now: self.now() };
+        let claim = Claim { due, limit, lane, open, busy: &[], owner, now: self.now() };
         self.store.claim(&claim).await.unwrap()
     }
 

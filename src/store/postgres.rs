@@ -243,6 +243,14 @@ impl Store for PostgresStore {
         self.call(async |db| registry::renew(db, instance, now, lease_until).await).await
     }
 
+    async fn say_busy(&self, instance: InstanceId, endpoints: &[String]) -> Result<()> {
+        self.call(async |db| registry::say_busy(db, instance, endpoints).await).await
+    }
+
+    async fn busy(&self) -> Result<Vec<String>> {
+        self.call(async |db| registry::busy(db).await).await
+    }
+
     async fn retire(&self, instance: InstanceId) -> Result<()> {
         self.call(async |db| registry::retire(db, instance).await).await
     }

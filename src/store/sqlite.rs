@@ -223,6 +223,15 @@ impl Store for SqliteStore {
         self.write(false, move |db| registry::renew(db, instance, now, lease_until)).await
     }
 
+    async fn say_busy(&self, instance: InstanceId, endpoints: &[String]) -> Result<()> {
+        let endpoints = endpoints.to_vec();
+        self.write(false, move |db| registry::say_busy(db, instance, &endpoints)).await
+    }
+
+    async fn busy(&self) -> Result<Vec<String>> {
+        self.read(registry::busy).await
+    }
+
     async fn retire(&self, instance: InstanceId) -> Result<()> {
         self.write(false, move |db| registry::retire(db, instance)).await
     }

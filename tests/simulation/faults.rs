@@ -92,6 +92,8 @@ faulty! {
     insert_whole(messages: &[NewMessage], now: Timestamp) -> Whole;
     enroll(service: &str, host: &str, now: Timestamp, lease_until: Timestamp) -> InstanceId;
     renew(instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> bool;
+    say_busy(instance: InstanceId, endpoints: &[String]) -> ();
+    busy() -> Vec<String>;
     retire(instance: InstanceId) -> ();
     lead(bid: &Bid) -> Option<Leadership>;
     changed() -> bool;

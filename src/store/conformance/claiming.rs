@@ -121,7 +121,7 @@ pub(crate) async fn rows_of_a_closed_endpoint_are_held_by_the_claim(store: Arc<d
     let freed = bench.store.unhold("closed", Held::EndpointClosed, 10, bench.now()).await.unwrap();
     assert_eq!(freed, 2);
     let due = Due::Late { up_to: all[2] };
-    let claim = Claim { due, limit: 10, lane: FRESH, open, owner: bench.owner, now: bench.now() };
+    let claim = Claim { due, limit: 10, lane: FRESH, open, busy: &[], owner: bench.owner, now: bench.now() };
     assert_eq!(ids(&bench.store.claim(&claim).await.unwrap()), [all[0], all[2]]);
 }
 

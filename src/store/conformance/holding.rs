@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{Bench, RETRY, ids, pairs};
-use crate::message::{Held, Status};
-use crate::store::{Due, Store};
+use super::{Bench, FRESH, RETRY, ids, pairs, text};
+use crate::message::{Held, MessageId, NewMessage, Status};
+use crate::store::{Claim, Due, Store};
 
 const BUSY: Held = Held::EndpointBusy;
 
@@ -27,6 +27,40 @@ pub(crate) async fn a_held_ticket_is_not_claimable(store: Arc<dyn Store>) {
     let claimed = bench.claim(Due::Late { up_to: tickets[2].0 }, 10).await;
     assert_eq!(pairs(&claimed), [(tickets[0].0, 2), (tickets[1].0, 2)]);
     assert!(store.held().await.unwrap().is_empty());
+}
+
+pub(crate) async fn rows_of_a_busy_endpoint_are_held_by_the_claim(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let message = |endpoint: &str| NewMessage { endpoint: Some(endpoint.to_owned()), ..text("Hello") };
+    let all = bench.insert(&["busy", "default", "closed", "busy"].map(message)).await;
+    let (open, busy) = (&["default", "busy"].map(str::to_owned), &["busy", "closed"].map(str::to_owned));
+    let (due, owner) = (Due::Fresh { after: MessageId(0) }, bench.owner);
+    let claim = Claim { due, limit: 10, lane: FRESH, open, busy, owner, now: bench.now() };
+    let claimed = bench.store.claim(&claim).await.unwrap();
+    assert_eq!((ids(&claimed), claimed.seen, claimed.last), (vec![all[1]], 4, Some(all[3])));
+    let row = bench.message(all[0]).await;
+    assert_eq!((row.status, row.held, row.epoch), (Status::Pending, Some(BUSY), 0));
+    let held = bench.store.held().await.unwrap();
+    assert_eq!(held, [("busy".to_owned(), BUSY), ("closed".to_owned(), Held::EndpointClosed)]);
+    assert_eq!(bench.store.unhold("busy", BUSY, 10, bench.now()).await.unwrap(), 2);
+    let claim = Claim { due: Due::Late { up_to: all[3] }, busy: &[], ..claim };
+    assert_eq!(ids(&bench.store.claim(&claim).await.unwrap()), [all[0], all[3]]);
+}
+
+pub(crate) async fn what_instances_say_to_be_busy_is_known_while_they_live(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let (one, two) = (bench.enroll().await, bench.enroll().await);
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    assert!(bench.store.busy().await.unwrap().is_empty());
+    bench.store.say_busy(one, &names(&["b", "a"])).await.unwrap();
+    bench.store.say_busy(two, &names(&["b", "c"])).await.unwrap();
+    assert_eq!(bench.store.busy().await.unwrap(), ["a", "b", "c"]);
+    bench.store.say_busy(one, &[]).await.unwrap();
+    assert_eq!(bench.store.busy().await.unwrap(), ["b", "c"]);
+    bench.store.retire(two).await.unwrap();
+    assert!(bench.store.busy().await.unwrap().is_empty());
+    bench.store.say_busy(two, &names(&["a"])).await.unwrap();
+    assert!(bench.store.busy().await.unwrap().is_empty(), "it has retired");
 }
 
 pub(crate) async fn only_tickets_of_the_epoch_are_held(store: Arc<dyn Store>) {

@@ -342,7 +342,7 @@ impl World {
             self.inspect().await?;
             let open = &["default".to_owned(), "closed".to_owned()];
             for due in [Due::Late { up_to: last }, Due::Timed { lane: "" }, Due::Timed { lane: RETRY }] {
-                let claim = Claim { due, limit: 1_000, lane: FRESH, open, owner, now };
+                let claim = Claim { due, limit: 1_000, lane: FRESH, open, busy: &[], owner, now };
                 let claimed = store.claim(&claim).await.unwrap();
                 self.took(&claimed, 1_000)?;
                 self.inspect().await?;

@@ -18,14 +18,15 @@ macro_rules! claim {
         concat!(
             "/* ams:claim_",
             $name,
-            " */ with c as materialized (select id from messages where ",
+            " */ with c as materialized (select id, case when endpoint <> all($4) then 'endpoint_closed' \
+                 when endpoint = any($7) then 'endpoint_busy' end as held from messages where ",
             $rows,
             " limit $2 for update skip locked), \
              u as (update messages m set \
-                 status = case when m.expires_at <= $3 then 'expired' when m.endpoint = any($4) then 'queued' \
+                 status = case when m.expires_at <= $3 then 'expired' when c.held is null then 'queued' \
                      else m.status end, \
-                 epoch = case when m.expires_at <= $3 or m.endpoint <> all($4) then m.epoch else m.epoch + 1 end, \
-                 held = case when m.expires_at <= $3 or m.endpoint = any($4) then null else 'endpoint_closed' end, \
+                 epoch = case when m.expires_at <= $3 or c.held is not null then m.epoch else m.epoch + 1 end, \
+                 held = case when m.expires_at <= $3 then null else c.held end, \
                  due_at = case when m.expires_at <= $3 then null else m.due_at end, \
                  finished_at = case when m.expires_at <= $3 then $3 end \
              from c where m.id = c.id and m.id between (select min(id) from c) and (select max(id) from c) \
@@ -47,19 +48,25 @@ pub(super) const TIMED: &str =
 /// Takes due rows: most become `queued`, with one ledger row for all.
 pub(super) async fn claim(db: &Object, claim: &Claim<'_>) -> Result<Claimed> {
     let (limit, now) = (limit(claim.limit), written(claim.now));
-    let (open, owner) = (claim.open, claim.owner.0);
+    let (open, busy, owner) = (claim.open, claim.busy, claim.owner.0);
     let mut rows = match claim.due {
         Due::Fresh { after: MessageId(id) } => {
-            db.query(&db.prepare_cached(FRESH).await?, &[&id, &limit, &now, &open, &claim.lane, &owner])
-                .await?
+            db.query(
+                &db.prepare_cached(FRESH).await?,
+                &[&id, &limit, &now, &open, &claim.lane, &owner, &busy],
+            )
+            .await?
         }
         Due::Late { up_to: MessageId(id) } => {
-            db.query(&db.prepare_cached(LATE).await?, &[&id, &limit, &now, &open, &claim.lane, &owner])
+            db.query(&db.prepare_cached(LATE).await?, &[&id, &limit, &now, &open, &claim.lane, &owner, &busy])
                 .await?
         }
         Due::Timed { lane } => {
-            db.query(&db.prepare_cached(TIMED).await?, &[&lane, &limit, &now, &open, &claim.lane, &owner])
-                .await?
+            db.query(
+                &db.prepare_cached(TIMED).await?,
+                &[&lane, &limit, &now, &open, &claim.lane, &owner, &busy],
+            )
+            .await?
         }
     };
     rows.sort_unstable_by_key(|row| row.get::<_, i64>(0));

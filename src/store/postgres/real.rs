@@ -132,14 +132,19 @@ async fn plans_made_on_empty_partitions_use_the_indexes() {
     let (db, connection) = options.config.connect(tokio_postgres::NoTls).await.unwrap();
     tokio::spawn(connection);
     db.batch_execute("analyze").await.unwrap();
-    let claim = "bigint, bigint, timestamptz, text[], text, bigint";
-    let timed = "text, bigint, timestamptz, text[], text, bigint";
+    let claim = "bigint, bigint, timestamptz, text[], text, bigint, text[]";
+    let timed = "text, bigint, timestamptz, text[], text, bigint, text[]";
     let begin = "bigint[], int, bigint, bigint, timestamptz, bigint, bigint";
     let retry = "bigint[], int[], text[], int[], timestamptz[], text[], bigint, bigint";
     for (name, kinds, values, text) in [
-        ("fresh", claim, "0, 1000, now(), '{default}', 'messages', 1", claim::FRESH),
-        ("late", claim, "0, 1000, now(), '{default}', 'messages', 1", claim::LATE),
-        ("timed", timed, "'messages-retry', 1000, now(), '{default}', 'messages-retry', 1", claim::TIMED),
+        ("fresh", claim, "0, 1000, now(), '{default}', 'messages', 1, '{}'", claim::FRESH),
+        ("late", claim, "0, 1000, now(), '{default}', 'messages', 1, '{}'", claim::LATE),
+        (
+            "timed",
+            timed,
+            "'messages-retry', 1000, now(), '{default}', 'messages-retry', 1, '{}'",
+            claim::TIMED,
+        ),
         ("begin", begin, "'{1,2}', 1, 1, 2, now(), 1, 1", begin::BEGIN),
         ("retry", retry, "'{1}', '{1}', '{messages}', '{0}', '{2030-01-01}', '{x}', 1, 2", record::RETRY),
     ] {
@@ -169,12 +174,15 @@ async fn hostile_statistics_change_nothing() {
     for round in 0..3_i64 {
         let claim = claim::FRESH;
         db.batch_execute(&format!(
-            "prepare claim_{round} (bigint, bigint, timestamptz, text[], text, bigint) as {claim}"
+            "prepare claim_{round} (bigint, bigint, timestamptz, text[], text, bigint, text[]) as {claim}"
         ))
         .await
         .unwrap();
         let first = round * 1_000 + 1;
-        let run = format!("execute claim_{round} ({}, 1000, now(), '{{default}}', 'messages', 1)", first - 1);
+        let run = format!(
+            "execute claim_{round} ({}, 1000, now(), '{{default}}', 'messages', 1, '{{}}')",
+            first - 1
+        );
         let claimed = pages(&db, &run).await;
         db.batch_execute(&format!(
             "prepare begin_{round} (bigint[], int, bigint, bigint, timestamptz, bigint, bigint) as {}",

@@ -51,6 +51,21 @@ pub(super) async fn renew(
     Ok(db.execute(&statement, &[&instance.0, &written(now), &written(lease_until)]).await? > 0)
 }
 
+/// Notes which endpoints an instance has said to be busy.
+pub(super) async fn say_busy(db: &Object, instance: InstanceId, endpoints: &[String]) -> Result<()> {
+    let statement =
+        db.prepare_cached("/* ams:say_busy */ update instances set busy = $2 where id = $1").await?;
+    db.execute(&statement, &[&instance.0, &endpoints]).await?;
+    Ok(())
+}
+
+/// The endpoints that some instance has said to be busy.
+pub(super) async fn busy(db: &Object) -> Result<Vec<String>> {
+    let statement =
+        db.prepare_cached("/* ams:busy */ select distinct unnest(busy) from instances order by 1").await?;
+    Ok(db.query(&statement, &[]).await?.iter().map(|row| row.get(0)).collect())
+}
+
 /// Takes an instance and its leadership away.
 pub(super) async fn retire(db: &mut Object, instance: InstanceId) -> Result<()> {
     let transaction = db.transaction().await?;

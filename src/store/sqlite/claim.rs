@@ -16,6 +16,7 @@ pub(super) struct Owned {
     limit: usize,
     lane: String,
     open: HashSet<String>,
+    busy: HashSet<String>,
     owner: InstanceId,
     pub(super) now: Timestamp,
 }
@@ -39,8 +40,22 @@ impl From<&Claim<'_>> for Owned {
             limit: claim.limit,
             lane: claim.lane.to_owned(),
             open: claim.open.iter().cloned().collect(),
+            busy: claim.busy.iter().cloned().collect(),
             owner: claim.owner,
             now: claim.now,
+        }
+    }
+}
+
+impl Owned {
+    /// Why a row of this endpoint is not to be queued.
+    fn held(&self, endpoint: &str) -> Option<Held> {
+        if !self.open.contains(endpoint) {
+            Some(Held::EndpointClosed)
+        } else if self.busy.contains(endpoint) {
+            Some(Held::EndpointBusy)
+        } else {
+            None
         }
     }
 }
@@ -145,9 +160,9 @@ pub(super) fn claim(db: &Connection, claim: &Owned) -> Result<Claimed> {
     for (mut ticket, expired) in rows {
         if expired {
             expire(db, ticket.id, claim.now)?;
-        } else if !claim.open.contains(&ticket.endpoint) {
+        } else if let Some(held) = claim.held(&ticket.endpoint) {
             db.prepare_cached("/* ams:claim_hold */ update messages set held = ?2 where id = ?1")?
-                .execute(params![ticket.id.0, Held::EndpointClosed.as_str()])?;
+                .execute(params![ticket.id.0, held.as_str()])?;
         } else {
             queue.execute([ticket.id.0])?;
             ticket.epoch += 1;

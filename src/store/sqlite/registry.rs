@@ -49,6 +49,24 @@ pub(super) fn renew(
     Ok(count > 0)
 }
 
+/// Notes which endpoints an instance has said to be busy.
+pub(super) fn say_busy(db: &Connection, instance: InstanceId, endpoints: &[String]) -> Result<()> {
+    db.prepare_cached("/* ams:say_busy */ update instances set busy = ?2 where id = ?1")?
+        .execute(params![instance.0, json(&endpoints)?])?;
+    Ok(())
+}
+
+/// The endpoints that some instance has said to be busy.
+pub(super) fn busy(db: &Connection) -> Result<Vec<String>> {
+    let mut statement = db.prepare_cached("/* ams:busy */ select busy from instances where busy <> '[]'")?;
+    let mut rows = statement.query([])?;
+    let mut all = std::collections::BTreeSet::new();
+    while let Some(row) = rows.next()? {
+        all.extend(list::<String>(&text(row, 0)?)?);
+    }
+    Ok(all.into_iter().collect())
+}
+
 /// Takes an instance and its leadership away.
 pub(super) fn retire(db: &Connection, instance: InstanceId) -> Result<()> {
     db.prepare_cached("/* ams:retire */ delete from instances where id = ?1")?.execute([instance.0])?;

@@ -70,7 +70,8 @@ mod shell {
             let now = crate::clock::Clock::system().now();
             let mut tickets = Vec::new();
             for due in [Due::Fresh { after: MessageId(0) }, Due::Timed { lane: "" }] {
-                let claim = Claim { due, limit: 100, lane: "messages", open, owner: InstanceId(1), now };
+                let (lane, owner) = ("messages", InstanceId(1));
+                let claim = Claim { due, limit: 100, lane, open, busy: &[], owner, now };
                 tickets.extend(self.store.claim(&claim).await.unwrap().tickets);
             }
             tickets
