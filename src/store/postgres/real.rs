@@ -155,6 +155,17 @@ async fn plans_made_on_empty_partitions_use_the_indexes() {
     }
 }
 
+/// Prepares one round's three statements anew, so that each is planned with the statistics of that round.
+async fn prepare(db: &tokio_postgres::Client, round: i64) {
+    for (name, kinds, text) in [
+        ("claim", "bigint, bigint, timestamptz, text[], text, bigint, text[]", claim::FRESH),
+        ("begin", "bigint[], int, bigint, bigint, timestamptz, bigint, bigint", begin::BEGIN),
+        ("retry", "bigint[], int[], text[], int[], timestamptz[], text[], bigint, bigint", record::RETRY),
+    ] {
+        db.batch_execute(&format!("prepare {name}_{round} ({kinds}) as {text}")).await.unwrap();
+    }
+}
+
 /// Statistics that say "no row is queued" or "no row is pending" must not make a plan quadratic, or
 /// make it read a partition to its end: claim, begin and record touch a bounded number of pages.
 #[tokio::test]
@@ -172,34 +183,17 @@ async fn hostile_statistics_change_nothing() {
     // With 20 bytes of content a page holds some 40 rows: a thousand rows by index touch a few thousand pages.
     const BOUND: i64 = 40_000;
     for round in 0..3_i64 {
-        let claim = claim::FRESH;
-        db.batch_execute(&format!(
-            "prepare claim_{round} (bigint, bigint, timestamptz, text[], text, bigint, text[]) as {claim}"
-        ))
-        .await
-        .unwrap();
+        prepare(&db, round).await;
         let first = round * 1_000 + 1;
         let run = format!(
             "execute claim_{round} ({}, 1000, now(), '{{default}}', 'messages', 1, '{{}}')",
             first - 1
         );
         let claimed = pages(&db, &run).await;
-        db.batch_execute(&format!(
-            "prepare begin_{round} (bigint[], int, bigint, bigint, timestamptz, bigint, bigint) as {}",
-            begin::BEGIN
-        ))
-        .await
-        .unwrap();
         let ids = format!("(select array_agg(i) from generate_series({first}, {}) i)", first + 999);
         let ids: String = db.query_one(&format!("select {ids}::text"), &[]).await.unwrap().get(0);
         let run = format!("execute begin_{round} ('{ids}', 1, {first}, {}, now(), {round}, 1)", first + 999);
         let begun = pages(&db, &run).await;
-        let retry = record::RETRY;
-        db.batch_execute(&format!(
-            "prepare retry_{round} (bigint[], int[], text[], int[], timestamptz[], text[], bigint, bigint) as {retry}"
-        ))
-        .await
-        .unwrap();
         let each = |what: &str| {
             format!("(select array_agg({what}) from generate_series({first}, {}) i)", first + 999)
         };
