@@ -236,6 +236,8 @@ pub struct Begun {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BegunMessage {
     pub id: MessageId,
+    /// Which of its tickets was begun: a call may hold stale ones of the same message beside it.
+    pub epoch: Epoch,
     /// Tries recorded before this one, over all lanes.
     pub attempts: i32,
     /// Tries recorded before this one on the lane it is on.
@@ -355,8 +357,9 @@ pub trait Store: Send + Sync + 'static {
     /// Tries to become, or remain, the one active producer. `None`: another is.
     async fn lead(&self, bid: &Bid) -> Result<Option<Leadership>>;
 
-    /// Cheaply tells whether anything may be newly due since the last claim. May always say yes.
-    async fn changed(&self) -> Result<bool>;
+    /// Cheaply tells whether any new row, or any timed row of these lanes, may be due. May say yes in
+    /// vain, never no.
+    async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<bool>;
 
     /// Takes due rows, see [`Claim`]. One statement.
     async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed>;

@@ -102,7 +102,8 @@ pub(super) async fn start(
     started
 }
 
-/// Tells begun from stale. A ticket that came twice in one batch was begun once.
+/// Tells begun from stale. A ticket that came twice in one batch was begun once; of several tickets of one
+/// message at most one was.
 fn sort(
     admitted: Vec<(Ticket, Arc<Endpoint>)>,
     lease: LeaseId,
@@ -110,10 +111,11 @@ fn sort(
     messages: Vec<BegunMessage>,
 ) -> Started {
     let lease = Arc::new(Lease { id: lease, unrecorded: messages.len().into() });
-    let mut begun: std::collections::HashMap<_, _> = messages.into_iter().map(|m| (m.id, m)).collect();
+    let mut begun: std::collections::HashMap<_, _> =
+        messages.into_iter().map(|m| ((m.id, m.epoch), m)).collect();
     let mut started = Started::default();
     for (ticket, endpoint) in admitted {
-        match begun.remove(&ticket.id) {
+        match begun.remove(&(ticket.id, ticket.epoch)) {
             Some(message) => started.jobs.push(Job {
                 ticket,
                 endpoint,
@@ -195,4 +197,36 @@ async fn dead_letter_raw(
         parts.queue.publish(&to, records.clone()).await.map(drop)
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Timestamp;
+
+    fn ticket(id: i64, epoch: Epoch) -> (Ticket, Arc<Endpoint>) {
+        let ticket = Ticket {
+            id: MessageId(id),
+            epoch,
+            attempt: epoch,
+            endpoint: "default".to_owned(),
+            created_at: Timestamp::EPOCH,
+            recipient: "r".to_owned(),
+            content: "c".to_owned(),
+            content_type: None,
+            headers: None,
+            ordering_key: None,
+        };
+        (ticket, Arc::new(Endpoint::new("default", "http://localhost:3000")))
+    }
+
+    #[test]
+    fn of_two_tickets_of_one_message_the_one_that_was_begun_is_tried() {
+        let admitted = vec![ticket(5, 2), ticket(6, 1), ticket(5, 3), ticket(5, 3)];
+        let begun = |id, epoch| BegunMessage { id: MessageId(id), epoch, attempts: 1, lane_tries: 0 };
+        let messages = vec![begun(5, 3), begun(6, 1)];
+        let started = sort(admitted, LeaseId(1), InstanceId(1), messages);
+        let jobs: Vec<_> = started.jobs.iter().map(|job| (job.ticket.id.0, job.ticket.epoch)).collect();
+        assert_eq!((jobs, started.stale.len()), (vec![(6, 1), (5, 3)], 2));
+    }
 }

@@ -45,7 +45,7 @@ macro_rules! store_conformance {
             claiming::each_claim_raises_the_epoch,
             claiming::a_claim_of_nothing_writes_no_ledger,
             claiming::concurrent_claims_never_take_a_row_twice,
-            claiming::a_store_says_when_it_has_changed,
+            claiming::a_store_says_when_something_is_due,
             trying::a_begin_takes_what_is_queued_in_the_tickets_epoch,
             trying::a_ticket_begins_once,
             trying::a_stale_ticket_begins_nothing,

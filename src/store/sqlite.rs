@@ -241,13 +241,25 @@ impl Store for SqliteStore {
         self.write(false, move |db| registry::lead(db, &bid)).await
     }
 
-    async fn changed(&self) -> Result<bool> {
+    async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<bool> {
         let seen = *self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(seen) = seen else { return Ok(true) };
         if seen.wakes != self.shared.wakes.load(Ordering::SeqCst) {
             return Ok(true);
         }
-        Ok(self.alone(|db| others(db)).await? != seen.others)
+        if self.alone(|db| others(db)).await? != seen.others {
+            return Ok(true);
+        }
+        let lanes: Vec<_> = lanes.iter().map(|lane| claim::OwnedDue::Timed((*lane).to_owned())).collect();
+        self.read(move |db| {
+            for lane in &lanes {
+                if claim::any(db, lane, now)? {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        })
+        .await
     }
 
     async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {

@@ -96,7 +96,7 @@ faulty! {
     busy() -> Vec<String>;
     retire(instance: InstanceId) -> ();
     lead(bid: &Bid) -> Option<Leadership>;
-    changed() -> bool;
+    due(lanes: &[&str], now: Timestamp) -> bool;
     claim(claim: &Claim<'_>) -> Claimed;
     acknowledge(batch: BatchId, place: Place) -> ();
     batches(now: Timestamp, limit: usize) -> Vec<Batch>;

@@ -76,7 +76,12 @@ pub(crate) async fn timed_rows_are_claimed_lane_by_lane_oldest_due_first(store: 
         .collect();
     assert!(bench.record(&records).await.is_empty());
     assert_eq!(bench.claim_timed(RETRY).await.seen, 0);
+    bench.claim_fresh().await;
+    let due = async |lanes: &[&str]| bench.store.due(lanes, bench.now()).await.unwrap();
+    assert!(!due(&["", RETRY]).await, "before its time");
     bench.pass(10);
+    assert!(!due(&[""]).await, "on another lane");
+    assert!(due(&["", RETRY]).await, "when its time has come");
     let first = bench.claim(Due::Timed { lane: RETRY }, 1).await;
     assert_eq!((ids(&first), first.seen), (vec![tickets[1].0], 1));
     assert_eq!((first.tickets[0].attempt, first.tickets[0].epoch), (2, 2));
@@ -198,16 +203,18 @@ pub(crate) async fn concurrent_claims_never_take_a_row_twice(store: Arc<dyn Stor
     assert_eq!((distinct.len(), taken.len()), (all.len(), all.len()));
 }
 
-pub(crate) async fn a_store_says_when_it_has_changed(store: Arc<dyn Store>) {
+pub(crate) async fn a_store_says_when_something_is_due(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     bench.claim_fresh().await;
     bench.fill(3).await;
-    assert!(bench.store.changed().await.unwrap(), "after an insert");
+    let due = async |lanes: &[&str]| bench.store.due(lanes, bench.now()).await.unwrap();
+    assert!(due(&[""]).await, "after an insert");
     // A question is no answer: until a claim has seen everything, there is something.
-    assert!(bench.store.changed().await.unwrap(), "after an insert, asked again");
+    assert!(due(&[""]).await, "after an insert, asked again");
     let some = bench.claim(Due::Fresh { after: MessageId(0) }, 2).await;
-    assert!(bench.store.changed().await.unwrap(), "after a claim that left something");
+    assert!(due(&[""]).await, "after a claim that left something");
     bench.claim_fresh().await;
+    assert!(!due(&["", "messages-retry"]).await, "after a claim that left nothing");
     bench.store.requeue(&[some.batch.expect("a batch")], bench.now()).await.unwrap();
-    assert!(bench.store.changed().await.unwrap(), "after rows were given back");
+    assert!(due(&[""]).await, "after rows were given back");
 }

@@ -2,6 +2,7 @@
 
 use deadpool_postgres::Object;
 use futures_util::future::try_join_all;
+use tokio_postgres::Row;
 
 use super::claim::give_back;
 use super::{bounds, by_epoch, written};
@@ -14,10 +15,10 @@ pub(super) const BEGIN: &str = "/* ams:begin */ with u as (update messages set \
                  due_at = case when expires_at <= $5 then null else due_at end, \
                  finished_at = case when expires_at <= $5 then $5 end \
                  where id = any($1) and epoch = $2 and status = 'queued' and id between $3 and $4 \
-                 returning id, attempts, lane_tries, status = 'processing' as begun), \
+                 returning id, epoch, attempts, lane_tries, status = 'processing' as begun), \
              l as (insert into leases (id, epoch, owner, ids) \
                  select $6, $2, $7, array_agg(id) from u where begun having count(*) > 0) \
-             select id, attempts, lane_tries from u where begun";
+             select id, epoch, attempts, lane_tries from u where begun";
 
 /// Begins what is `queued` in its ticket's epoch. Each epoch is one statement that writes its lease
 /// with it; they go out together and need no transaction around them, because each stands for itself.
@@ -34,28 +35,30 @@ pub(super) async fn begin(db: &Object, begin: &Begin<'_>) -> Result<Begun> {
         }
     });
     for row in try_join_all(calls).await?.iter().flatten() {
-        messages.push(BegunMessage {
-            id: MessageId(row.get(0)),
-            attempts: row.get(1),
-            lane_tries: row.get(2),
-        });
+        messages.push(begun(row));
     }
     Ok(Begun { messages })
+}
+
+fn begun(row: &Row) -> BegunMessage {
+    BegunMessage {
+        id: MessageId(row.get(0)),
+        epoch: row.get(1),
+        attempts: row.get(2),
+        lane_tries: row.get(3),
+    }
 }
 
 /// What an earlier call with this lease number took and still has.
 async fn begun_before(db: &Object, begin: &Begin<'_>) -> Result<Vec<BegunMessage>> {
     let statement = db
         .prepare_cached(
-            "/* ams:begun */ select m.id, m.attempts, m.lane_tries from leases l join messages m \
+            "/* ams:begun */ select m.id, m.epoch, m.attempts, m.lane_tries from leases l join messages m \
              on m.id = any(l.ids) and m.epoch = l.epoch where l.id = $1 and m.status = 'processing'",
         )
         .await?;
     let rows = db.query(&statement, &[&begin.lease.0]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| BegunMessage { id: MessageId(row.get(0)), attempts: row.get(1), lane_tries: row.get(2) })
-        .collect())
+    Ok(rows.iter().map(begun).collect())
 }
 
 /// Takes dead instances away, and gives back what stands in leases that have no instance.

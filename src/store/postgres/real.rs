@@ -145,6 +145,7 @@ async fn plans_made_on_empty_partitions_use_the_indexes() {
             "'messages-retry', 1000, now(), '{default}', 'messages-retry', 1, '{}'",
             claim::TIMED,
         ),
+        ("due", "text[], timestamptz", "'{messages-retry}', now()", claim::DUE),
         ("begin", begin, "'{1,2}', 1, 1, 2, now(), 1, 1", begin::BEGIN),
         ("retry", retry, "'{1}', '{1}', '{messages}', '{0}', '{2030-01-01}', '{x}', 1, 2", record::RETRY),
     ] {

@@ -35,7 +35,7 @@ pub(super) fn begin(db: &Connection, begin: &Begin<'_>) -> Result<Begun> {
             Some((_, _, true)) => expire(db, *id, begin.now)?,
             Some((attempts, lane_tries, false)) => {
                 take.execute([id.0])?;
-                messages.push(BegunMessage { id: *id, attempts, lane_tries });
+                messages.push(BegunMessage { id: *id, epoch: *epoch, attempts, lane_tries });
                 ids.push(*id);
                 epochs.push(*epoch);
             }
@@ -69,6 +69,7 @@ fn begun_before(db: &Connection, begin: &Begin<'_>) -> Result<Option<Vec<BegunMe
             statement.query_row(params![id, epoch], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
         messages.extend(found.map(|(attempts, lane_tries)| BegunMessage {
             id: MessageId(id),
+            epoch,
             attempts,
             lane_tries,
         }));

@@ -53,6 +53,10 @@ mod shell {
         File { store, path, _folder: folder }
     }
 
+    fn now() -> Timestamp {
+        crate::clock::Clock::system().now()
+    }
+
     impl File {
         /// Runs statements in the system's sqlite3 shell: what it prints, or what it complains of.
         fn sqlite3(&self, sql: &str) -> std::result::Result<String, String> {
@@ -67,7 +71,7 @@ mod shell {
 
         async fn claim(&self) -> Vec<Ticket> {
             let open = &["default".to_owned()];
-            let now = crate::clock::Clock::system().now();
+            let now = now();
             let mut tickets = Vec::new();
             for due in [Due::Fresh { after: MessageId(0) }, Due::Timed { lane: "" }] {
                 let (lane, owner) = ("messages", InstanceId(1));
@@ -159,16 +163,16 @@ mod shell {
     #[tokio::test]
     async fn another_programs_commit_shows_as_a_change() {
         let file = file().await;
-        assert!(file.store.changed().await.unwrap(), "before the first claim");
+        assert!(file.store.due(&[], now()).await.unwrap(), "before the first claim");
         file.claim().await;
         for _ in 0..3 {
-            assert!(!file.store.changed().await.unwrap(), "nothing has happened");
+            assert!(!file.store.due(&[], now()).await.unwrap(), "nothing has happened");
         }
         file.sqlite3("insert into messages (recipient, content) values ('r', 'c')").unwrap();
-        assert!(file.store.changed().await.unwrap());
-        assert!(file.store.clone().changed().await.unwrap(), "another handle asks for itself");
+        assert!(file.store.due(&[], now()).await.unwrap());
+        assert!(file.store.clone().due(&[], now()).await.unwrap(), "another handle asks for itself");
         assert_eq!(file.claim().await.len(), 1);
-        assert!(!file.store.changed().await.unwrap(), "our own claim is no change");
+        assert!(!file.store.due(&[], now()).await.unwrap(), "our own claim is no change");
     }
 
     #[tokio::test]
