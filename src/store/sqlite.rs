@@ -1,6 +1,7 @@
 //! The embedded store: one SQLite file, for a whole AMS in one process.
 //!
-//! One thread writes, another reads, so that reads never wait for a commit. Calls that wait for the
+//! One thread writes, another reads, so that reads never wait for a commit; whether anything is due is
+//! looked up on the caller's thread, because a producer at rest asks that 200 times a second. Calls that wait for the
 //! writer together share one transaction, hence one fsync. Other programs (a `sqlite3` shell) may use
 //! the same file at the same time: the lock is waited for, and what they insert is sent like the rest.
 //!
@@ -18,7 +19,6 @@ mod schema;
 mod worker;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -43,34 +43,19 @@ const LOCK_WAIT: Duration = Duration::from_secs(5);
 const STATEMENTS: usize = 128;
 
 /// A handle on one SQLite database.
+#[derive(Clone)]
 pub struct SqliteStore {
-    shared: Arc<Shared>,
-    /// What had been written when this handle's last claim found nothing more to take.
-    seen: Mutex<Option<Version>>,
-}
-
-struct Shared {
-    backend: Backend,
-    /// Counts our own commits that may have made a row due; commits of others show in `data_version`.
-    wakes: Arc<AtomicU64>,
+    backend: Arc<Backend>,
 }
 
 enum Backend {
-    Threads { writer: Worker, reader: Worker },
+    /// The lookout is a connection of its own for looks that take microseconds.
+    Threads {
+        writer: Worker,
+        reader: Worker,
+        lookout: Mutex<Connection>,
+    },
     Inline(Mutex<Connection>),
-}
-
-/// Which commits have been seen: ours that matter, and those of others.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Version {
-    wakes: u64,
-    others: i64,
-}
-
-impl Clone for SqliteStore {
-    fn clone(&self) -> SqliteStore {
-        SqliteStore { shared: Arc::clone(&self.shared), seen: Mutex::new(None) }
-    }
 }
 
 impl SqliteStore {
@@ -88,16 +73,25 @@ impl SqliteStore {
         }
         let writer = Connection::open(path).map_err(|error| told(error.to_string()))?;
         prepare_file(&writer).map_err(|error| told(error.to_string()))?;
-        let reader = Connection::open(path).map_err(|error| told(error.to_string()))?;
-        set_up(&reader)
-            .and_then(|()| reader.execute_batch("pragma query_only = on"))
-            .map_err(|error| told(error.to_string()))?;
+        let only_reads = || {
+            let connection = Connection::open(path)?;
+            set_up(&connection)?;
+            connection.execute_batch("pragma query_only = on")?;
+            Ok::<_, rusqlite::Error>(connection)
+        };
+        let reader = only_reads().map_err(|error| told(error.to_string()))?;
         schema::missing(&reader)?;
+        let lookout = only_reads().map_err(|error| told(error.to_string()))?;
+        // The first read opens the journal; a look must not be the one to find that it can't be.
+        schema::missing(&lookout)?;
+        // It must not keep its caller: in doubt the producer claims.
+        lookout.busy_timeout(Duration::ZERO).map_err(|error| told(error.to_string()))?;
         let backend = Backend::Threads {
             writer: Worker::start("store-writer", writer).map_err(|error| told(error.to_string()))?,
             reader: Worker::start("store-reader", reader).map_err(|error| told(error.to_string()))?,
+            lookout: Mutex::new(lookout),
         };
-        Ok(SqliteStore::over(backend))
+        Ok(SqliteStore { backend: Arc::new(backend) })
     }
 
     /// A store that runs every call at once on the calling thread, over this connection.
@@ -107,7 +101,7 @@ impl SqliteStore {
     pub fn inline(connection: Connection) -> Result<SqliteStore> {
         set_up(&connection)?;
         schema::missing(&connection)?;
-        Ok(SqliteStore::over(Backend::Inline(Mutex::new(connection))))
+        Ok(SqliteStore { backend: Arc::new(Backend::Inline(Mutex::new(connection))) })
     }
 
     /// A fresh, migrated database in memory, run inline. It is gone with its last handle.
@@ -120,21 +114,14 @@ impl SqliteStore {
         SqliteStore::inline(connection)
     }
 
-    fn over(backend: Backend) -> SqliteStore {
-        let shared = Shared { backend, wakes: Arc::default() };
-        SqliteStore { shared: Arc::new(shared), seen: Mutex::new(None) }
-    }
-
-    /// Runs `job` in a transaction and answers after its commit. `wakes`: rows may be due by it.
+    /// Runs `job` in a transaction and answers after its commit.
     async fn write<T: Send + 'static>(
         &self,
-        wakes: bool,
         job: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let counter = wakes.then(|| Arc::clone(&self.shared.wakes));
-        match &self.shared.backend {
+        match &*self.backend {
             Backend::Threads { writer, .. } => {
-                let (call, told) = Call::with_answer(job, counter);
+                let (call, told) = Call::with_answer(job);
                 writer.send(worker::Job::Write(call))?;
                 told.await.map_err(|_| worker::gone())?
             }
@@ -143,9 +130,6 @@ impl SqliteStore {
                 connection.execute_batch("begin immediate")?;
                 let done = job(&connection);
                 connection.execute_batch(if done.is_ok() { "commit" } else { "rollback" })?;
-                if let Some(counter) = counter {
-                    counter.fetch_add(1, Ordering::SeqCst);
-                }
                 done
             }
         }
@@ -156,7 +140,7 @@ impl SqliteStore {
         &self,
         job: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        match &self.shared.backend {
+        match &*self.backend {
             Backend::Threads { reader, .. } => reader.alone(|connection| job(connection)).await,
             Backend::Inline(connection) => job(&lock(connection)),
         }
@@ -167,7 +151,7 @@ impl SqliteStore {
         &self,
         job: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        match &self.shared.backend {
+        match &*self.backend {
             Backend::Threads { writer, .. } => writer.alone(job).await,
             Backend::Inline(connection) => job(&mut lock(connection)),
         }
@@ -197,7 +181,7 @@ impl Store for SqliteStore {
             return Ok(Vec::new());
         }
         let messages = messages.to_vec();
-        self.write(true, move |db| insert::insert(db, &messages, now)).await
+        self.write(move |db| insert::insert(db, &messages, now)).await
     }
 
     async fn insert_whole(&self, messages: &[NewMessage], now: Timestamp) -> Result<Whole> {
@@ -205,7 +189,7 @@ impl Store for SqliteStore {
             return Ok(Whole::Stored(Vec::new()));
         }
         let messages = messages.to_vec();
-        self.write(true, move |db| insert::insert_whole(db, &messages, now)).await
+        self.write(move |db| insert::insert_whole(db, &messages, now)).await
     }
 
     async fn enroll(
@@ -216,16 +200,16 @@ impl Store for SqliteStore {
         lease_until: Timestamp,
     ) -> Result<InstanceId> {
         let (service, host) = (service.to_owned(), host.to_owned());
-        self.write(false, move |db| registry::enroll(db, &service, &host, now, lease_until)).await
+        self.write(move |db| registry::enroll(db, &service, &host, now, lease_until)).await
     }
 
     async fn renew(&self, instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> Result<bool> {
-        self.write(false, move |db| registry::renew(db, instance, now, lease_until)).await
+        self.write(move |db| registry::renew(db, instance, now, lease_until)).await
     }
 
     async fn say_busy(&self, instance: InstanceId, endpoints: &[String]) -> Result<()> {
         let endpoints = endpoints.to_vec();
-        self.write(false, move |db| registry::say_busy(db, instance, &endpoints)).await
+        self.write(move |db| registry::say_busy(db, instance, &endpoints)).await
     }
 
     async fn busy(&self) -> Result<Vec<String>> {
@@ -233,33 +217,23 @@ impl Store for SqliteStore {
     }
 
     async fn retire(&self, instance: InstanceId) -> Result<()> {
-        self.write(false, move |db| registry::retire(db, instance)).await
+        self.write(move |db| registry::retire(db, instance)).await
     }
 
     async fn lead(&self, bid: &Bid) -> Result<Option<Leadership>> {
         let bid = *bid;
-        self.write(false, move |db| registry::lead(db, &bid)).await
+        self.write(move |db| registry::lead(db, &bid)).await
     }
 
     async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<bool> {
-        let seen = *self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(seen) = seen else { return Ok(true) };
-        if seen.wakes != self.shared.wakes.load(Ordering::SeqCst) {
-            return Ok(true);
+        let looked = match &*self.backend {
+            Backend::Threads { lookout, .. } => claim::any_of(&lock(lookout), lanes, now),
+            Backend::Inline(connection) => claim::any_of(&lock(connection), lanes, now),
+        };
+        match looked {
+            Err(StoreError::Unavailable(_)) => Ok(true),
+            looked => looked,
         }
-        if self.alone(|db| others(db)).await? != seen.others {
-            return Ok(true);
-        }
-        let lanes: Vec<_> = lanes.iter().map(|lane| claim::OwnedDue::Timed((*lane).to_owned())).collect();
-        self.read(move |db| {
-            for lane in &lanes {
-                if claim::any(db, lane, now)? {
-                    return Ok(true);
-                }
-            }
-            Ok(false)
-        })
-        .await
     }
 
     async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {
@@ -271,20 +245,11 @@ impl Store for SqliteStore {
                 return Ok(Claimed::default());
             }
         }
-        let wakes = Arc::clone(&self.shared.wakes);
-        let call = move |db: &Connection| {
-            let version = Version { wakes: wakes.load(Ordering::SeqCst), others: others(db)? };
-            Ok((claim::claim(db, &owned)?, version))
-        };
-        let (claimed, version) = self.write(false, call).await?;
-        if matches!(claim.due, Due::Fresh { .. }) && claimed.seen < claim.limit {
-            *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(version);
-        }
-        Ok(claimed)
+        self.write(move |db| claim::claim(db, &owned)).await
     }
 
     async fn acknowledge(&self, batch: BatchId, place: Place) -> Result<()> {
-        self.write(false, move |db| claim::acknowledge(db, batch, place)).await
+        self.write(move |db| claim::acknowledge(db, batch, place)).await
     }
 
     async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
@@ -293,7 +258,7 @@ impl Store for SqliteStore {
 
     async fn requeue(&self, batches: &[BatchId], now: Timestamp) -> Result<u64> {
         let batches = batches.to_vec();
-        self.write(true, move |db| claim::requeue(db, &batches, now)).await
+        self.write(move |db| claim::requeue(db, &batches, now)).await
     }
 
     async fn begin(&self, begin: &Begin<'_>) -> Result<Begun> {
@@ -302,7 +267,7 @@ impl Store for SqliteStore {
         let call = move |db: &Connection| {
             begin::begin(db, &Begin { lease, repeated, tickets: &tickets, owner, now })
         };
-        self.write(false, call).await
+        self.write(call).await
     }
 
     async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>> {
@@ -310,12 +275,12 @@ impl Store for SqliteStore {
         let call = move |db: &Connection| {
             record::record(db, &Records { records: &written, finished: &finished, now })
         };
-        self.write(record::wakes(records), call).await
+        self.write(call).await
     }
 
     async fn hold(&self, tickets: &[(MessageId, Epoch)], held: Held, now: Timestamp) -> Result<u64> {
         let tickets = tickets.to_vec();
-        self.write(false, move |db| hold::hold(db, &tickets, held, now)).await
+        self.write(move |db| hold::hold(db, &tickets, held, now)).await
     }
 
     async fn held(&self) -> Result<Vec<(String, Held)>> {
@@ -324,14 +289,14 @@ impl Store for SqliteStore {
 
     async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
         let endpoint = endpoint.to_owned();
-        self.write(true, move |db| hold::unhold(db, &endpoint, held, limit, now)).await
+        self.write(move |db| hold::unhold(db, &endpoint, held, limit, now)).await
     }
 
     async fn recover(&self, now: Timestamp) -> Result<Recovered> {
         if !self.read(move |db| begin::anything_to_recover(db, now)).await? {
             return Ok(Recovered::default());
         }
-        self.write(true, move |db| begin::recover(db, now)).await
+        self.write(move |db| begin::recover(db, now)).await
     }
 
     async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>> {
@@ -340,7 +305,7 @@ impl Store for SqliteStore {
 
     async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()> {
         let ids = ids.to_vec();
-        self.write(false, move |db| record::dead_lettered(db, &ids)).await
+        self.write(move |db| record::dead_lettered(db, &ids)).await
     }
 
     async fn make_partitions(&self) -> Result<()> {
@@ -353,7 +318,7 @@ impl Store for SqliteStore {
 
     async fn put_endpoint(&self, endpoint: &Endpoint) -> Result<()> {
         let endpoint = endpoint.clone();
-        self.write(false, move |db| registry::put_endpoint(db, &endpoint)).await
+        self.write(move |db| registry::put_endpoint(db, &endpoint)).await
     }
 
     async fn lanes(&self) -> Result<Vec<Lane>> {
@@ -362,7 +327,7 @@ impl Store for SqliteStore {
 
     async fn put_lane(&self, lane: &Lane, now: Timestamp) -> Result<Option<Lane>> {
         let lane = lane.clone();
-        self.write(false, move |db| registry::put_lane(db, &lane, now)).await
+        self.write(move |db| registry::put_lane(db, &lane, now)).await
     }
 
     async fn message(&self, id: MessageId) -> Result<Option<Message>> {
@@ -418,12 +383,6 @@ fn prepare_file(connection: &Connection) -> rusqlite::Result<()> {
         "pragma synchronous = full; pragma wal_autocheckpoint = 1000; pragma cache_size = -24576; \
          pragma journal_size_limit = 67108864",
     )
-}
-
-/// A number that changes when another connection has committed.
-fn others(connection: &Connection) -> Result<i64> {
-    let mut statement = connection.prepare_cached("pragma data_version")?;
-    Ok(statement.query_row([], |row| row.get(0))?)
 }
 
 fn lock(connection: &Mutex<Connection>) -> std::sync::MutexGuard<'_, Connection> {

@@ -87,6 +87,19 @@ macro_rules! fields {
     };
 }
 
+/// Whether any new row, or any timed row of these lanes, is due.
+pub(super) fn any_of(db: &Connection, lanes: &[&str], now: Timestamp) -> Result<bool> {
+    if any(db, &OwnedDue::Fresh(MessageId(0)), now)? {
+        return Ok(true);
+    }
+    for lane in lanes {
+        if any(db, &OwnedDue::Timed((*lane).to_owned()), now)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Whether anything is due.
 pub(super) fn any(db: &Connection, due: &OwnedDue, now: Timestamp) -> Result<bool> {
     let now = now.as_micros();

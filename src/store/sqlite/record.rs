@@ -11,12 +11,6 @@ use crate::store::{Record, Records, Result};
 /// Bytes of an answer that are kept.
 const ANSWER: usize = 4_096;
 
-/// Whether a write may make a row due, now or later. Retries keep their time in an index that is looked
-/// at anyway; only a row that is due at once needs somebody to look.
-pub(super) fn wakes(records: &Records<'_>) -> bool {
-    records.records.iter().any(|record| record.verdict == Verdict::Release)
-}
-
 /// Writes records; returns the ids whose verdict was refused.
 pub(super) fn record(db: &Connection, records: &Records<'_>) -> Result<Vec<MessageId>> {
     let mut refused = Vec::new();

@@ -1,7 +1,5 @@
 //! A thread that owns a connection, and the transaction that calls share.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
@@ -31,7 +29,6 @@ pub(super) trait Grouped: Send {
 pub(super) struct Call<T, F> {
     job: Option<F>,
     done: Option<Result<T>>,
-    wakes: Option<Arc<AtomicU64>>,
     tell: oneshot::Sender<Result<T>>,
 }
 
@@ -40,13 +37,10 @@ where
     T: Send + 'static,
     F: FnOnce(&Connection) -> Result<T> + Send + 'static,
 {
-    /// A call of `job`, and where its answer comes. `wakes` is counted up by its commit.
-    pub(super) fn with_answer(
-        job: F,
-        wakes: Option<Arc<AtomicU64>>,
-    ) -> (Box<dyn Grouped>, oneshot::Receiver<Result<T>>) {
+    /// A call of `job`, and where its answer comes.
+    pub(super) fn with_answer(job: F) -> (Box<dyn Grouped>, oneshot::Receiver<Result<T>>) {
         let (tell, told) = oneshot::channel();
-        let call = Call { job: Some(job), done: None, wakes, tell };
+        let call = Call { job: Some(job), done: None, tell };
         (Box::new(call), told)
     }
 }
@@ -61,9 +55,6 @@ where
     }
 
     fn answer(self: Box<Self>, committed: Result<()>) {
-        if let Some(wakes) = self.wakes {
-            wakes.fetch_add(1, Ordering::SeqCst);
-        }
         let done = self.done.unwrap_or_else(|| Err(gone()));
         // A caller that has gone wants no answer.
         let _ = self.tell.send(committed.and(done));
