@@ -1,7 +1,7 @@
 //! The verbs. Each reads its settings, starts the log, and runs one thing to its end.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::app::{self, App, AppError};
 use crate::bench::{self, BenchOptions, Latency, Report};
-use crate::config::{Config, Raw, Role, SETTINGS};
+use crate::config::{Config, Raw, Role, SETTINGS, Setting, Source};
 use crate::telemetry;
 use crate::testclient::{self, TestClientOptions};
 
@@ -129,7 +129,7 @@ async fn run(verb: &str, matches: &ArgMatches) -> app::Result<ExitCode> {
         .collect();
     let raw = Raw::read(&flags).map_err(|error| AppError(error.to_string()))?;
     if verb == "config" {
-        print_config(&raw, role, matches.get_flag("json"));
+        print(&config_text(&raw, role, matches.get_flag("json")))?;
         return Ok(ExitCode::SUCCESS);
     }
     let config = Config::new(&raw, role).map_err(|error| AppError(error.to_string()))?;
@@ -153,7 +153,17 @@ fn start_log(config: &Config, verb: &str, raw: &Raw) -> app::Result<()> {
     telemetry::start_log(level, config.log.json, colour, config.log.file.as_deref()).map_err(AppError)
 }
 
-fn print_config(raw: &Raw, role: Role, json: bool) {
+/// Writes to standard output. A reader that has seen enough, such as `head`, is no failure.
+fn print(text: &str) -> app::Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(AppError(format!("the output can't be written: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn config_text(raw: &Raw, role: Role, json: bool) -> String {
     let explained = raw.explain(role);
     if json {
         let object: serde_json::Map<_, _> = explained
@@ -162,12 +172,12 @@ fn print_config(raw: &Raw, role: Role, json: bool) {
                 (setting.name.to_owned(), serde_json::json!({ "value": value, "source": source.as_str() }))
             })
             .collect();
-        println!("{:#}", serde_json::Value::Object(object));
-        return;
+        return format!("{:#}\n", serde_json::Value::Object(object));
     }
-    for (setting, value, source) in explained {
-        println!("{:<24} {:<44} {:<12} {}", setting.name, value, source.as_str(), setting.help);
-    }
+    let line = |(setting, value, source): &(&Setting, String, Source)| {
+        format!("{:<24} {:<44} {:<12} {}\n", setting.name, value, source.as_str(), setting.help)
+    };
+    explained.iter().map(line).collect()
 }
 
 async fn measure(config: Config, matches: &ArgMatches) -> app::Result<()> {
@@ -181,35 +191,44 @@ async fn measure(config: Config, matches: &ArgMatches) -> app::Result<()> {
     let report = bench::run(config, &options).await?;
     if matches.get_flag("json") {
         let json = serde_json::to_string_pretty(&report);
-        println!("{}", json.map_err(|error| AppError(format!("the report can't be written: {error}")))?);
-    } else {
-        print_report(&report);
+        let json = json.map_err(|error| AppError(format!("the report can't be written: {error}")))?;
+        return print(&format!("{json}\n"));
     }
-    Ok(())
+    print(&report_text(&report))
 }
 
-fn print_report(report: &Report) {
-    println!("{} stack, {} messages of {} bytes", report.stack, report.messages, report.payload_bytes);
-    println!(
+fn report_text(report: &Report) -> String {
+    let mut lines = Vec::new();
+    lines.push(format!(
+        "{} stack, {} messages of {} bytes",
+        report.stack, report.messages, report.payload_bytes
+    ));
+    lines.push(format!(
         "delivered {:.0}/s; limit {:.0}/s; ratio {:.2}",
         report.delivered_per_s, report.limit_per_s, report.ratio
-    );
+    ));
     let Latency { p50, p99, max } = report.latency_ms;
-    println!("commit to arrival at {}/s: p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms", report.rate);
+    lines.push(format!(
+        "commit to arrival at {}/s: p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms",
+        report.rate
+    ));
     let Latency { p50, p99, max } = report.rest_latency_ms;
-    println!("commit to arrival at rest: p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms");
-    println!("lost {}, duplicates {}", report.lost, report.duplicates);
+    lines.push(format!("commit to arrival at rest: p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms"));
+    lines.push(format!("lost {}, duplicates {}", report.lost, report.duplicates));
     if let Some(statements) = report.sql_statements_per_message {
-        println!("SQL statements per message: {statements:.4}");
+        lines.push(format!("SQL statements per message: {statements:.4}"));
     }
     for (name, us) in &report.cpu_us_per_message {
         let memory = report.memory_mb.get(name).copied().unwrap_or_default();
         let idle = report.idle_cpu_percent.get(name).copied().unwrap_or_default();
-        println!("  {name:<16} {us:6.1} µs CPU per message, {memory:.0} MB, {idle:.1} % of a core at rest");
+        lines.push(format!(
+            "  {name:<16} {us:6.1} µs CPU per message, {memory:.0} MB, {idle:.1} % of a core at rest"
+        ));
     }
     for (stage, figure) in &report.stages {
-        println!("  bare {stage:<24} {figure:.1}");
+        lines.push(format!("  bare {stage:<24} {figure:.1}"));
     }
+    lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
 async fn migrate(config: &Config, check: bool) -> app::Result<ExitCode> {
@@ -217,17 +236,13 @@ async fn migrate(config: &Config, check: bool) -> app::Result<ExitCode> {
     let sentence = |error: crate::store::StoreError| AppError(error.to_string());
     if check {
         let missing = store.missing_migrations().await.map_err(sentence)?;
-        for name in &missing {
-            println!("missing: {name}");
-        }
+        print(&missing.iter().map(|name| format!("missing: {name}\n")).collect::<String>())?;
         return Ok(if missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     let applied = store.migrate().await.map_err(sentence)?;
-    for name in &applied {
-        println!("applied: {name}");
-    }
+    print(&applied.iter().map(|name| format!("applied: {name}\n")).collect::<String>())?;
     if applied.is_empty() {
-        println!("nothing to apply: the store is up to date");
+        print("nothing to apply: the store is up to date\n")?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -235,7 +250,7 @@ async fn migrate(config: &Config, check: bool) -> app::Result<ExitCode> {
 async fn testclient(config: &Config, matches: &ArgMatches, stop: CancellationToken) -> app::Result<()> {
     let options = TestClientOptions { error_rate: config.error_rate, ..testclient_options(matches)? };
     let listener = app::listen(&config.host, config.port, "PORT").await?;
-    println!("the test client answers at http://{}", app::address(&listener)?);
+    print(&format!("the test client answers at http://{}\n", app::address(&listener)?))?;
     testclient::run(listener, options, stop).await;
     Ok(())
 }

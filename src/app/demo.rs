@@ -1,7 +1,7 @@
 //! `ams demo`: the whole system in one process, with a receiver that fails a third of requests.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -141,18 +141,18 @@ impl Timeline {
 
     fn greet(&self, config: &Config) {
         let api = format!("http://{}:{}", config.host, config.port);
-        println!(
+        say(&format!(
             "AMS runs whole in this process. The receiver at {} fails some requests on purpose.",
             config.request_url
-        );
-        println!("Swagger UI: {api}/swagger/index.html");
-        println!(
+        ));
+        say(&format!("Swagger UI: {api}/swagger/index.html"));
+        say(&format!(
             "Send one by SQL:   sqlite3 {FILE} \"INSERT INTO messages (recipient, content) VALUES ('+905551111111', 'Hello');\""
-        );
-        println!(
+        ));
+        say(&format!(
             "Send one by HTTP:  curl -s {api}/v1/messages -H 'content-type: application/json' -d '{{\"recipient\":\"+905551111111\",\"content\":\"Hello\"}}'"
-        );
-        println!();
+        ));
+        say("");
     }
 
     /// Looks at every message that is not final yet, and for one new one.
@@ -166,7 +166,7 @@ impl Timeline {
             let attempts = store.attempts(id).await?;
             for attempt in attempts.iter().skip(told) {
                 let last = attempt.attempt == message.attempts;
-                println!("{}", self.line(start, &message, attempt, last));
+                say(&self.line(start, &message, attempt, last));
             }
             self.seen.insert(id, (attempts.len(), message.status));
         }
@@ -200,11 +200,16 @@ impl Timeline {
         let tries: usize = self.seen.values().map(|(attempts, _)| attempts).sum();
         let (sent, dead) = (count(Status::Sent), count(Status::Dead));
         let open = self.seen.len() - sent - dead;
-        println!();
-        println!(
+        say("");
+        say(&format!(
             "{} messages: {sent} sent, {dead} dead, {open} under way; {tries} tries in {:.1} s.",
             self.seen.len(),
             took.as_secs_f64()
-        );
+        ));
     }
+}
+
+/// Writes a line; a reader that has gone is no reason to end the demo.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }

@@ -29,6 +29,18 @@ fn the_demo_ends_with_its_summary() {
     assert!(text.lines().last().unwrap().starts_with("10 messages: "), "{text}");
 }
 
+#[test]
+fn a_reader_that_has_seen_enough_is_no_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    for arguments in [["config"].as_slice(), &["config", "--json"], &["migrate"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = ams(folder.path()).args(arguments).stdout(writer).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && !said.contains("panicked"), "{arguments:?}: {said}");
+    }
+}
+
 #[tokio::test]
 async fn a_shell_inserts_into_the_embedded_store_and_a_kill_loses_nothing() {
     let _alone = tokio::task::spawn_blocking(alone).await.unwrap();
