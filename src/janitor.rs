@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::Timestamp;
 use crate::consumer::publish_dead_letters;
+use crate::producer::Reign;
 use crate::queue::Depth;
 use crate::service::{self, LEASE, Parts, Step};
 use crate::store::{Batch, BatchId, StoreError};
@@ -29,14 +30,13 @@ const BATCHES: usize = 100_000;
 /// The janitor of one process.
 pub struct Janitor {
     parts: Parts,
-    leading: watch::Receiver<Option<Timestamp>>,
+    leading: watch::Receiver<Option<Reign>>,
     rounds: u64,
 }
 
 impl Janitor {
-    /// A janitor that works while the producer beside it is the active one; `leading` says since when
-    /// there has been one without a break.
-    pub fn new(parts: Parts, leading: watch::Receiver<Option<Timestamp>>) -> Janitor {
+    /// A janitor that works while the producer beside it is the active one, which `leading` says.
+    pub fn new(parts: Parts, leading: watch::Receiver<Option<Reign>>) -> Janitor {
         Janitor { parts, leading, rounds: 0 }
     }
 
@@ -50,15 +50,16 @@ impl Janitor {
     /// # Errors
     /// Those of the store. The broker's are taken as "not now": its positions are only hints.
     pub async fn step(&mut self) -> Result<Step, StoreError> {
-        let steady_since = *self.leading.borrow();
-        if let Some(since) = steady_since {
-            self.round(since).await?;
+        let now = self.parts.clock.now();
+        let reign = *self.leading.borrow();
+        // After an outage the first bid says how long the store was away; nobody is judged before it.
+        if let Some(reign) = reign.filter(|reign| now < reign.until) {
+            self.round(reign.steady_since, now).await?;
         }
         Ok(Step::Idle(ROUND))
     }
 
-    async fn round(&mut self, steady_since: Timestamp) -> Result<(), StoreError> {
-        let now = self.parts.clock.now();
+    async fn round(&mut self, steady_since: Timestamp, now: Timestamp) -> Result<(), StoreError> {
         if self.rounds.is_multiple_of(5) {
             self.parts.store.make_partitions().await?;
         }
@@ -180,8 +181,13 @@ fn fate(batch: &Batch, depth: Option<&[Depth]>, now: Timestamp) -> Fate {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::store::{InstanceId, Place};
+    use crate::clock::Clock;
+    use crate::service::{Directory, Presence};
+    use crate::store::sqlite::SqliteStore;
+    use crate::store::{InstanceId, Place, Store};
 
     fn batch(place: Option<Place>, orphaned: bool) -> Batch {
         Batch {
@@ -192,6 +198,48 @@ mod tests {
             place,
             orphaned,
         }
+    }
+
+    fn parts(clock: &Clock) -> Parts {
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
+        Parts {
+            queue: Arc::new(crate::queue::embedded::EmbeddedQueue::new(1)),
+            cache: Arc::new(crate::cache::memory::MemoryCache::new()),
+            clock: clock.clone(),
+            metrics: Arc::default(),
+            presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "test", "here")),
+            directory: Arc::new(Directory::new(Arc::clone(&store))),
+            store,
+        }
+    }
+
+    /// The store is back after an outage, and the janitor is the first to reach it.
+    #[tokio::test(start_paused = true)]
+    async fn nobody_is_taken_for_dead_before_the_producer_has_bid_again() {
+        let clock = Clock::virtual_from(Timestamp::EPOCH);
+        let parts = parts(&clock);
+        parts.presence.step().await.unwrap();
+        let instance = parts.presence.instance().unwrap();
+        let reign =
+            Reign { steady_since: Timestamp::EPOCH, until: Timestamp::EPOCH.after(Duration::from_secs(4)) };
+        let (led, leading) = watch::channel(Some(reign));
+        let mut janitor = Janitor::new(parts.clone(), leading);
+
+        tokio::time::advance(LEASE * 2).await;
+        let now = clock.now();
+        janitor.step().await.unwrap();
+        assert!(
+            parts.store.renew(instance, now, now).await.unwrap(),
+            "its lease could not be renewed before"
+        );
+
+        led.send_replace(Some(Reign { steady_since: now, until: now.after(LEASE * 2) }));
+        janitor.step().await.unwrap();
+        assert!(parts.store.renew(instance, now, now).await.unwrap(), "it has had no time to renew");
+
+        tokio::time::advance(LEASE).await;
+        janitor.step().await.unwrap();
+        assert!(!parts.store.renew(instance, now, now).await.unwrap(), "a lease's time without a word");
     }
 
     #[test]

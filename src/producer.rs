@@ -42,8 +42,11 @@ pub struct ProducerOptions {
     pub pacing: Option<Pacing>,
 }
 
-/// How long leadership lasts without being renewed; it is renewed four times as often.
-const LEADERSHIP: Duration = Duration::from_secs(6);
+/// How long leadership lasts without being renewed. With [`BID`] it bounds how long an outage of the store
+/// can go unnoticed, which must be well under a lease's time: see ADR 6.
+const LEADERSHIP: Duration = Duration::from_secs(4);
+/// How often a producer bids.
+const BID: Duration = Duration::from_millis(1_500);
 /// How often the range behind the cursor is searched for rows that committed late or were given back.
 const SWEEP: Duration = Duration::from_millis(200);
 /// How often timed rows are looked for while some have lately been due: delays are exact to about this.
@@ -57,12 +60,21 @@ const UNHOLD: Duration = Duration::from_secs(1);
 /// Batches waiting for the broker at once.
 const PUBLISHING_MAX: usize = 8;
 
+/// The leadership of the active producer, as the janitor beside it has to know it.
+#[derive(Clone, Copy, Debug)]
+pub struct Reign {
+    /// Since when there has been an active producer without a break.
+    pub steady_since: Timestamp,
+    /// When it ends unless it is renewed: nothing is known of the store from then on.
+    pub until: Timestamp,
+}
+
 /// One producer: active or standing by.
 pub struct Producer {
     parts: Parts,
     options: ProducerOptions,
-    /// Since when there has been an active producer, while this one is it; for the janitor beside it.
-    leading: watch::Sender<Option<Timestamp>>,
+    /// For the janitor beside it.
+    leading: watch::Sender<Option<Reign>>,
     rooms: Rooms,
     pacer: Option<Pacer>,
     publishing: JoinSet<()>,
@@ -107,8 +119,8 @@ impl Producer {
         }
     }
 
-    /// Tells since when there has been an active producer without a break; `None` while this one is not it.
-    pub fn leading(&self) -> watch::Receiver<Option<Timestamp>> {
+    /// Tells of this producer's leadership; `None` while it has none.
+    pub fn leading(&self) -> watch::Receiver<Option<Reign>> {
         self.leading.subscribe()
     }
 
@@ -131,7 +143,7 @@ impl Producer {
             return Ok(Step::Idle(GAP_MAX));
         };
         if !self.lead(instance, now).await? {
-            return Ok(Step::Idle(LEADERSHIP / 4));
+            return Ok(Step::Idle(BID));
         }
         self.rooms.refresh(&self.options.fresh_lane, now).await?;
         if self.unsure {
@@ -170,7 +182,7 @@ impl Producer {
         let until = now.after(LEADERSHIP);
         let bid = Bid { instance, now, until, paced_until: None };
         let won = self.parts.store.lead(&bid).await?;
-        self.next_bid = now.after(LEADERSHIP / 4);
+        self.next_bid = now.after(BID);
         let led = now < self.led_until;
         match won {
             Some(leadership) => {
@@ -186,7 +198,8 @@ impl Producer {
             }
             None => self.led_until = Timestamp::EPOCH,
         }
-        self.leading.send_replace(won.map(|leadership| leadership.steady_since));
+        self.leading
+            .send_replace(won.map(|leadership| Reign { steady_since: leadership.steady_since, until }));
         Ok(won.is_some())
     }
 

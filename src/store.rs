@@ -139,7 +139,7 @@ pub struct Bid {
 /// What the one active producer has to know of its predecessor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leadership {
-    /// Since when somebody has led without a break of more than 2 s between two terms: so long every
+    /// Since when somebody has led without a break of 1 s or more between two terms: so long every
     /// instance could have renewed its lease.
     pub steady_since: Timestamp,
     /// The pacing window that stands in the store ends then: pacing holds over all producers together.

@@ -1,9 +1,11 @@
-//! A store whose calls fail: before they happen, after they happened, or by the end of the process.
+//! A store whose calls fail: before they happen, after they happened, by the end of the process, or
+//! because the store is away for a while.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::time::Duration;
 
-use ams::clock::Timestamp;
+use ams::clock::{Clock, Timestamp};
 use ams::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
 use ams::retry::Lane;
 use ams::store::*;
@@ -17,6 +19,7 @@ pub struct Rates {
     pub before: u32,
     pub after: u32,
     pub crash: u32,
+    pub outage: u32,
 }
 
 /// Decides the fate of each call, and remembers how often.
@@ -24,13 +27,21 @@ pub struct Faults {
     rates: Rates,
     pub crashed: Notify,
     pub count: AtomicU64,
+    /// Until when the store is away, in microseconds.
+    away_until: AtomicI64,
     /// Off while the world is set up and inspected.
     pub on: std::sync::atomic::AtomicBool,
 }
 
 impl Faults {
     pub fn new(rates: Rates) -> Faults {
-        Faults { rates, crashed: Notify::new(), count: AtomicU64::new(0), on: true.into() }
+        Faults {
+            rates,
+            crashed: Notify::new(),
+            count: AtomicU64::new(0),
+            away_until: AtomicI64::new(0),
+            on: true.into(),
+        }
     }
 
     fn happens(&self, per_mille: u32) -> bool {
@@ -47,11 +58,26 @@ impl Faults {
         }
     }
 
+    /// Whether the store is away; it leaves for up to half a minute, so that leases run out and others do not.
+    fn away(&self, clock: &Clock) -> bool {
+        if self.happens(self.rates.outage) {
+            let back = clock.now().after(Duration::from_millis(fastrand::u64(100..30_000)));
+            self.away_until.fetch_max(back.as_micros(), Ordering::Relaxed);
+        }
+        clock.now().as_micros() < self.away_until.load(Ordering::Relaxed)
+    }
+
     /// Carries a call out, or fails it on one side or the other.
-    pub async fn call<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+    pub async fn call<T>(&self, clock: &Clock, call: impl Future<Output = Result<T>>) -> Result<T> {
         self.maybe_crash().await;
         let lost = || StoreError::Unavailable("the simulation cut the connection".to_owned());
         if self.happens(self.rates.before) {
+            return Err(lost());
+        }
+        if self.away(clock) {
+            // Some calls are refused, others hear nothing for a while.
+            let silence = Duration::from_millis(fastrand::u64(0..1_000) * fastrand::u64(0..3));
+            let _ = tokio::time::timeout(silence, std::future::pending::<()>()).await;
             return Err(lost());
         }
         let answer = call.await;
@@ -68,6 +94,7 @@ impl Faults {
 pub struct FaultyStore {
     pub inner: Arc<dyn Store>,
     pub faults: Arc<Faults>,
+    pub clock: Clock,
 }
 
 macro_rules! faulty {
@@ -78,7 +105,7 @@ macro_rules! faulty {
                 self.inner.kind()
             }
             $(async fn $name(&self, $($argument: $type),*) -> Result<$answer> {
-                self.faults.call(self.inner.$name($($argument),*)).await
+                self.faults.call(&self.clock, self.inner.$name($($argument),*)).await
             })*
         }
     };

@@ -82,7 +82,7 @@ impl World {
         fastrand::seed(seed);
         let calm = fastrand::u32(0..4) == 0;
         let rate = |max| if calm { 0 } else { fastrand::u32(0..=max) };
-        let rates = Rates { before: rate(20), after: rate(20), crash: rate(4) };
+        let rates = Rates { before: rate(20), after: rate(20), crash: rate(4), outage: rate(2) };
         World {
             store: Arc::new(SqliteStore::in_memory().unwrap()),
             receivers: Arc::default(),
@@ -163,8 +163,11 @@ impl World {
     }
 
     fn parts(&self, clock: &Clock) -> Parts {
-        let store: Arc<dyn Store> =
-            Arc::new(FaultyStore { inner: self.store.clone(), faults: Arc::clone(&self.faults) });
+        let store: Arc<dyn Store> = Arc::new(FaultyStore {
+            inner: self.store.clone(),
+            faults: Arc::clone(&self.faults),
+            clock: clock.clone(),
+        });
         Parts {
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "simulation")),
             directory: Arc::new(Directory::new(Arc::clone(&store))),

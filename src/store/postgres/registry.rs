@@ -80,7 +80,7 @@ pub(super) async fn lead(db: &Object, bid: &Bid) -> Result<Option<Leadership>> {
     let statement = db
         .prepare_cached(
             "/* ams:lead */ update leader set owner = $1, until = $3, \
-                 steady_since = case when until + interval '2 s' <= $2 then $2 else steady_since end, \
+                 steady_since = case when until + interval '1 s' <= $2 then $2 else steady_since end, \
                  paced_until = coalesce($4, paced_until) \
              where owner is null or owner = $1 or until <= $2 returning steady_since, paced_until",
         )

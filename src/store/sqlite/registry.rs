@@ -79,7 +79,7 @@ pub(super) fn retire(db: &Connection, instance: InstanceId) -> Result<()> {
 pub(super) fn lead(db: &Connection, bid: &Bid) -> Result<Option<Leadership>> {
     let mut statement = db.prepare_cached(
         "/* ams:lead */ update leader set owner = ?1, until = ?3, \
-         steady_since = case when until + 2000000 <= ?2 then ?2 else steady_since end, paced_until = coalesce(?4, paced_until) \
+         steady_since = case when until + 1000000 <= ?2 then ?2 else steady_since end, paced_until = coalesce(?4, paced_until) \
          where owner is null or owner = ?1 or until <= ?2 returning steady_since, paced_until",
     )?;
     let paced_until = bid.paced_until.map(Timestamp::as_micros);
