@@ -1,7 +1,11 @@
 //! The HTTP API: routes, and the OpenAPI document that is generated from their types.
 
+mod endpoints;
+mod guard;
 mod messages;
+mod operate;
 mod problem;
+mod search;
 mod status;
 mod words;
 
@@ -28,6 +32,8 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::intake::Intake;
 use crate::service::Parts;
 
+pub use guard::Guard;
+pub use problem::errors_page;
 use problem::{Code, Problem};
 
 /// Bytes of a request's body.
@@ -49,12 +55,13 @@ const DRAIN: Duration = Duration::from_secs(10);
 pub struct ApiState {
     parts: Parts,
     intake: Intake,
+    guard: Guard,
 }
 
 impl ApiState {
-    /// The state of an API beside these parts.
-    pub fn new(parts: &Parts, intake: Intake) -> ApiState {
-        ApiState { parts: parts.clone(), intake }
+    /// The state of an API beside these parts, behind this guard.
+    pub fn new(parts: &Parts, intake: Intake, guard: Guard) -> ApiState {
+        ApiState { parts: parts.clone(), intake, guard }
     }
 }
 
@@ -68,6 +75,7 @@ impl ApiState {
     ),
     tags(
         (name = "messages", description = "Send messages and see what became of them"),
+        (name = "endpoints", description = "Where messages go"),
         (name = "system", description = "How the system is"),
     )
 )]
@@ -77,9 +85,24 @@ fn documented() -> OpenApiRouter<ApiState> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(messages::send))
         .routes(routes!(messages::send_batch).layer(DefaultBodyLimit::max(BATCH_BODY_MAX)))
+        .routes(routes!(search::list))
+        .routes(routes!(search::dead_reasons))
+        .routes(routes!(operate::redrive_many))
+        .routes(routes!(operate::cancel_many))
         .routes(routes!(messages::show))
         .routes(routes!(messages::attempts))
         .routes(routes!(messages::response))
+        .routes(routes!(operate::cancel))
+        .routes(routes!(operate::redrive))
+        .routes(routes!(operate::job))
+        .routes(routes!(endpoints::list))
+        .routes(routes!(endpoints::create))
+        .routes(routes!(endpoints::show))
+        .routes(routes!(endpoints::change))
+        .routes(routes!(endpoints::delete))
+        .routes(routes!(operate::producer))
+        .routes(routes!(operate::pause))
+        .routes(routes!(operate::resume))
         .routes(routes!(status::status))
         .routes(routes!(status::livez))
         .routes(routes!(status::readyz))
@@ -104,6 +127,7 @@ pub fn router(state: ApiState) -> Router {
             Problem::new(Code::MethodNotAllowed, "this path has other methods")
         })
         .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(axum::middleware::from_fn_with_state(state.guard.clone(), guard::guard))
         .layer(axum::middleware::from_fn(|request, next| in_time(CALL, request, next)))
         .layer(CatchPanicLayer::custom(|_| Problem::internal("a handler panicked").into_response()))
         .with_state(state)

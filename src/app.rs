@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::{self, ApiState};
+use crate::api::{self, ApiState, Guard};
 use crate::cache::Cache;
 use crate::cache::memory::MemoryCache;
 use crate::cache::redis::RedisCache;
@@ -170,10 +170,12 @@ impl App {
         let role = self.config.role;
         if matches!(role, Role::Api | Role::Up) {
             let listener = listen(&self.config.host, self.config.port, "PORT").await?;
-            services.push(Box::pin(api::serve(listener, api::router(self.api_state()), stop.clone())));
+            let state = self.api_state(address(&listener)?);
+            services.push(Box::pin(api::serve(listener, api::router(state), stop.clone())));
         } else if let Some(port) = self.config.metrics_port {
             let listener = listen(&self.config.host, port, "METRICS_PORT").await?;
-            services.push(Box::pin(api::serve(listener, api::health_router(self.api_state()), stop.clone())));
+            let state = self.api_state(address(&listener)?);
+            services.push(Box::pin(api::serve(listener, api::health_router(state), stop.clone())));
         }
         if matches!(role, Role::Producer | Role::Up) {
             let producer = Producer::new(self.parts.clone(), self.producer_options());
@@ -226,14 +228,28 @@ impl App {
         delivery.map(Arc::new).map_err(|error| AppError(error.to_string()))
     }
 
-    fn api_state(&self) -> ApiState {
+    fn api_state(&self, address: SocketAddr) -> ApiState {
         let intake = Intake::new(
             Arc::clone(&self.parts.store),
             self.parts.clock.clone(),
             Arc::clone(&self.parts.metrics),
             Arc::clone(&self.wake),
         );
-        ApiState::new(&self.parts, intake)
+        ApiState::new(&self.parts, intake, self.guard(address))
+    }
+
+    /// What only this machine reaches asks for no keys.
+    fn guard(&self, address: SocketAddr) -> Guard {
+        let reached = !address.ip().to_canonical().is_loopback();
+        if reached && self.config.insecure {
+            tracing::warn!(
+                "AMS_INSECURE is set: whoever reaches {address} may send, read and change messages; \
+                 unset it and make keys with `ams keys create`"
+            );
+        }
+        let keyed = reached && !self.config.insecure;
+        let (store, clock) = (Arc::clone(&self.parts.store), self.parts.clock.clone());
+        Guard::new(store, clock, keyed, self.config.hosts.clone())
     }
 }
 

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::producer::Pacing;
 use crate::retry::Lane;
+use crate::store::Pacing;
 
 pub use settings::{SETTINGS, Setting, duration};
 
@@ -232,6 +232,13 @@ pub struct Config {
     pub host: String,
     pub port: u16,
     pub metrics_port: Option<u16>,
+    /// Further names by which the API may be called.
+    pub hosts: Vec<String>,
+    /// No keys are asked for, wherever the API listens.
+    pub insecure: bool,
+    /// The API that operators' verbs talk to, and the key that they show.
+    pub api_url: String,
+    pub api_key: Option<String>,
     pub error_rate: f64,
     pub shutdown_timeout: Duration,
     pub log: LogConfig,
@@ -257,6 +264,10 @@ impl Config {
             host: raw.required("HOST", role, settings::text)?,
             port: raw.required("PORT", role, settings::port)?,
             metrics_port: raw.parsed("METRICS_PORT", role, settings::port)?,
+            hosts: raw.parsed("AMS_HOSTS", role, settings::names)?.unwrap_or_default(),
+            insecure: raw.parsed("AMS_INSECURE", role, settings::switch)?.unwrap_or(false),
+            api_url: raw.required("AMS_URL", role, settings::url)?,
+            api_key: raw.parsed("AMS_KEY", role, settings::text)?,
             error_rate: raw.required("ERROR_RATE", role, settings::share)?,
             shutdown_timeout: raw.required("SHUTDOWN_TIMEOUT", role, settings::duration)?,
             log: LogConfig {

@@ -45,6 +45,22 @@ pub type Script = Arc<dyn Fn(Ticket, Endpoint) -> BoxFuture<'static, Outcome> + 
 /// Endpoints whose URL and secret are kept ready, at most.
 const PREPARED_MAX: usize = 4_096;
 
+/// Whether requests can go to this URL.
+///
+/// # Errors
+/// One sentence on why not; it never repeats a password.
+pub fn check_url(url: &str) -> Result<(), String> {
+    Target::parse(url).map(drop)
+}
+
+/// Whether requests can be signed with this secret.
+///
+/// # Errors
+/// A few words on what is wrong with it, without the secret.
+pub fn check_secret(secret: &str) -> Result<(), String> {
+    Key::parse(secret).map(drop)
+}
+
 /// How deliveries are made.
 #[derive(Clone, Debug)]
 pub struct DeliveryOptions {

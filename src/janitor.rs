@@ -24,6 +24,12 @@ const ROUND: Duration = Duration::from_secs(1);
 const DEAD_LETTER_AGE: Duration = Duration::from_secs(30);
 /// A batch that is not acknowledged by then never will be: publishing is bounded well below it.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(60);
+/// A job that nobody has touched for so long has lost its caller.
+const JOB_IDLE: Duration = Duration::from_secs(5);
+/// Messages of a job that are changed in one transaction.
+pub const JOB_PIECE: usize = 500;
+/// Pieces of a job in one round, so that the rest of the round is not late.
+const JOB_PIECES: usize = 20;
 /// Ledger rows looked at in a round: more than all rooms together can hold in single-row batches.
 const BATCHES: usize = 100_000;
 
@@ -77,6 +83,25 @@ impl Janitor {
             }
             self.parts.metrics.recovered("instance_died", recovered.messages);
             self.publish_left_letters(now).await?;
+        }
+        self.finish_jobs(now).await
+    }
+
+    /// Goes on with jobs whose caller has gone away.
+    async fn finish_jobs(&mut self, now: Timestamp) -> Result<(), StoreError> {
+        let before = Timestamp::from_micros(now.as_micros() - JOB_IDLE.as_micros() as i64);
+        for id in self.parts.store.idle_jobs(before).await? {
+            let mut left = JOB_PIECES;
+            while left > 0
+                && self
+                    .parts
+                    .store
+                    .work_job(id, JOB_PIECE, now)
+                    .await?
+                    .is_some_and(|job| job.finished_at.is_none())
+            {
+                left -= 1;
+            }
         }
         Ok(())
     }

@@ -24,6 +24,7 @@ pub mod queue;
 pub mod store;
 
 pub mod delivery;
+pub mod keys;
 pub mod service;
 
 pub mod consumer;

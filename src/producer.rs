@@ -19,9 +19,8 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Timestamp;
 use crate::message::{Held, MessageId};
 use crate::service::{self, Parts, Step};
-use crate::store::{BatchId, Bid, Claim, Claimed, Due, InstanceId, StoreError};
+use crate::store::{BatchId, Bid, Claim, Claimed, Due, InstanceId, Pacing, StoreError};
 
-pub use pacing::Pacing;
 pub use ticket::{dead_letter_record, lane_record};
 
 use pacing::Pacer;
@@ -81,6 +80,8 @@ pub struct Producer {
     /// Set when a claim's answer was lost: then the ledger may hold batches that we don't know of.
     unsure: bool,
     led_until: Timestamp,
+    /// Somebody has paused all producers.
+    paused: bool,
     cursor: MessageId,
     next_bid: Timestamp,
     next_sweep: Timestamp,
@@ -107,6 +108,7 @@ impl Producer {
             publishing: JoinSet::new(),
             unsure: false,
             led_until: Timestamp::EPOCH,
+            paused: false,
             cursor: MessageId(0),
             next_bid: Timestamp::EPOCH,
             next_sweep: Timestamp::EPOCH,
@@ -145,6 +147,9 @@ impl Producer {
         if !self.lead(instance, now).await? {
             return Ok(Step::Idle(BID));
         }
+        if self.paused {
+            return Ok(Step::Idle(GAP_MAX.max(self.options.poll)));
+        }
         self.rooms.refresh(&self.options.fresh_lane, now).await?;
         if self.unsure {
             self.give_back_unknown(instance).await?;
@@ -180,13 +185,14 @@ impl Producer {
             return Ok(now < self.led_until);
         }
         let until = now.after(LEADERSHIP);
-        let bid = Bid { instance, now, until, paced_until: None };
+        let bid = Bid { instance, now, until, paced_until: None, pacing: self.options.pacing };
         let won = self.parts.store.lead(&bid).await?;
         self.next_bid = now.after(BID);
         let led = now < self.led_until;
         match won {
             Some(leadership) => {
                 self.led_until = until;
+                self.paused = leadership.paused;
                 if !led {
                     tracing::info!(instance = instance.0, "instance {} is the active producer", instance.0);
                     self.cursor = MessageId(0);
@@ -287,6 +293,7 @@ impl Producer {
                     now,
                     until: self.led_until,
                     paced_until: Some(pacer.window_end(now)),
+                    pacing: self.options.pacing,
                 };
                 if self.parts.store.lead(&bid).await?.is_none() {
                     self.led_until = Timestamp::EPOCH;

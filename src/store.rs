@@ -21,6 +21,7 @@
 
 #[cfg(test)]
 pub(crate) mod conformance;
+pub mod operate;
 pub mod postgres;
 pub mod sqlite;
 
@@ -34,6 +35,8 @@ use crate::message::{
     Attempt, Epoch, Held, Message, MessageId, NewMessage, Outcome, Status, Ticket, Verdict,
 };
 use crate::retry::Lane;
+
+use operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
 
 /// What a caller can do about a failed store call.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -125,6 +128,31 @@ pub enum Whole {
     Conflicts(Vec<usize>),
 }
 
+/// At most `count` first tries per `interval`, over all producers together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pacing {
+    pub count: usize,
+    pub interval: Duration,
+}
+
+impl Pacing {
+    /// What a store has written down: a count, and an interval in milliseconds.
+    fn of(count: i64, ms: i64) -> Pacing {
+        Pacing {
+            count: usize::try_from(count).unwrap_or(0),
+            interval: Duration::from_millis(ms.unsigned_abs()),
+        }
+    }
+
+    /// What a store writes down.
+    fn numbers(self) -> (i64, i64) {
+        (
+            i64::try_from(self.count).unwrap_or(i64::MAX),
+            i64::try_from(self.interval.as_millis()).unwrap_or(i64::MAX),
+        )
+    }
+}
+
 /// An instance's wish to be the one active producer.
 #[derive(Clone, Copy, Debug)]
 pub struct Bid {
@@ -134,6 +162,8 @@ pub struct Bid {
     pub until: Timestamp,
     /// No further first tries before this time; `None` leaves what stands in the store.
     pub paced_until: Option<Timestamp>,
+    /// Its own setting, for people to see.
+    pub pacing: Option<Pacing>,
 }
 
 /// What the one active producer has to know of its predecessor.
@@ -144,6 +174,8 @@ pub struct Leadership {
     pub steady_since: Timestamp,
     /// The pacing window that stands in the store ends then: pacing holds over all producers together.
     pub paced_until: Option<Timestamp>,
+    /// Somebody has paused all producers: nothing may be claimed.
+    pub paused: bool,
 }
 
 /// Which rows a claim looks at.
@@ -412,6 +444,9 @@ pub trait Store: Send + Sync + 'static {
     /// Creates or replaces an endpoint.
     async fn put_endpoint(&self, endpoint: &Endpoint) -> Result<()>;
 
+    /// Deletes an endpoint, unless a message names it.
+    async fn delete_endpoint(&self, name: &str) -> Result<Deletion>;
+
     /// All registered lanes.
     async fn lanes(&self) -> Result<Vec<Lane>>;
 
@@ -420,6 +455,48 @@ pub trait Store: Send + Sync + 'static {
 
     /// One message.
     async fn message(&self, id: MessageId) -> Result<Option<Message>>;
+
+    /// The messages with these ids, in no order; those that do not exist are left out.
+    async fn messages(&self, ids: &[MessageId]) -> Result<Vec<Message>>;
+
+    /// The ids of at most `limit` matching messages, newest first, from `from` on.
+    async fn search(&self, filter: &Filter, from: Cursor, limit: usize) -> Result<Found>;
+
+    /// Changes those of these messages whose status allows it, and says which.
+    async fn change(&self, change: Change, ids: &[MessageId], now: Timestamp) -> Result<Vec<MessageId>>;
+
+    /// Notes a change of all messages that match and exist now.
+    async fn open_job(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Job>;
+
+    /// Works at most `limit` messages of a job off, unless somebody else is at it, and says how it stands.
+    async fn work_job(&self, id: JobId, limit: usize, now: Timestamp) -> Result<Option<Job>>;
+
+    /// A job.
+    async fn job(&self, id: JobId) -> Result<Option<Job>>;
+
+    /// Unfinished jobs at which nobody has worked since `before`.
+    async fn idle_jobs(&self, before: Timestamp) -> Result<Vec<JobId>>;
+
+    /// Why the newest 10,000 dead messages are dead, the most frequent reason first.
+    async fn dead_reasons(&self) -> Result<Vec<DeadReason>>;
+
+    /// Pauses all producers, or lets them go on; it holds over restarts.
+    async fn set_paused(&self, paused: bool) -> Result<()>;
+
+    /// Whether producers are paused, and what the active one says.
+    async fn control(&self, now: Timestamp) -> Result<Control>;
+
+    /// Stores a new key of the API.
+    async fn put_key(&self, key: &ApiKey) -> Result<()>;
+
+    /// All keys of the API, oldest first.
+    async fn keys(&self) -> Result<Vec<ApiKey>>;
+
+    /// Revokes a key. `false`: there is none, or it is revoked already.
+    async fn revoke_key(&self, id: &str, now: Timestamp) -> Result<bool>;
+
+    /// Notes that these keys have just been used.
+    async fn keys_used(&self, ids: &[String], now: Timestamp) -> Result<()>;
 
     /// A message's attempts, oldest first.
     async fn attempts(&self, id: MessageId) -> Result<Vec<Attempt>>;

@@ -14,7 +14,7 @@ const RANKS: &[&[&str]] = &[
     &["queue"],
     &["cache"],
     &["delivery"],
-    &["service"],
+    &["service", "keys"],
     &["intake", "producer"],
     &["consumer"],
     &["janitor"],

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::problem::{Code, Problem};
-use super::words::why;
+use super::words::{Surroundings, why};
 use super::{ApiState, endpoint_exists};
 use crate::cache::Response;
 use crate::clock::Timestamp;
@@ -134,10 +134,10 @@ pub(super) struct MessageView {
     finished_at: Option<Timestamp>,
 }
 
-impl From<Message> for MessageView {
-    fn from(message: Message) -> MessageView {
+impl MessageView {
+    pub(super) fn of(message: Message, around: &Surroundings) -> MessageView {
         MessageView {
-            why: why(&message),
+            why: why(&message, around),
             id: message.id.0,
             status: message.status.to_string(),
             endpoint: message.endpoint,
@@ -312,9 +312,10 @@ pub(super) async fn send(
     match (inserted.first(), messages.into_iter().next()) {
         // Not read back: what is committed must be answered as such, even if the store goes away now.
         (Some(Inserted::New { id, created_at }), Some(message)) => {
-            Ok((StatusCode::ACCEPTED, Json(fresh(*id, *created_at, message).into())))
+            let around = Surroundings::default();
+            Ok((StatusCode::ACCEPTED, Json(MessageView::of(fresh(*id, *created_at, message), &around))))
         }
-        (Some(Inserted::Existing(id)), _) => Ok((StatusCode::OK, Json(find(&state, *id).await?.into()))),
+        (Some(Inserted::Existing(id)), _) => Ok((StatusCode::OK, Json(seen(&state, *id).await?))),
         (Some(Inserted::Conflict(id)), _) => {
             let detail = format!("message {id} has this key and says something else; use a new key");
             Err(Problem::new(Code::IdempotencyConflict, &detail))
@@ -417,7 +418,7 @@ pub(super) async fn show(
     State(state): State<ApiState>,
     id: Result<Path<i64>, PathRejection>,
 ) -> Result<Json<MessageView>, Problem> {
-    Ok(Json(find(&state, MessageId(id?.0)).await?.into()))
+    Ok(Json(seen(&state, MessageId(id?.0)).await?))
 }
 
 /// Show a message's tries, oldest first
@@ -481,7 +482,13 @@ fn stored_response(attempt: &Attempt) -> ResponseView {
     }
 }
 
-async fn find(state: &ApiState, id: MessageId) -> Result<Message, Problem> {
+async fn seen(state: &ApiState, id: MessageId) -> Result<MessageView, Problem> {
+    let message = find(state, id).await?;
+    let around = Surroundings::of_one(state, &message).await;
+    Ok(MessageView::of(message, &around))
+}
+
+pub(super) async fn find(state: &ApiState, id: MessageId) -> Result<Message, Problem> {
     let message = state.parts.store.message(id).await?;
     message.ok_or_else(|| Problem::new(Code::NotFound, &format!("there is no message {id}")))
 }

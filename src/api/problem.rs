@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::rejection::{JsonRejection, PathRejection};
 use axum::http::StatusCode;
-use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -11,58 +11,195 @@ use utoipa::ToSchema;
 use crate::intake::{Fault, IntakeError};
 use crate::store::StoreError;
 
-/// Every error code, with its status and title. The codes are stable.
+/// Every error code. The codes are stable; `docs/errors.md` is made from them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Code {
     InvalidJson,
-    InvalidMessage,
     InvalidPath,
+    InvalidQuery,
+    InvalidMessage,
+    InvalidEndpoint,
+    InvalidFilter,
     IdempotencyConflict,
+    KeyMissing,
+    ScopeMissing,
+    HostNotAllowed,
+    OriginNotAllowed,
     NotFound,
     MethodNotAllowed,
-    UnsupportedMediaType,
-    TooLarge,
     TooSlow,
+    WrongStatus,
+    EndpointExists,
+    EndpointInUse,
+    TooLarge,
+    UnsupportedMediaType,
+    Internal,
     Busy,
     Unavailable,
-    Internal,
 }
 
+/// What stands behind a code.
+struct Meaning {
+    status: StatusCode,
+    code: &'static str,
+    title: &'static str,
+    mend: &'static str,
+}
+
+const fn meaning(status: StatusCode, code: &'static str, title: &'static str, mend: &'static str) -> Meaning {
+    Meaning { status, code, title, mend }
+}
+
+/// In the order of [`Code`].
+const MEANINGS: [Meaning; 22] = [
+    meaning(
+        StatusCode::BAD_REQUEST,
+        "invalid_json",
+        "The body is not the JSON that is expected",
+        "Compare the body with the OpenAPI document; `detail` names the place.",
+    ),
+    meaning(
+        StatusCode::BAD_REQUEST,
+        "invalid_path",
+        "The path can't be understood",
+        "Use the number or name that a list shows.",
+    ),
+    meaning(
+        StatusCode::BAD_REQUEST,
+        "invalid_query",
+        "A parameter is wrong",
+        "`detail` names it; take cursors as they were given.",
+    ),
+    meaning(
+        StatusCode::UNPROCESSABLE_ENTITY,
+        "invalid_message",
+        "A message can't be accepted",
+        "`errors` names each field, and in a batch each message by its index.",
+    ),
+    meaning(
+        StatusCode::UNPROCESSABLE_ENTITY,
+        "invalid_endpoint",
+        "An endpoint can't be so",
+        "`errors` names each field.",
+    ),
+    meaning(
+        StatusCode::UNPROCESSABLE_ENTITY,
+        "invalid_filter",
+        "The filter asks for what can't be changed",
+        "Name a status that the change allows.",
+    ),
+    meaning(
+        StatusCode::UNPROCESSABLE_ENTITY,
+        "idempotency_conflict",
+        "The idempotency key was used for another message",
+        "Use a new key for another message; the same key only to repeat one.",
+    ),
+    meaning(
+        StatusCode::UNAUTHORIZED,
+        "key_missing",
+        "A valid key is needed",
+        "Make one with `ams keys create` and send it as `Authorization: Bearer`.",
+    ),
+    meaning(
+        StatusCode::FORBIDDEN,
+        "scope_missing",
+        "The key does not allow this",
+        "Use a key with the scope that `detail` names.",
+    ),
+    meaning(
+        StatusCode::FORBIDDEN,
+        "host_not_allowed",
+        "The Host header names somebody else",
+        "Call the API by its address, or add its name to `AMS_HOSTS`.",
+    ),
+    meaning(
+        StatusCode::FORBIDDEN,
+        "origin_not_allowed",
+        "A page of another site has called",
+        "Call the API from a program, or from a page that it serves.",
+    ),
+    meaning(
+        StatusCode::NOT_FOUND,
+        "not_found",
+        "There is no such thing",
+        "Look at a list for what there is.",
+    ),
+    meaning(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "method_not_allowed",
+        "Not with this method",
+        "The OpenAPI document names the methods of each path.",
+    ),
+    meaning(
+        StatusCode::REQUEST_TIMEOUT,
+        "too_slow",
+        "The request did not arrive or end in time",
+        "Send the body faster, or in smaller batches.",
+    ),
+    meaning(
+        StatusCode::CONFLICT,
+        "wrong_status",
+        "The message's status does not allow this",
+        "Look at its `status`: what is sent stays so, what waits can be cancelled, what has ended can be redriven.",
+    ),
+    meaning(
+        StatusCode::CONFLICT,
+        "endpoint_exists",
+        "There is an endpoint of that name",
+        "Change it with `PATCH`, or choose another name.",
+    ),
+    meaning(
+        StatusCode::CONFLICT,
+        "endpoint_in_use",
+        "The endpoint is needed",
+        "Disable it instead: its messages are held until it is enabled again.",
+    ),
+    meaning(
+        StatusCode::PAYLOAD_TOO_LARGE,
+        "too_large",
+        "The body is too large",
+        "A message's content may have 1 MiB, a single post 2 MiB, a batch 64 MiB: split it.",
+    ),
+    meaning(
+        StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        "unsupported_media_type",
+        "The body must be application/json",
+        "Send `Content-Type: application/json`.",
+    ),
+    meaning(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "internal",
+        "AMS failed; its log says how",
+        "Report it with the lines of the log; try again later.",
+    ),
+    meaning(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "busy",
+        "Too much is waiting to be stored",
+        "Try again after `Retry-After` seconds.",
+    ),
+    meaning(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "unavailable",
+        "The store can't be reached",
+        "Try again after `Retry-After` seconds; `/readyz` says what is away.",
+    ),
+];
+
 impl Code {
-    fn parts(self) -> (StatusCode, &'static str, &'static str) {
-        match self {
-            Code::InvalidJson => {
-                (StatusCode::BAD_REQUEST, "invalid_json", "The body is not the JSON that is expected")
-            }
-            Code::InvalidMessage => {
-                (StatusCode::UNPROCESSABLE_ENTITY, "invalid_message", "A message can't be accepted")
-            }
-            Code::InvalidPath => (StatusCode::BAD_REQUEST, "invalid_path", "The path can't be understood"),
-            Code::IdempotencyConflict => (
-                StatusCode::UNPROCESSABLE_ENTITY,
-                "idempotency_conflict",
-                "The idempotency key was used for another message",
-            ),
-            Code::NotFound => (StatusCode::NOT_FOUND, "not_found", "There is no such thing"),
-            Code::MethodNotAllowed => {
-                (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Not with this method")
-            }
-            Code::UnsupportedMediaType => (
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                "unsupported_media_type",
-                "The body must be application/json",
-            ),
-            Code::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "too_large", "The body is too large"),
-            Code::TooSlow => {
-                (StatusCode::REQUEST_TIMEOUT, "too_slow", "The request did not arrive or end in time")
-            }
-            Code::Busy => (StatusCode::SERVICE_UNAVAILABLE, "busy", "Too much is waiting to be stored"),
-            Code::Unavailable => {
-                (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "The store can't be reached")
-            }
-            Code::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "AMS failed; its log says how"),
-        }
+    fn meaning(self) -> &'static Meaning {
+        &MEANINGS[self as usize]
     }
+}
+
+/// The page on errors, made from the codes: `docs/errors.md`.
+pub fn errors_page() -> String {
+    let head = "# Errors\n\n\
+        The API answers what it can't do with `application/problem+json`. Programs go by `code`, which does not \
+        change; people read `detail`. This page is made from the source.\n\n\
+        | status | code | what it means | what to do |\n| --- | --- | --- | --- |\n";
+    let line = |m: &Meaning| format!("| {} | `{}` | {} | {} |\n", m.status.as_u16(), m.code, m.title, m.mend);
+    std::iter::once(head.to_owned()).chain(MEANINGS.iter().map(line)).collect()
 }
 
 /// An error, as a client sees it.
@@ -105,12 +242,12 @@ pub(super) struct FieldProblem {
 
 impl Problem {
     pub(super) fn new(code: Code, detail: &str) -> Problem {
-        let (status, word, title) = code.parts();
+        let Meaning { status, code, title, .. } = *code.meaning();
         Problem {
             r#type: "about:blank",
             title,
             status: status.as_u16(),
-            code: word,
+            code,
             detail: detail.to_owned(),
             errors: Vec::new(),
         }
@@ -118,6 +255,15 @@ impl Problem {
 
     /// Faults of messages; `index` stands with each in a batch.
     pub(super) fn faults(faults: Vec<(Option<usize>, Fault)>) -> Problem {
+        Problem::of_faults(Code::InvalidMessage, faults)
+    }
+
+    /// Faults of an endpoint.
+    pub(super) fn endpoint_faults(faults: Vec<Fault>) -> Problem {
+        Problem::of_faults(Code::InvalidEndpoint, faults.into_iter().map(|fault| (None, fault)).collect())
+    }
+
+    fn of_faults(code: Code, faults: Vec<(Option<usize>, Fault)>) -> Problem {
         let errors: Vec<_> = faults
             .into_iter()
             .map(|(index, fault)| FieldProblem { index, field: fault.field, detail: fault.detail })
@@ -126,7 +272,7 @@ impl Problem {
             Some(first) => format!("{} {}", first.field, first.detail),
             None => "it breaks a rule".to_owned(),
         };
-        Problem { errors, ..Problem::new(Code::InvalidMessage, &detail) }
+        Problem { errors, ..Problem::new(code, &detail) }
     }
 
     /// A defect of ours: told to the log, not to the client.
@@ -140,7 +286,8 @@ impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let retry = (status == StatusCode::SERVICE_UNAVAILABLE).then_some([(RETRY_AFTER, "1")]);
-        let mut response = (status, retry, Json(self)).into_response();
+        let asked = (status == StatusCode::UNAUTHORIZED).then_some([(WWW_AUTHENTICATE, "Bearer")]);
+        let mut response = (status, retry, asked, Json(self)).into_response();
         let problem = axum::http::HeaderValue::from_static("application/problem+json");
         response.headers_mut().insert(CONTENT_TYPE, problem);
         response
@@ -195,6 +342,6 @@ impl From<JsonRejection> for Problem {
 
 impl From<PathRejection> for Problem {
     fn from(_: PathRejection) -> Problem {
-        Problem::new(Code::InvalidPath, "a message's id is a whole number")
+        Problem::new(Code::InvalidPath, "a message or a job goes by its number, an endpoint by its name")
     }
 }

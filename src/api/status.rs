@@ -10,13 +10,14 @@ use axum::response::IntoResponse;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::operate::ProducerView;
 use super::problem::Problem;
 use super::{ApiState, typed};
 use crate::clock::Timestamp;
 use crate::service::Parts;
 
 /// A part that has not answered by then counts as away.
-const ANSWER: Duration = Duration::from_secs(1);
+pub(super) const ANSWER: Duration = Duration::from_secs(1);
 
 /// The whole system at a glance.
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -34,9 +35,8 @@ pub(super) struct StatusView {
     /// Records of each lane that its group has not taken up.
     #[schema(example = json!({"messages": 12}))]
     lag: BTreeMap<String, i64>,
-    /// Whether a producer is at work: `running`, or `away` when none leads.
-    #[schema(example = "running")]
-    producer: String,
+    /// What the producers do.
+    producer: ProducerView,
     /// Health of store, queue and cache.
     parts: BTreeMap<&'static str, PartView>,
 }
@@ -113,6 +113,7 @@ pub(super) struct ReadyView {
 pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusView>, Problem> {
     let now = state.parts.clock.now();
     let overview = state.parts.store.overview(now).await?;
+    let control = state.parts.store.control(now).await?;
     let services: Vec<_> = overview
         .instances
         .into_iter()
@@ -125,7 +126,6 @@ pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusV
             seen_at: instance.seen_at,
         })
         .collect();
-    let runs = services.iter().any(|s| s.alive && matches!(s.service.as_str(), "producer" | "up"));
     let count = |count: &crate::store::Count| {
         (count.status.to_string(), CountView { count: count.count, more: count.more })
     };
@@ -135,7 +135,7 @@ pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusV
         counts: overview.counts.iter().map(count).collect(),
         oldest_due_age_s: overview.oldest_due_at.map(|due| now.since(due).as_secs_f64()),
         lag,
-        producer: if runs { "running" } else { "away" }.to_owned(),
+        producer: control.into(),
         parts,
         services,
     }))

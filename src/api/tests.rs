@@ -11,15 +11,21 @@ use crate::clock::Clock;
 use crate::queue::embedded::EmbeddedQueue;
 use crate::service::{Directory, Presence};
 use crate::store::sqlite::SqliteStore;
-use crate::store::{Endpoint, Store};
+use crate::store::{Bid, Endpoint, Store};
 
 struct Api {
     port: u16,
     stop: CancellationToken,
+    store: Arc<dyn Store>,
 }
 
 impl Api {
     async fn start() -> Api {
+        Api::guarded(false, &[]).await
+    }
+
+    /// An API that asks for keys when `keyed`, and goes by these names too.
+    async fn guarded(keyed: bool, hosts: &[&str]) -> Api {
         let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
         store.put_endpoint(&Endpoint::new("default", "http://localhost:3000")).await.unwrap();
         let clock = Clock::system();
@@ -34,12 +40,19 @@ impl Api {
             store: Arc::clone(&store),
         };
         parts.presence.step().await.unwrap();
-        let intake = Intake::new(store, clock, Arc::clone(&parts.metrics), Arc::default());
+        let (instance, now) = (parts.presence.instance().unwrap(), clock.now());
+        let until = now.after(Duration::from_secs(3600));
+        let bid = Bid { instance, now, until, paced_until: None, pacing: None };
+        assert!(store.lead(&bid).await.unwrap().is_some(), "a producer is there");
+        let intake =
+            Intake::new(Arc::clone(&store), clock.clone(), Arc::clone(&parts.metrics), Arc::default());
+        let hosts = hosts.iter().map(|name| (*name).to_owned()).collect();
+        let guard = Guard::new(Arc::clone(&store), clock, keyed, hosts);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let stop = CancellationToken::new();
-        tokio::spawn(serve(listener, router(ApiState::new(&parts, intake)), stop.clone()));
-        Api { port, stop }
+        tokio::spawn(serve(listener, router(ApiState::new(&parts, intake, guard)), stop.clone()));
+        Api { port, stop, store }
     }
 
     async fn call(
@@ -53,7 +66,10 @@ impl Api {
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);
-        let mut request = Request::builder().method(method).uri(path).header("host", "localhost");
+        let mut request = Request::builder().method(method).uri(path);
+        if !headers.iter().any(|(name, _)| *name == "host") {
+            request = request.header("host", "localhost");
+        }
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
@@ -227,18 +243,81 @@ async fn health_status_metrics_and_documents_are_there() {
     assert_eq!(api.get("/openapi.json").await.1["openapi"], "3.1.0");
 }
 
+#[tokio::test]
+async fn a_key_lets_in_as_far_as_its_scopes_go() {
+    let api = Api::guarded(true, &[]).await;
+    let now = Clock::system().now();
+    let hour = Duration::from_secs(3600);
+    let key = async |scopes: &[&str], expires_at| {
+        let scopes: Vec<_> = scopes.iter().map(|scope| (*scope).to_owned()).collect();
+        let (key, whole) = crate::keys::make("test", &scopes, now, expires_at).unwrap();
+        api.store.put_key(&key).await.unwrap();
+        (key.id, whole)
+    };
+    let (_, reader) = key(&["read"], Some(now.after(hour))).await;
+    let (_, expired) = key(&["read"], Some(now)).await;
+    let (revoked_id, revoked) = key(&["read"], None).await;
+    assert!(api.store.revoke_key(&revoked_id, now).await.unwrap());
+    let forged = format!("{}x", &reader[..reader.len() - 1]);
+    let call = async |method: Method, path: &str, key: Option<&str>| {
+        let bearer = key.map(|key| format!("Bearer {key}"));
+        let mut headers = vec![("content-type", "application/json")];
+        headers.extend(bearer.as_ref().map(|bearer| ("authorization", bearer.as_str())));
+        let (status, _, text) = api.call(method, path, &headers, "{}".to_owned()).await;
+        assert!(!key.is_some_and(|key| text.contains(key)), "{text}");
+        status.as_u16()
+    };
+    assert_eq!(call(Method::GET, "/livez", None).await, 200);
+    assert_eq!(call(Method::GET, "/v1/messages", None).await, 401);
+    assert_eq!(call(Method::GET, "/v1/messages", Some(&reader)).await, 200);
+    for bad in [expired, revoked, forged, "ams_unknown1_x".to_owned()] {
+        assert_eq!(call(Method::GET, "/v1/messages", Some(&bad)).await, 401, "{bad}");
+    }
+    assert_eq!(call(Method::POST, "/v1/messages", Some(&reader)).await, 403);
+    assert_eq!(call(Method::POST, "/v1/producer/pause", Some(&reader)).await, 403);
+}
+
+#[tokio::test]
+async fn a_page_of_another_site_is_refused() {
+    let api = Api::guarded(false, &["ams.example.org"]).await;
+    for (host, origin, status) in [
+        ("localhost:8080", None, 200),
+        ("127.0.0.1:8080", None, 200),
+        ("[::1]:8080", None, 200),
+        ("ams.example.org", None, 200),
+        ("evil.example:8080", None, 403),
+        ("localhost:8080", Some("http://localhost:8080"), 200),
+        ("localhost:8080", Some("http://evil.example"), 403),
+        ("localhost:8080", Some("http://localhost:9090"), 403),
+        ("localhost:8080", Some("null"), 403),
+    ] {
+        let mut headers = vec![("host", host)];
+        headers.extend(origin.map(|origin| ("origin", origin)));
+        for (method, path) in [(Method::GET, "/v1/status"), (Method::GET, "/metrics")] {
+            let (got, _, text) = api.call(method, path, &headers, String::new()).await;
+            assert_eq!(got.as_u16(), status, "{host} {origin:?} {path}: {text}");
+        }
+    }
+}
+
+/// A document that is made from the source must be the committed one.
+fn assert_committed(path: &str, now: &str) {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let committed = std::fs::read_to_string(folder.join(path)).unwrap_or_default();
+    if committed.trim() != now.trim() {
+        let written = folder.join("target").join(std::path::Path::new(path).file_name().unwrap());
+        std::fs::create_dir_all(folder.join("target")).unwrap();
+        std::fs::write(&written, now).unwrap();
+        panic!("{path} is out of date: look at the difference and copy {} over it", written.display());
+    }
+}
+
 #[test]
 fn the_openapi_document_is_the_committed_one() {
-    let now = openapi();
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-    let committed = std::fs::read_to_string(folder.join("docs/openapi.json")).unwrap_or_default();
-    let written = folder.join("target/openapi.json");
-    if committed.trim() != now.trim() {
-        std::fs::create_dir_all(folder.join("target")).unwrap();
-        std::fs::write(&written, &now).unwrap();
-        panic!(
-            "the OpenAPI document has changed: look at the difference and copy {} over docs/openapi.json",
-            written.display()
-        );
-    }
+    assert_committed("docs/openapi.json", &openapi());
+}
+
+#[test]
+fn the_page_on_errors_is_the_committed_one() {
+    assert_committed("docs/errors.md", &errors_page());
 }

@@ -1,29 +1,89 @@
-//! What a message waits for, in words. Pure.
+//! What a message waits for, in words.
 
+use super::ApiState;
+use crate::clock::Timestamp;
 use crate::message::{Held, Message, Status};
+use crate::service::Parts;
+use crate::store::operate::Control;
+
+/// What has to be known besides a message to say what it waits for.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Surroundings {
+    now: Timestamp,
+    /// `None`: the store did not say.
+    control: Option<Control>,
+    /// The message's endpoint does not exist at all.
+    endpoint_missing: bool,
+    queue: Queue,
+}
+
+/// How the message's lane is.
+#[derive(Clone, Debug, Default)]
+enum Queue {
+    #[default]
+    Unasked,
+    Away(String),
+    /// Tickets that its consumers have not taken up.
+    Behind(i64),
+}
+
+impl Surroundings {
+    /// What can be known for many messages at once.
+    pub(super) async fn of_many(parts: &Parts) -> Surroundings {
+        let now = parts.clock.now();
+        Surroundings { now, control: parts.store.control(now).await.ok(), ..Surroundings::default() }
+    }
+
+    /// Everything about one message.
+    pub(super) async fn of_one(state: &ApiState, message: &Message) -> Surroundings {
+        let parts = &state.parts;
+        let directory = parts.directory.snapshot();
+        let lane = match message.lane.as_str() {
+            "" => directory.lanes.iter().find(|lane| lane.fresh),
+            topic => directory.lanes.iter().find(|lane| lane.topic == topic),
+        };
+        let queue = match lane.filter(|_| message.status == Status::Queued) {
+            None => Queue::Unasked,
+            Some(lane) => {
+                let depth = parts.queue.depth(&lane.topic, &lane.group);
+                match tokio::time::timeout(super::status::ANSWER, depth).await {
+                    Ok(Ok(depth)) => Queue::Behind(depth.iter().map(|d| d.end - d.position).sum()),
+                    Ok(Err(error)) => Queue::Away(error.to_string()),
+                    Err(_) => Queue::Away("it does not answer".to_owned()),
+                }
+            }
+        };
+        Surroundings {
+            endpoint_missing: !directory.endpoints.contains_key(&message.endpoint),
+            queue,
+            ..Surroundings::of_many(parts).await
+        }
+    }
+}
 
 /// Why a message stands where it stands, and until when.
-pub(super) fn why(message: &Message) -> Option<String> {
-    let endpoint = &message.endpoint;
+pub(super) fn why(message: &Message, around: &Surroundings) -> Option<String> {
     if let Some(held) = message.held {
-        return Some(match held {
-            Held::EndpointBusy => {
-                format!("held: endpoint {endpoint} is busy; it goes on as soon as there is room")
-            }
-            Held::EndpointClosed => {
-                format!("held: endpoint {endpoint} is disabled or does not exist; it goes on once it is open")
-            }
-        });
+        return Some(held_words(held, &message.endpoint, around));
     }
     match message.status {
-        Status::Pending => Some(match message.send_at {
+        Status::Pending => Some(match message.send_at.filter(|at| *at > around.now) {
             Some(at) => format!("due at {at}"),
-            None => "due now: it waits for the producer".to_owned(),
+            None => format!("due now: {}", producer_words(message, around)),
         }),
-        Status::Queued => Some("its ticket waits on its lane for a consumer".to_owned()),
+        Status::Queued => Some(match &around.queue {
+            Queue::Unasked => "its ticket waits on its lane for a consumer".to_owned(),
+            Queue::Away(error) => format!("its ticket is on a lane, and the broker is away: {error}"),
+            Queue::Behind(tickets) => {
+                format!("its ticket waits on its lane for a consumer, behind at most {tickets} others")
+            }
+        }),
         Status::Processing => Some("a consumer is delivering it".to_owned()),
         Status::Retrying => {
-            let due = message.due_at.map_or_else(|| "due now".to_owned(), |at| format!("due at {at}"));
+            let due = match message.due_at.filter(|at| *at > around.now) {
+                Some(at) => format!("due at {at}"),
+                None => format!("due now: {}", producer_words(message, around)),
+            };
             Some(match &message.reason {
                 Some(reason) => format!("{due}; last: {reason}"),
                 None => due,
@@ -35,11 +95,47 @@ pub(super) fn why(message: &Message) -> Option<String> {
     }
 }
 
+fn held_words(held: Held, endpoint: &str, around: &Surroundings) -> String {
+    match held {
+        Held::EndpointBusy => {
+            format!("held: endpoint {endpoint} is busy; it goes on as soon as there is room")
+        }
+        Held::EndpointClosed if around.endpoint_missing => {
+            format!("held: there is no endpoint {endpoint}; it goes on once one is created")
+        }
+        Held::EndpointClosed => {
+            format!("held: endpoint {endpoint} is disabled; it goes on once it is enabled")
+        }
+    }
+}
+
+/// What the producer makes a due message wait for.
+fn producer_words(message: &Message, around: &Surroundings) -> String {
+    let Some(control) = around.control else { return "it waits for the producer".to_owned() };
+    if control.paused {
+        return "the producers are paused, until somebody resumes them".to_owned();
+    }
+    if !control.active {
+        return "no producer is running; start one".to_owned();
+    }
+    let first_try = message.status == Status::Pending;
+    match (control.pacing.filter(|_| first_try), control.paced_until.filter(|at| *at > around.now)) {
+        (Some(pacing), Some(until)) => format!(
+            "paced: at most {} first tries in {:?}; the next begin at {until}",
+            pacing.count, pacing.interval
+        ),
+        _ => "it waits for the producer".to_owned(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::clock::Timestamp;
+    use std::time::Duration;
+
     use crate::message::MessageId;
+    use crate::store::Pacing;
 
     fn message(status: Status) -> Message {
         Message {
@@ -69,28 +165,68 @@ mod tests {
 
     #[test]
     fn every_waiting_message_says_what_it_waits_for() {
-        let at = Some(Timestamp::EPOCH);
+        let at = Some(Timestamp::EPOCH.after(Duration::from_secs(3)));
         let reason = Some("status 500".to_owned());
         for (message, expected) in [
             (message(Status::Pending), "due now"),
-            (Message { send_at: at, ..message(Status::Pending) }, "due at 1970-01-01T00:00:00Z"),
-            (
-                Message { held: Some(Held::EndpointClosed), ..message(Status::Pending) },
-                "disabled or does not exist",
-            ),
+            (Message { send_at: at, ..message(Status::Pending) }, "due at 1970-01-01T00:00:03Z"),
+            (Message { held: Some(Held::EndpointClosed), ..message(Status::Pending) }, "disabled"),
             (Message { held: Some(Held::EndpointBusy), ..message(Status::Retrying) }, "busy"),
             (message(Status::Queued), "lane"),
             (message(Status::Processing), "delivering"),
             (
                 Message { due_at: at, reason: reason.clone(), ..message(Status::Retrying) },
-                "due at 1970-01-01T00:00:00Z; last: status 500",
+                "due at 1970-01-01T00:00:03Z; last: status 500",
             ),
             (Message { reason, ..message(Status::Dead) }, "status 500"),
             (Message { expires_at: at, ..message(Status::Expired) }, "1970"),
         ] {
-            let words = why(&message).unwrap_or_default();
+            let words = why(&message, &Surroundings::default()).unwrap_or_default();
             assert!(words.contains(expected), "{:?}: {words}", message.status);
         }
-        assert_eq!(why(&message(Status::Sent)), None);
+        assert_eq!(why(&message(Status::Sent), &Surroundings::default()), None);
+    }
+
+    #[test]
+    fn the_surroundings_say_more() {
+        let control = Control { active: true, ..Control::default() };
+        let with = |control| Surroundings { control: Some(control), ..Surroundings::default() };
+        let pacing = Some(Pacing { count: 100, interval: Duration::from_secs(1) });
+        let paced_until = Some(Timestamp::EPOCH.after(Duration::from_secs(1)));
+        let retrying = || Message { reason: Some("status 500".to_owned()), ..message(Status::Retrying) };
+        for (message, around, expected) in [
+            (message(Status::Pending), with(control), "it waits for the producer"),
+            (message(Status::Pending), with(Control { paused: true, ..control }), "paused"),
+            (message(Status::Pending), with(Control::default()), "no producer is running"),
+            (
+                message(Status::Pending),
+                with(Control { pacing, paced_until, ..control }),
+                "at most 100 first tries in 1s",
+            ),
+            (
+                retrying(),
+                with(Control { pacing, paced_until, ..control }),
+                "due now: it waits for the producer; last",
+            ),
+            (retrying(), with(Control { paused: true, ..control }), "paused"),
+            (
+                message(Status::Queued),
+                Surroundings { queue: Queue::Behind(12), ..Surroundings::default() },
+                "behind at most 12",
+            ),
+            (
+                message(Status::Queued),
+                Surroundings { queue: Queue::Away("no answer".to_owned()), ..Surroundings::default() },
+                "the broker is away: no answer",
+            ),
+            (
+                Message { held: Some(Held::EndpointClosed), ..message(Status::Pending) },
+                Surroundings { endpoint_missing: true, ..Surroundings::default() },
+                "there is no endpoint sms",
+            ),
+        ] {
+            let words = why(&message, &around).unwrap_or_default();
+            assert!(words.contains(expected), "{:?}: {words}", message.status);
+        }
     }
 }

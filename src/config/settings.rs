@@ -105,7 +105,7 @@ pub const SETTINGS: &[Setting] = &[
     setting("BATCH_COUNT", None, "see INTERVAL; both unset: as fast as the endpoints take them"),
     setting("REQUEST_URL", Some("http://localhost:3000"), "URL of the endpoint named `default`"),
     setting("REQUEST_CA_FILE", None, "further authorities that sign endpoints' certificates (PEM)"),
-    setting("HOST", Some("127.0.0.1"), "address to listen on"),
+    setting("HOST", Some("127.0.0.1"), "address to listen on; one that others reach asks callers for keys"),
     Setting {
         roles: &[(Role::TestClient, "3000")],
         ..setting("PORT", Some("8080"), "port of the API; of the test client 3000")
@@ -115,6 +115,10 @@ pub const SETTINGS: &[Setting] = &[
         None,
         "port for /livez, /readyz and /metrics of services other than the API; unset: none",
     ),
+    setting("AMS_HOSTS", None, "further names by which the API may be called, such as ams.example.org,ams"),
+    setting("AMS_INSECURE", None, "1: ask nobody for a key, although others can reach the API"),
+    setting("AMS_URL", Some("http://127.0.0.1:8080"), "the API that operators' verbs talk to"),
+    secret("AMS_KEY", "the key that operators' verbs show to the API"),
     setting("ERROR_RATE", Some("0"), "test client: share of requests it fails, 0 to 1"),
     setting("SHUTDOWN_TIMEOUT", Some("30s"), "how long a stop waits for attempts in flight"),
     setting(
@@ -142,6 +146,26 @@ type Parsed<T> = Result<T, String>;
 
 pub(super) fn text(text: &str) -> Parsed<String> {
     if text.trim().is_empty() { Err("is empty; write a name".into()) } else { Ok(text.to_owned()) }
+}
+
+/// Names, separated by commas, in lower case.
+pub(super) fn names(text: &str) -> Parsed<Vec<String>> {
+    let names: Vec<String> = text.split(',').map(|name| name.trim().to_ascii_lowercase()).collect();
+    let legal = |name: &String| !name.is_empty() && !name.contains([':', '/', ' ']);
+    if names.iter().all(legal) {
+        Ok(names)
+    } else {
+        Err("is no list of host names; write for example ams.example.org,ams, without ports".into())
+    }
+}
+
+/// `1` or `0`.
+pub(super) fn switch(text: &str) -> Parsed<bool> {
+    match text {
+        "1" | "true" => Ok(true),
+        "0" | "false" => Ok(false),
+        _ => Err("is neither 1 nor 0; write one of them".into()),
+    }
 }
 
 /// `500ms`, `3s`, `2m`, `1h`, or a bare number as seconds.

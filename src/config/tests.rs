@@ -94,6 +94,9 @@ fn bad_settings_are_named_with_value_and_mend() {
         ("LOG_LEVEL", "info=loud", "error, warn"),
         ("REDIS_URL", "localhost", "redis://"),
         ("REQUEST_CA_FILE", "/nowhere", "file"),
+        ("AMS_HOSTS", "ams:8080", "host names"),
+        ("AMS_INSECURE", "maybe", "1 nor 0"),
+        ("AMS_URL", "here", "http://"),
     ] {
         let refusal = refusal(Role::Up, &[(name, value)]);
         assert!(refusal.contains(name) && refusal.contains(value) && refusal.contains(mend), "{refusal}");

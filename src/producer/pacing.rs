@@ -1,15 +1,7 @@
 //! How many first tries may still start in this interval. Pure.
 
-use std::time::Duration;
-
 use crate::clock::Timestamp;
-
-/// At most `count` first tries per `interval`, over all producers together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pacing {
-    pub count: usize,
-    pub interval: Duration,
-}
+use crate::store::Pacing;
 
 /// Counts what an interval has used. Windows follow one another on a fixed grid, so a late look does
 /// not shift the later ones.
@@ -65,6 +57,8 @@ impl Pacer {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use proptest::prelude::*;
 
     use super::*;

@@ -17,6 +17,7 @@ pub(crate) mod entering;
 pub(crate) mod healing;
 pub(crate) mod holding;
 pub(crate) mod knowing;
+pub(crate) mod operating;
 pub(crate) mod random;
 pub(crate) mod trying;
 
@@ -89,6 +90,20 @@ macro_rules! store_conformance {
             knowing::the_overview_counts_every_status,
             knowing::the_overview_knows_the_oldest_due_row,
             knowing::partitions_can_be_made_at_any_time,
+            operating::a_search_gives_newest_first_page_by_page,
+            operating::each_filter_finds_its_messages,
+            operating::a_page_stays_right_while_rows_are_added,
+            operating::a_search_goes_on_where_its_walk_met_its_bound,
+            operating::a_cancelled_message_is_tried_no_more,
+            operating::a_cancelled_try_that_succeeds_is_sent,
+            operating::a_redriven_message_begins_anew,
+            operating::only_what_a_status_allows_is_changed,
+            operating::a_job_changes_what_matched_when_it_was_opened,
+            operating::a_job_goes_on_after_a_break,
+            operating::dead_messages_are_counted_by_reason,
+            operating::a_pause_holds_for_every_leader,
+            operating::an_endpoint_is_deleted_when_unused,
+            operating::keys_are_kept_used_and_revoked,
             random::random_calls_never_lose_a_message,
         }
     };

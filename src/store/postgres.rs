@@ -9,11 +9,13 @@ mod begin;
 mod claim;
 mod hold;
 mod insert;
+mod operate;
 mod read;
 mod record;
 mod registry;
 mod schema;
 mod scratch;
+mod search;
 mod tls;
 
 use std::str::FromStr;
@@ -323,6 +325,10 @@ impl Store for PostgresStore {
         self.call(async |db| registry::put_endpoint(db, endpoint).await).await
     }
 
+    async fn delete_endpoint(&self, name: &str) -> Result<Deletion> {
+        self.call(async |db| operate::delete_endpoint(db, name).await).await
+    }
+
     async fn lanes(&self) -> Result<Vec<Lane>> {
         self.call(async |db| registry::lanes(db).await).await
     }
@@ -333,6 +339,63 @@ impl Store for PostgresStore {
 
     async fn message(&self, id: MessageId) -> Result<Option<Message>> {
         self.call(async |db| Ok(read::messages(db, &[id.0]).await?.pop())).await
+    }
+
+    async fn messages(&self, ids: &[MessageId]) -> Result<Vec<Message>> {
+        let ids: Vec<i64> = ids.iter().map(|id| id.0).collect();
+        self.call(async |db| read::messages(db, &ids).await).await
+    }
+
+    async fn search(&self, filter: &Filter, from: Cursor, limit: usize) -> Result<Found> {
+        self.call(async |db| search::search(db, filter, from, limit).await).await
+    }
+
+    async fn change(&self, change: Change, ids: &[MessageId], now: Timestamp) -> Result<Vec<MessageId>> {
+        self.call(async |db| operate::change(db, change, ids, now).await).await
+    }
+
+    async fn open_job(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Job> {
+        self.call(async |db| operate::open_job(db, change, filter, now).await).await
+    }
+
+    async fn work_job(&self, id: JobId, limit: usize, now: Timestamp) -> Result<Option<Job>> {
+        self.call(async |db| operate::work_job(db, id, limit, now).await).await
+    }
+
+    async fn job(&self, id: JobId) -> Result<Option<Job>> {
+        self.call(async |db| operate::job(db, id).await).await
+    }
+
+    async fn idle_jobs(&self, before: Timestamp) -> Result<Vec<JobId>> {
+        self.call(async |db| operate::idle_jobs(db, before).await).await
+    }
+
+    async fn dead_reasons(&self) -> Result<Vec<DeadReason>> {
+        self.call(async |db| search::dead_reasons(db).await).await
+    }
+
+    async fn set_paused(&self, paused: bool) -> Result<()> {
+        self.call(async |db| operate::set_paused(db, paused).await).await
+    }
+
+    async fn control(&self, now: Timestamp) -> Result<Control> {
+        self.call(async |db| operate::control(db, now).await).await
+    }
+
+    async fn put_key(&self, key: &ApiKey) -> Result<()> {
+        self.call(async |db| operate::put_key(db, key).await).await
+    }
+
+    async fn keys(&self) -> Result<Vec<ApiKey>> {
+        self.call(async |db| operate::keys(db).await).await
+    }
+
+    async fn revoke_key(&self, id: &str, now: Timestamp) -> Result<bool> {
+        self.call(async |db| operate::revoke_key(db, id, now).await).await
+    }
+
+    async fn keys_used(&self, ids: &[String], now: Timestamp) -> Result<()> {
+        self.call(async |db| operate::keys_used(db, ids, now).await).await
     }
 
     async fn attempts(&self, id: MessageId) -> Result<Vec<Attempt>> {

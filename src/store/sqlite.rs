@@ -12,10 +12,12 @@ mod begin;
 mod claim;
 mod hold;
 mod insert;
+mod operate;
 mod read;
 mod record;
 mod registry;
 mod schema;
+mod search;
 mod worker;
 
 use std::path::Path;
@@ -27,6 +29,7 @@ use rusqlite::Connection;
 use rusqlite::types::ValueRef;
 use uuid::Uuid;
 
+use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
 use super::{
     Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, Due, Endpoint, Inserted, InstanceId,
     Leadership, Overview, Place, Records, Recovered, Result, Store, StoreError, Whole,
@@ -321,6 +324,11 @@ impl Store for SqliteStore {
         self.write(move |db| registry::put_endpoint(db, &endpoint)).await
     }
 
+    async fn delete_endpoint(&self, name: &str) -> Result<Deletion> {
+        let name = name.to_owned();
+        self.write(move |db| operate::delete_endpoint(db, &name)).await
+    }
+
     async fn lanes(&self) -> Result<Vec<Lane>> {
         self.read(registry::lanes).await
     }
@@ -332,6 +340,72 @@ impl Store for SqliteStore {
 
     async fn message(&self, id: MessageId) -> Result<Option<Message>> {
         self.read(move |db| read::message(db, id)).await
+    }
+
+    async fn messages(&self, ids: &[MessageId]) -> Result<Vec<Message>> {
+        let ids = ids.to_vec();
+        let found = move |db: &Connection| {
+            ids.iter().filter_map(|id| read::message(db, *id).transpose()).collect::<Result<Vec<_>>>()
+        };
+        self.read(found).await
+    }
+
+    async fn search(&self, filter: &Filter, from: Cursor, limit: usize) -> Result<Found> {
+        let filter = filter.clone();
+        self.read(move |db| search::search(db, &filter, from, limit)).await
+    }
+
+    async fn change(&self, change: Change, ids: &[MessageId], now: Timestamp) -> Result<Vec<MessageId>> {
+        let ids = ids.to_vec();
+        self.write(move |db| operate::change(db, change, &ids, now)).await
+    }
+
+    async fn open_job(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Job> {
+        let filter = filter.clone();
+        self.write(move |db| operate::open_job(db, change, &filter, now)).await
+    }
+
+    async fn work_job(&self, id: JobId, limit: usize, now: Timestamp) -> Result<Option<Job>> {
+        self.write(move |db| operate::work_job(db, id, limit, now)).await
+    }
+
+    async fn job(&self, id: JobId) -> Result<Option<Job>> {
+        self.read(move |db| operate::job(db, id)).await
+    }
+
+    async fn idle_jobs(&self, before: Timestamp) -> Result<Vec<JobId>> {
+        self.read(move |db| operate::idle_jobs(db, before)).await
+    }
+
+    async fn dead_reasons(&self) -> Result<Vec<DeadReason>> {
+        self.read(search::dead_reasons).await
+    }
+
+    async fn set_paused(&self, paused: bool) -> Result<()> {
+        self.write(move |db| operate::set_paused(db, paused)).await
+    }
+
+    async fn control(&self, now: Timestamp) -> Result<Control> {
+        self.read(move |db| operate::control(db, now)).await
+    }
+
+    async fn put_key(&self, key: &ApiKey) -> Result<()> {
+        let key = key.clone();
+        self.write(move |db| operate::put_key(db, &key)).await
+    }
+
+    async fn keys(&self) -> Result<Vec<ApiKey>> {
+        self.read(operate::keys).await
+    }
+
+    async fn revoke_key(&self, id: &str, now: Timestamp) -> Result<bool> {
+        let id = id.to_owned();
+        self.write(move |db| operate::revoke_key(db, &id, now)).await
+    }
+
+    async fn keys_used(&self, ids: &[String], now: Timestamp) -> Result<()> {
+        let ids = ids.to_vec();
+        self.write(move |db| operate::keys_used(db, &ids, now)).await
     }
 
     async fn attempts(&self, id: MessageId) -> Result<Vec<Attempt>> {

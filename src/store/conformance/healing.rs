@@ -175,14 +175,17 @@ pub(crate) async fn a_lease_that_was_taken_away_can_not_be_renewed(store: Arc<dy
 }
 
 fn bid(instance: InstanceId, now: Timestamp) -> Bid {
-    Bid { instance, now, until: now.after(Duration::from_secs(6)), paced_until: None }
+    Bid { instance, now, until: now.after(Duration::from_secs(6)), paced_until: None, pacing: None }
 }
 
 pub(crate) async fn one_instance_leads_until_its_term_ends(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let (first, second) = (bench.owner, bench.enroll().await);
     let lead = async |instance| bench.store.lead(&bid(instance, bench.now())).await.unwrap();
-    assert_eq!(lead(first).await, Some(Leadership { steady_since: bench.now(), paced_until: None }));
+    assert_eq!(
+        lead(first).await,
+        Some(Leadership { steady_since: bench.now(), paced_until: None, paused: false })
+    );
     assert_eq!(lead(second).await, None);
     let began = bench.now();
     bench.pass(5);
@@ -221,7 +224,7 @@ pub(crate) async fn pacing_holds_over_all_leaders(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let paced_until = Some(bench.in_seconds(40));
     let first = bench.store.lead(&Bid { paced_until, ..bid(bench.owner, bench.now()) }).await.unwrap();
-    assert_eq!(first, Some(Leadership { steady_since: bench.now(), paced_until }));
+    assert_eq!(first, Some(Leadership { steady_since: bench.now(), paced_until, paused: false }));
     assert_eq!(bench.store.lead(&bid(bench.owner, bench.now())).await.unwrap(), first);
     let second = bench.enroll().await;
     let later = Bid { paced_until: Some(bench.in_seconds(99)), ..bid(second, bench.now()) };

@@ -38,7 +38,7 @@ async fn two_processes_may_migrate_at_once() {
     let scratch = scratch().await;
     let (one, other) = (open(scratch.url()), open(scratch.url()));
     let (first, second) = tokio::join!(one.migrate(), other.migrate());
-    assert_eq!(first.unwrap().len() + second.unwrap().len(), 3);
+    assert_eq!(first.unwrap().len() + second.unwrap().len(), 4);
     assert_eq!(one.missing_migrations().await.unwrap(), Vec::<String>::new());
 }
 

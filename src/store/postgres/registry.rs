@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{optional_time, time, written};
 use crate::clock::Timestamp;
 use crate::retry::Lane;
-use crate::store::{Bid, Endpoint, InstanceId, Leadership, Result};
+use crate::store::{Bid, Endpoint, InstanceId, Leadership, Pacing, Result};
 
 /// The random number of this store.
 pub(super) async fn installation(db: &Object) -> Result<Uuid> {
@@ -81,15 +81,22 @@ pub(super) async fn lead(db: &Object, bid: &Bid) -> Result<Option<Leadership>> {
         .prepare_cached(
             "/* ams:lead */ update leader set owner = $1, until = $3, \
                  steady_since = case when until + interval '1 s' <= $2 then $2 else steady_since end, \
-                 paced_until = coalesce($4, paced_until) \
-             where owner is null or owner = $1 or until <= $2 returning steady_since, paced_until",
+                 paced_until = coalesce($4, paced_until), pace_count = $5, pace_interval_ms = $6 \
+             where owner is null or owner = $1 or until <= $2 returning steady_since, paced_until, paused",
         )
         .await?;
     let paced_until = bid.paced_until.map(written);
-    let won = db
-        .query_opt(&statement, &[&bid.instance.0, &written(bid.now), &written(bid.until), &paced_until])
-        .await?;
-    Ok(won.map(|row| Leadership { steady_since: time(&row, 0), paced_until: optional_time(&row, 1) }))
+    let pacing = bid.pacing.map(Pacing::numbers);
+    let count = pacing.map(|(count, _)| i32::try_from(count).unwrap_or(i32::MAX));
+    let interval = pacing.map(|(_, ms)| ms);
+    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
+        [&bid.instance.0, &written(bid.now), &written(bid.until), &paced_until, &count, &interval];
+    let won = db.query_opt(&statement, &values).await?;
+    Ok(won.map(|row| Leadership {
+        steady_since: time(&row, 0),
+        paced_until: optional_time(&row, 1),
+        paused: row.get(2),
+    }))
 }
 
 /// All endpoints, by name.

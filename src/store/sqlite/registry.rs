@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{json, list, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
 use crate::retry::Lane;
-use crate::store::{Bid, Endpoint, InstanceId, Leadership, Result, StoreError};
+use crate::store::{Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError};
 
 /// The random number of this store.
 pub(super) fn installation(db: &Connection) -> Result<Uuid> {
@@ -79,14 +79,21 @@ pub(super) fn retire(db: &Connection, instance: InstanceId) -> Result<()> {
 pub(super) fn lead(db: &Connection, bid: &Bid) -> Result<Option<Leadership>> {
     let mut statement = db.prepare_cached(
         "/* ams:lead */ update leader set owner = ?1, until = ?3, \
-         steady_since = case when until + 1000000 <= ?2 then ?2 else steady_since end, paced_until = coalesce(?4, paced_until) \
-         where owner is null or owner = ?1 or until <= ?2 returning steady_since, paced_until",
+         steady_since = case when until + 1000000 <= ?2 then ?2 else steady_since end, \
+         paced_until = coalesce(?4, paced_until), pace_count = ?5, pace_interval_ms = ?6 \
+         where owner is null or owner = ?1 or until <= ?2 returning steady_since, paced_until, paused",
     )?;
     let paced_until = bid.paced_until.map(Timestamp::as_micros);
-    let won = statement
-        .query_row(params![bid.instance.0, bid.now.as_micros(), bid.until.as_micros(), paced_until], |row| {
-            Ok(Leadership { steady_since: our_time(row, 0)?, paced_until: our_optional_time(row, 1)? })
-        });
+    let (count, interval) = bid.pacing.map(Pacing::numbers).unzip();
+    let values =
+        params![bid.instance.0, bid.now.as_micros(), bid.until.as_micros(), paced_until, count, interval];
+    let won = statement.query_row(values, |row| {
+        Ok(Leadership {
+            steady_since: our_time(row, 0)?,
+            paced_until: our_optional_time(row, 1)?,
+            paused: row.get(2)?,
+        })
+    });
     Ok(won.optional()?)
 }
 

@@ -48,7 +48,7 @@ mod shell {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new/folder/ams.db");
         let store = SqliteStore::open(&path).unwrap();
-        assert_eq!(store.missing_migrations().await.unwrap().len(), 3);
+        assert_eq!(store.missing_migrations().await.unwrap().len(), 4);
         assert_eq!(store.migrate().await.unwrap()[0], "V1__messages");
         File { store, path, _folder: folder }
     }

@@ -1,0 +1,296 @@
+//! Endpoints: where messages go, and how.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::rejection::{JsonRejection, PathRejection};
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::ApiState;
+use super::problem::{Code, Problem};
+use crate::delivery;
+use crate::intake::Fault;
+use crate::store::Endpoint;
+use crate::store::operate::Deletion;
+
+/// Bounds of an endpoint's settings.
+const NAME_MAX: usize = 255;
+const TIMEOUT_MAX_MS: u64 = 600_000;
+const IN_FLIGHT_MAX: u32 = 100_000;
+const FINAL_STATUSES_MAX: usize = 100;
+
+/// An HTTP destination.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct EndpointView {
+    /// Its name, which messages use.
+    #[schema(example = "sms")]
+    name: String,
+    /// Where requests go.
+    #[schema(example = "https://example.org/hook")]
+    url: String,
+    /// One deadline over connect, head and body of a try, in milliseconds.
+    #[schema(example = 15000)]
+    timeout_ms: u64,
+    /// Tries in flight at once, in each consumer process.
+    #[schema(example = 1024)]
+    in_flight_max: u32,
+    /// Statuses after which a message is dead at once.
+    #[schema(example = json!([410]))]
+    final_statuses: Vec<u16>,
+    /// Whether it takes messages; those of a disabled one are held.
+    #[schema(example = true)]
+    enabled: bool,
+    /// Whether requests are signed. The secret itself is never shown.
+    #[schema(example = false)]
+    signed: bool,
+}
+
+impl From<&Endpoint> for EndpointView {
+    fn from(endpoint: &Endpoint) -> EndpointView {
+        EndpointView {
+            name: endpoint.name.clone(),
+            url: endpoint.url.clone(),
+            timeout_ms: u64::try_from(endpoint.timeout.as_millis()).unwrap_or(u64::MAX),
+            in_flight_max: endpoint.in_flight_max,
+            final_statuses: endpoint.final_statuses.clone(),
+            enabled: endpoint.enabled,
+            signed: endpoint.secret.is_some(),
+        }
+    }
+}
+
+/// All endpoints, by name.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct EndpointList {
+    /// The endpoints.
+    data: Vec<EndpointView>,
+    /// Always null: all endpoints are one page.
+    #[schema(example = json!(null))]
+    next_cursor: Option<String>,
+}
+
+/// What of an endpoint is to be set; what is left out stays, or is the default of a new one.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EndpointBody {
+    /// Where requests go; needed for a new one.
+    #[schema(example = "https://example.org/hook")]
+    url: Option<String>,
+    /// One deadline over connect, head and body of a try, in milliseconds: 1 to 600,000.
+    #[schema(example = 15000)]
+    timeout_ms: Option<u64>,
+    /// Tries in flight at once, in each consumer process: 1 to 100,000.
+    #[schema(example = 1024)]
+    in_flight_max: Option<u32>,
+    /// Statuses after which a message is dead at once: from 300 to 599.
+    #[schema(example = json!([410]))]
+    final_statuses: Option<Vec<u16>>,
+    /// Whether it takes messages; those of a disabled one are held.
+    #[schema(example = true)]
+    enabled: Option<bool>,
+    /// Standard Webhooks secret, `whsec_` and base64, to sign requests with; empty: they are not signed.
+    #[schema(example = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")]
+    secret: Option<String>,
+}
+
+/// A new endpoint.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub(super) struct NewEndpoint {
+    /// Its name: 1 to 255 letters, digits, `-`, `_` and `.`.
+    #[schema(example = "sms")]
+    name: String,
+    #[serde(flatten)]
+    body: EndpointBody,
+}
+
+/// List all endpoints
+#[utoipa::path(
+    get, path = "/v1/endpoints", tag = "endpoints",
+    responses(
+        (status = 200, description = "All endpoints, by name", body = EndpointList),
+        (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn list(State(state): State<ApiState>) -> Result<Json<EndpointList>, Problem> {
+    let endpoints = state.parts.store.endpoints().await?;
+    let data = endpoints.iter().map(EndpointView::from).collect();
+    Ok(Json(EndpointList { data, next_cursor: None }))
+}
+
+/// Show an endpoint
+#[utoipa::path(
+    get, path = "/v1/endpoints/{name}", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "default")),
+    responses(
+        (status = 200, description = "The endpoint", body = EndpointView),
+        (status = 400, description = "The name is no text", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such endpoint", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn show(
+    State(state): State<ApiState>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<Json<EndpointView>, Problem> {
+    let name = name?.0;
+    let endpoint = find(&state, &name).await?;
+    Ok(Json(EndpointView::from(&endpoint.ok_or_else(|| missing(&name))?)))
+}
+
+/// Create an endpoint
+#[utoipa::path(
+    post, path = "/v1/endpoints", tag = "endpoints", request_body = NewEndpoint,
+    responses(
+        (status = 201, description = "The endpoint", body = EndpointView),
+        (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
+        (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "There is one of that name", body = Problem, content_type = "application/problem+json"),
+        (status = 413, description = "Too large", body = Problem, content_type = "application/problem+json"),
+        (status = 415, description = "Not application/json", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "A field is wrong", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn create(
+    State(state): State<ApiState>,
+    body: Result<Json<NewEndpoint>, JsonRejection>,
+) -> Result<(StatusCode, Json<EndpointView>), Problem> {
+    let NewEndpoint { name, body } = body?.0;
+    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(legal) {
+        let detail = "must have from 1 to 255 letters, digits, `-`, `_` and `.`".to_owned();
+        return Err(Problem::endpoint_faults(vec![Fault { field: "name", detail }]));
+    }
+    if find(&state, &name).await?.is_some() {
+        let detail = format!("there is an endpoint {name}; change it with PATCH /v1/endpoints/{name}");
+        return Err(Problem::new(Code::EndpointExists, &detail));
+    }
+    let endpoint = changed(Endpoint::new(&name, ""), body)?;
+    put(&state, &endpoint).await?;
+    Ok((StatusCode::CREATED, Json(EndpointView::from(&endpoint))))
+}
+
+/// Change an endpoint
+///
+/// It takes up to two seconds to be heard by every process.
+#[utoipa::path(
+    patch, path = "/v1/endpoints/{name}", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "default")),
+    request_body = EndpointBody,
+    responses(
+        (status = 200, description = "The endpoint as it is now", body = EndpointView),
+        (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such endpoint", body = Problem, content_type = "application/problem+json"),
+        (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
+        (status = 413, description = "Too large", body = Problem, content_type = "application/problem+json"),
+        (status = 415, description = "Not application/json", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "A field is wrong", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn change(
+    State(state): State<ApiState>,
+    name: Result<Path<String>, PathRejection>,
+    body: Result<Json<EndpointBody>, JsonRejection>,
+) -> Result<Json<EndpointView>, Problem> {
+    let (name, body) = (name?.0, body?.0);
+    let endpoint = changed(find(&state, &name).await?.ok_or_else(|| missing(&name))?, body)?;
+    put(&state, &endpoint).await?;
+    Ok(Json(EndpointView::from(&endpoint)))
+}
+
+/// Delete an endpoint that no message names
+#[utoipa::path(
+    delete, path = "/v1/endpoints/{name}", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "sms")),
+    responses(
+        (status = 204, description = "It is gone"),
+        (status = 400, description = "The name is no text", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such endpoint", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "Messages name it, or it is `default`", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn delete(
+    State(state): State<ApiState>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<StatusCode, Problem> {
+    let name = name?.0;
+    if name == "default" {
+        let detail = "the endpoint default belongs to REQUEST_URL and stays; disable it instead";
+        return Err(Problem::new(Code::EndpointInUse, detail));
+    }
+    if name.contains('\0') {
+        return Err(missing(&name));
+    }
+    match state.parts.store.delete_endpoint(&name).await? {
+        Deletion::Deleted => {
+            heard(&state).await;
+            Ok(StatusCode::NO_CONTENT)
+        }
+        Deletion::Missing => Err(missing(&name)),
+        Deletion::Used => {
+            let detail = format!("messages name the endpoint {name}; disable it instead");
+            Err(Problem::new(Code::EndpointInUse, &detail))
+        }
+    }
+}
+
+async fn find(state: &ApiState, name: &str) -> Result<Option<Endpoint>, Problem> {
+    Ok(state.parts.store.endpoints().await?.into_iter().find(|endpoint| endpoint.name == name))
+}
+
+fn missing(name: &str) -> Problem {
+    Problem::new(Code::NotFound, &format!("there is no endpoint {name}"))
+}
+
+async fn put(state: &ApiState, endpoint: &Endpoint) -> Result<(), Problem> {
+    state.parts.store.put_endpoint(endpoint).await?;
+    heard(state).await;
+    Ok(())
+}
+
+/// This process knows at once; the others read the directory every two seconds.
+async fn heard(state: &ApiState) {
+    if let Err(error) = state.parts.directory.refresh().await {
+        tracing::debug!("endpoints could not be read anew: {error}");
+    }
+}
+
+/// The endpoint with these changes, or everything that is wrong with them.
+fn changed(mut endpoint: Endpoint, body: EndpointBody) -> Result<Endpoint, Problem> {
+    let mut faults = Vec::new();
+    let mut fault = |field, detail: String| faults.push(Fault { field, detail });
+    if let Some(url) = body.url {
+        endpoint.url = url;
+    }
+    if let Err(why) = delivery::check_url(&endpoint.url) {
+        fault("url", format!("can't be used: {why}"));
+    }
+    if let Some(ms) = body.timeout_ms {
+        if !(1..=TIMEOUT_MAX_MS).contains(&ms) {
+            fault("timeout_ms", format!("must be from 1 to {TIMEOUT_MAX_MS}"));
+        }
+        endpoint.timeout = Duration::from_millis(ms);
+    }
+    if let Some(most) = body.in_flight_max {
+        if !(1..=IN_FLIGHT_MAX).contains(&most) {
+            fault("in_flight_max", format!("must be from 1 to {IN_FLIGHT_MAX}"));
+        }
+        endpoint.in_flight_max = most;
+    }
+    if let Some(statuses) = body.final_statuses {
+        if statuses.len() > FINAL_STATUSES_MAX || !statuses.iter().all(|s| (300..=599).contains(s)) {
+            fault("final_statuses", format!("must be at most {FINAL_STATUSES_MAX} numbers from 300 to 599"));
+        }
+        endpoint.final_statuses = statuses;
+    }
+    if let Some(secret) = body.secret {
+        endpoint.secret = Some(secret).filter(|secret| !secret.is_empty());
+        if let Some(Err(why)) = endpoint.secret.as_deref().map(delivery::check_secret) {
+            fault("secret", why);
+        }
+    }
+    endpoint.enabled = body.enabled.unwrap_or(endpoint.enabled);
+    if faults.is_empty() { Ok(endpoint) } else { Err(Problem::endpoint_faults(faults)) }
+}

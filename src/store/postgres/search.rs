@@ -1,0 +1,171 @@
+//! Looking for messages: each filter walks the index that leads to few other rows.
+//!
+//! The rows of a walk are bounded before they are filtered, so no search reads more than
+//! [`WALK`](crate::store::operate::WALK) of them.
+
+use deadpool_postgres::GenericClient;
+use tokio_postgres::types::ToSql;
+
+use super::{limit, time, written};
+use crate::message::MessageId;
+use crate::store::Result;
+use crate::store::operate::{Cursor, DeadReason, Filter, Found, WALK, Walk};
+
+/// The columns that a filter may ask for.
+const COLUMNS: &str = "id, status, endpoint, recipient, created_at, reason";
+
+/// A statement that is put together with its values.
+#[derive(Default)]
+struct Sql {
+    values: Vec<Box<dyn ToSql + Sync + Send>>,
+}
+
+impl Sql {
+    /// Where the value stands in the statement.
+    fn value(&mut self, value: impl ToSql + Sync + Send + 'static) -> String {
+        self.values.push(Box::new(value));
+        format!("${}", self.values.len())
+    }
+
+    fn values(&self) -> Vec<&(dyn ToSql + Sync)> {
+        self.values.iter().map(|value| value.as_ref() as &(dyn ToSql + Sync)).collect()
+    }
+}
+
+/// The ids of matching messages, newest first.
+pub(super) async fn search(
+    db: &impl GenericClient,
+    filter: &Filter,
+    from: Cursor,
+    count: usize,
+) -> Result<Found> {
+    let by_age = filter.walk() == Walk::Created;
+    let mut sql = Sql::default();
+    let walk = walk(&mut sql, filter, from);
+    let order = if by_age { "created_at desc, id desc" } else { "id desc" };
+    let wanted = wanted(&mut sql, filter);
+    let most = sql.value(limit(count + 1));
+    let text = format!(
+        "/* ams:search */ select id, created_at from ({walk}) w where {wanted} order by {order} limit {most}"
+    );
+    let rows = db.query(&db.prepare_cached(&text).await?, &sql.values()).await?;
+    let cursor = |row: &tokio_postgres::Row| Cursor { at: time(row, 1), id: MessageId(row.get(0)) };
+    let mut ids: Vec<_> = rows.iter().map(|row| MessageId(row.get(0))).collect();
+    if ids.len() > count {
+        ids.truncate(count);
+        return Ok(Found { ids, next: rows.get(count.saturating_sub(1)).map(cursor) });
+    }
+    Ok(Found { ids, next: end_of_walk(db, filter, from, by_age).await? })
+}
+
+/// Where a walk ended that met its bound; `None` when it came to its end.
+async fn end_of_walk(
+    db: &impl GenericClient,
+    filter: &Filter,
+    from: Cursor,
+    by_age: bool,
+) -> Result<Option<Cursor>> {
+    let mut sql = Sql::default();
+    let walk = walk(&mut sql, filter, from);
+    let order = if by_age { "created_at, id" } else { "id" };
+    let text = format!(
+        "/* ams:search_end */ select id, created_at, count(*) over () from ({walk}) w order by {order} limit 1"
+    );
+    let last = db.query_opt(&db.prepare_cached(&text).await?, &sql.values()).await?;
+    let full = last.filter(|row| row.get::<_, i64>(2) >= limit(WALK));
+    Ok(full.map(|row| Cursor { at: time(&row, 1), id: MessageId(row.get(0)) }))
+}
+
+fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
+    let id = sql.value(from.id.0);
+    let rows = |condition: String| {
+        format!("select {COLUMNS} from messages where {condition}id < {id} order by id desc limit {WALK}")
+    };
+    // Each row is looked up by its id: a join would let the planner read all messages for the order.
+    let listed = |ids: String| {
+        format!(
+            "select m.* from ({ids} order by id desc limit {WALK}) l cross join lateral \
+             (select {COLUMNS} from messages where messages.id = l.id limit 1) m"
+        )
+    };
+    match filter.walk() {
+        Walk::All => rows(String::new()),
+        Walk::Recipient(recipient) => {
+            let recipient = sql.value(recipient.to_owned());
+            rows(format!("recipient = {recipient} and "))
+        }
+        Walk::Endpoint(endpoint) => {
+            let endpoint = sql.value(endpoint.to_owned());
+            rows(format!("endpoint = {endpoint} and "))
+        }
+        Walk::Unsent(status) => {
+            let status = sql.value(status.as_str());
+            rows(format!("unsent is not null and unsent = {status}::text::message_state and "))
+        }
+        Walk::Waiting => rows("(timed_at is not null or held is not null) and ".to_owned()),
+        Walk::Pending => {
+            let fresh = rows("fresh and ".to_owned());
+            let waiting = rows("(timed_at is not null or held is not null) and ".to_owned());
+            format!("select * from (({fresh}) union all ({waiting})) u order by id desc limit {WALK}")
+        }
+        Walk::Queued => listed(format!(
+            "select id from (select distinct unnest(ids) as id from batches) b where id < {id}"
+        )),
+        Walk::Processing => listed(format!(
+            "select id from (select distinct unnest(ids) as id from leases) b where id < {id}"
+        )),
+        Walk::Tried => {
+            listed(format!("select distinct message_id as id from attempts where message_id < {id}"))
+        }
+        Walk::Created => {
+            let at = sql.value(written(from.at));
+            let after = sql.value(written(filter.created_after.unwrap_or_default()));
+            format!(
+                "select {COLUMNS} from messages where (created_at, id) < ({at}, {id}) and created_at >= {after} \
+                 order by created_at desc, id desc limit {WALK}"
+            )
+        }
+    }
+}
+
+fn wanted(sql: &mut Sql, filter: &Filter) -> String {
+    let mut conditions = vec!["true".to_owned()];
+    if let Some(status) = filter.status {
+        conditions.push(format!("status = {}::text::message_state", sql.value(status.as_str())));
+    }
+    for (column, value) in
+        [("endpoint", &filter.endpoint), ("recipient", &filter.recipient), ("reason", &filter.reason)]
+    {
+        if let Some(value) = value {
+            conditions.push(format!("{column} = {}", sql.value(value.clone())));
+        }
+    }
+    if let Some(after) = filter.created_after {
+        conditions.push(format!("created_at >= {}", sql.value(written(after))));
+    }
+    if let Some(before) = filter.created_before {
+        conditions.push(format!("created_at < {}", sql.value(written(before))));
+    }
+    conditions.join(" and ")
+}
+
+/// Why the newest dead messages are dead.
+pub(super) async fn dead_reasons(db: &impl GenericClient) -> Result<Vec<DeadReason>> {
+    let statement = db
+        .prepare_cached(
+            "/* ams:dead_reasons */ select coalesce(reason, ''), count(*), max(id) from ( \
+                 select id, reason from messages where unsent is not null and unsent = 'dead' \
+                 order by id desc limit 10000) newest \
+             group by 1 order by 2 desc, 1",
+        )
+        .await?;
+    let rows = db.query(&statement, &[]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| DeadReason {
+            reason: row.get(0),
+            count: row.get::<_, i64>(1).unsigned_abs(),
+            newest: MessageId(row.get(2)),
+        })
+        .collect())
+}

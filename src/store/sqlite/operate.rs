@@ -1,0 +1,212 @@
+//! Cancel, redrive and the jobs that do so to many; the pause; keys.
+
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::search::search;
+use super::{json, list, our_optional_time, our_time, text};
+use crate::clock::Timestamp;
+use crate::message::MessageId;
+use crate::store::operate::{ApiKey, Change, Control, Cursor, Deletion, Filter, Job, JobId};
+use crate::store::{Pacing, Result, StoreError};
+
+const CANCEL: &str = "/* ams:cancel */ update messages set status = 'cancelled', held = null, due_at = null, \
+     finished_at = ?2 where id = ?1 and status in ('pending', 'queued', 'processing', 'retrying')";
+
+/// Its lanes and waits begin anew; its tries stay counted. An expiry that has passed would end it again.
+const REDRIVE: &str = "/* ams:redrive */ update messages set status = 'pending', lane = '', lane_tries = 0, \
+     held = null, due_at = null, finished_at = null, reason = null, \
+     expires_at = case when julianday(expires_at) > ?2 / 86400000000.0 + 2440587.5 then expires_at end \
+     where id = ?1 and status in ('dead', 'cancelled', 'expired')";
+
+/// Changes those of these messages whose status allows it, and says which.
+pub(super) fn change(
+    db: &Connection,
+    change: Change,
+    ids: &[MessageId],
+    now: Timestamp,
+) -> Result<Vec<MessageId>> {
+    let mut statement = db.prepare_cached(match change {
+        Change::Cancel => CANCEL,
+        Change::Redrive => REDRIVE,
+    })?;
+    let mut changed = Vec::new();
+    for id in ids {
+        if statement.execute(params![id.0, now.as_micros()])? > 0 {
+            changed.push(*id);
+        }
+    }
+    Ok(changed)
+}
+
+/// Notes a job that begins with the newest message.
+pub(super) fn open_job(db: &Connection, change: Change, filter: &Filter, now: Timestamp) -> Result<Job> {
+    let mut statement = db.prepare_cached(
+        "/* ams:open_job */ insert into jobs (kind, filter, up_to, created_at, updated_at) \
+         select ?1, ?2, coalesce(max(id), 0), ?3, ?3 from messages returning id",
+    )?;
+    let id = statement
+        .query_row(params![change.as_str(), json(filter)?, now.as_micros()], |row| row.get(0).map(JobId))?;
+    job(db, id)?.ok_or_else(|| StoreError::Internal("a job is gone right after its insert".to_owned()))
+}
+
+/// A job.
+pub(super) fn job(db: &Connection, id: JobId) -> Result<Option<Job>> {
+    let mut statement = db.prepare_cached(
+        "/* ams:job */ select kind, filter, matched, changed, created_at, updated_at, finished_at \
+         from jobs where id = ?1",
+    )?;
+    let mut rows = statement.query([id.0])?;
+    let Some(row) = rows.next()? else { return Ok(None) };
+    let kind = text(row, 0)?;
+    let unknown = || StoreError::Internal(format!("`{kind}` is not a word of ours"));
+    Ok(Some(Job {
+        id,
+        change: Change::parse(&kind).ok_or_else(unknown)?,
+        filter: serde_json::from_str(&text(row, 1)?)
+            .map_err(|error| StoreError::Internal(format!("a job's filter can't be read: {error}")))?,
+        matched: row.get::<_, i64>(2)?.unsigned_abs(),
+        changed: row.get::<_, i64>(3)?.unsigned_abs(),
+        created_at: our_time(row, 4)?,
+        updated_at: our_time(row, 5)?,
+        finished_at: our_optional_time(row, 6)?,
+    }))
+}
+
+/// Jobs at which nobody has worked since `before`.
+pub(super) fn idle_jobs(db: &Connection, before: Timestamp) -> Result<Vec<JobId>> {
+    let mut statement = db.prepare_cached(
+        "/* ams:idle_jobs */ select id from jobs where finished_at is null and updated_at < ?1 order by id",
+    )?;
+    let ids = statement.query_map([before.as_micros()], |row| row.get(0).map(JobId))?;
+    Ok(ids.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Works off a piece of a job: its rows and how far it has come are one transaction.
+pub(super) fn work_job(db: &Connection, id: JobId, count: usize, now: Timestamp) -> Result<Option<Job>> {
+    let Some(mut job) = job(db, id)?.filter(|job| job.finished_at.is_none()) else { return job(db, id) };
+    let (up_to, cursor) = db
+        .prepare_cached("/* ams:take_job */ select up_to, cursor_at, cursor_id from jobs where id = ?1")?
+        .query_row([id.0], |row| {
+            let at = our_optional_time(row, 1)?.unwrap_or_default();
+            Ok((
+                row.get::<_, i64>(0)?,
+                row.get(2).map(|id: Option<i64>| Some(Cursor { at, id: MessageId(id?) }))?,
+            ))
+        })?;
+    let from = cursor.unwrap_or_else(|| Cursor::start(&job.filter));
+    let found = search(db, &job.filter, from, count)?;
+    let ids: Vec<_> = found.ids.into_iter().filter(|id| id.0 <= up_to).collect();
+    let changed = change(db, job.change, &ids, now)?;
+    job.matched += ids.len() as u64;
+    job.changed += changed.len() as u64;
+    job.updated_at = now;
+    job.finished_at = found.next.is_none().then_some(now);
+    db.prepare_cached(
+        "/* ams:note_job */ update jobs set cursor_at = ?2, cursor_id = ?3, matched = ?4, changed = ?5, \
+         updated_at = ?6, finished_at = ?7 where id = ?1",
+    )?
+    .execute(params![
+        id.0,
+        found.next.map(|next| next.at.as_micros()),
+        found.next.map(|next| next.id.0),
+        job.matched.cast_signed(),
+        job.changed.cast_signed(),
+        now.as_micros(),
+        job.finished_at.map(Timestamp::as_micros),
+    ])?;
+    Ok(Some(job))
+}
+
+/// Pauses all producers, or lets them go on.
+pub(super) fn set_paused(db: &Connection, paused: bool) -> Result<()> {
+    db.prepare_cached("/* ams:set_paused */ update leader set paused = ?1")?.execute([paused])?;
+    Ok(())
+}
+
+/// What the producers are told, and what the active one says.
+pub(super) fn control(db: &Connection, now: Timestamp) -> Result<Control> {
+    let mut statement = db.prepare_cached(
+        "/* ams:control */ select paused, owner is not null and until > ?1, pace_count, pace_interval_ms, \
+         paced_until from leader",
+    )?;
+    Ok(statement.query_row([now.as_micros()], |row| {
+        let pace = row.get::<_, Option<i64>>(2)?.zip(row.get::<_, Option<i64>>(3)?);
+        Ok(Control {
+            paused: row.get(0)?,
+            active: row.get(1)?,
+            pacing: pace.map(|(count, ms)| Pacing::of(count, ms)),
+            paced_until: our_optional_time(row, 4)?,
+        })
+    })?)
+}
+
+/// Deletes an endpoint that no message names.
+pub(super) fn delete_endpoint(db: &Connection, name: &str) -> Result<Deletion> {
+    let mut used = db.prepare_cached(
+        "/* ams:endpoint_used */ select 1 from messages indexed by messages_by_endpoint where endpoint = ?1 limit 1",
+    )?;
+    if used.query_row([name], |_| Ok(())).optional()?.is_some() {
+        return Ok(Deletion::Used);
+    }
+    let mut delete = db.prepare_cached("/* ams:delete_endpoint */ delete from endpoints where name = ?1")?;
+    Ok(if delete.execute([name])? == 0 { Deletion::Missing } else { Deletion::Deleted })
+}
+
+/// Stores a new key.
+pub(super) fn put_key(db: &Connection, key: &ApiKey) -> Result<()> {
+    let mut statement = db.prepare_cached(
+        "/* ams:put_key */ insert into api_keys (id, name, hash, scopes, created_at, expires_at) \
+         values (?1, ?2, ?3, ?4, ?5, ?6)",
+    )?;
+    let expires_at = key.expires_at.map(Timestamp::as_micros);
+    statement.execute(params![
+        key.id,
+        key.name,
+        key.hash,
+        json(&key.scopes)?,
+        key.created_at.as_micros(),
+        expires_at
+    ])?;
+    Ok(())
+}
+
+/// All keys, oldest first.
+pub(super) fn keys(db: &Connection) -> Result<Vec<ApiKey>> {
+    let mut statement = db.prepare_cached(
+        "/* ams:keys */ select id, name, hash, scopes, created_at, expires_at, last_used_at, revoked_at \
+         from api_keys order by created_at, id",
+    )?;
+    let mut rows = statement.query([])?;
+    let mut keys = Vec::new();
+    while let Some(row) = rows.next()? {
+        keys.push(ApiKey {
+            id: text(row, 0)?,
+            name: text(row, 1)?,
+            hash: row.get(2)?,
+            scopes: list(&text(row, 3)?)?,
+            created_at: our_time(row, 4)?,
+            expires_at: our_optional_time(row, 5)?,
+            last_used_at: our_optional_time(row, 6)?,
+            revoked_at: our_optional_time(row, 7)?,
+        });
+    }
+    Ok(keys)
+}
+
+/// Revokes a key; `false`: there is none, or it is revoked already.
+pub(super) fn revoke_key(db: &Connection, id: &str, now: Timestamp) -> Result<bool> {
+    let mut statement = db.prepare_cached(
+        "/* ams:revoke_key */ update api_keys set revoked_at = ?2 where id = ?1 and revoked_at is null",
+    )?;
+    Ok(statement.execute(params![id, now.as_micros()])? > 0)
+}
+
+/// Notes when keys were last used.
+pub(super) fn keys_used(db: &Connection, ids: &[String], now: Timestamp) -> Result<()> {
+    let mut statement =
+        db.prepare_cached("/* ams:keys_used */ update api_keys set last_used_at = ?2 where id = ?1")?;
+    for id in ids {
+        statement.execute(params![id, now.as_micros()])?;
+    }
+    Ok(())
+}
