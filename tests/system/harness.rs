@@ -68,6 +68,20 @@ pub async fn let_run(time: Duration) {
     let _ = tokio::time::timeout(time, std::future::pending::<()>()).await;
 }
 
+/// A listener below the ephemeral range, so that no client takes the port first.
+async fn listen() -> TcpListener {
+    loop {
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", fastrand::u16(20_000..28_000))).await {
+            return listener;
+        }
+    }
+}
+
+/// A port for a service that is started again and again.
+pub async fn free_port() -> u16 {
+    listen().await.local_addr().unwrap().port()
+}
+
 /// A receiver in the test's own process.
 pub struct Receiver {
     pub url: String,
@@ -77,12 +91,7 @@ pub struct Receiver {
 
 impl Receiver {
     pub async fn start(options: TestClientOptions) -> Receiver {
-        // Below the ephemeral range, so that no client takes the port first.
-        let mut listener = None;
-        while listener.is_none() {
-            listener = TcpListener::bind(("127.0.0.1", fastrand::u16(20_000..28_000))).await.ok();
-        }
-        let listener = listener.unwrap();
+        let listener = listen().await;
         let url = format!("http://{}", listener.local_addr().unwrap());
         let seen: Arc<Mutex<Vec<(Seen, Timestamp)>>> = Arc::default();
         let (sink, stop, clock) = (Arc::clone(&seen), CancellationToken::new(), Clock::system());
