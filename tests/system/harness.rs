@@ -82,7 +82,8 @@ pub async fn free_port() -> u16 {
     listen().await.local_addr().unwrap().port()
 }
 
-/// A receiver in the test's own process.
+/// A receiver in the test's own process, on a thread of its own: a test that waits for a tool must not keep
+/// requests waiting too.
 pub struct Receiver {
     pub url: String,
     seen: Arc<Mutex<Vec<(Seen, Timestamp)>>>,
@@ -97,7 +98,13 @@ impl Receiver {
         let (sink, stop, clock) = (Arc::clone(&seen), CancellationToken::new(), Clock::system());
         let sink = move |one: Seen| sink.lock().unwrap().push((one, clock.now()));
         let options = TestClientOptions { quiet: true, sink: Some(Arc::new(sink)), ..options };
-        tokio::spawn(testclient::run(listener, options, stop.clone()));
+        let (listener, stopped) = (listener.into_std().unwrap(), stop.clone());
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                testclient::run(TcpListener::from_std(listener).unwrap(), options, stopped).await;
+            });
+        });
         Receiver { url, seen, stop }
     }
 
