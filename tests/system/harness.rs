@@ -86,17 +86,34 @@ pub async fn free_port() -> u16 {
 /// requests waiting too.
 pub struct Receiver {
     pub url: String,
-    seen: Arc<Mutex<Vec<(Seen, Timestamp)>>>,
+    log: Arc<Mutex<Log>>,
     stop: CancellationToken,
+}
+
+/// What a receiver has seen. How often each message was accepted is kept beside it, because tests ask for that
+/// many times a second.
+#[derive(Default)]
+struct Log {
+    seen: Vec<(Seen, Timestamp)>,
+    accepted: BTreeMap<i64, usize>,
+}
+
+impl Log {
+    fn add(&mut self, seen: Seen, at: Timestamp) {
+        if (200..300).contains(&seen.status) {
+            *self.accepted.entry(seen.id).or_default() += 1;
+        }
+        self.seen.push((seen, at));
+    }
 }
 
 impl Receiver {
     pub async fn start(options: TestClientOptions) -> Receiver {
         let listener = listen().await;
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let seen: Arc<Mutex<Vec<(Seen, Timestamp)>>> = Arc::default();
-        let (sink, stop, clock) = (Arc::clone(&seen), CancellationToken::new(), Clock::system());
-        let sink = move |one: Seen| sink.lock().unwrap().push((one, clock.now()));
+        let log: Arc<Mutex<Log>> = Arc::default();
+        let (sink, stop, clock) = (Arc::clone(&log), CancellationToken::new(), Clock::system());
+        let sink = move |one: Seen| sink.lock().unwrap().add(one, clock.now());
         let options = TestClientOptions { quiet: true, sink: Some(Arc::new(sink)), ..options };
         let (listener, stopped) = (listener.into_std().unwrap(), stop.clone());
         std::thread::spawn(move || {
@@ -105,27 +122,26 @@ impl Receiver {
                 testclient::run(TcpListener::from_std(listener).unwrap(), options, stopped).await;
             });
         });
-        Receiver { url, seen, stop }
+        Receiver { url, log, stop }
     }
 
     /// Everything that has arrived, oldest first.
     pub fn seen(&self) -> Vec<(Seen, Timestamp)> {
-        self.seen.lock().unwrap().clone()
+        self.log.lock().unwrap().seen.clone()
     }
 
     pub fn arrivals(&self) -> usize {
-        self.seen.lock().unwrap().len()
+        self.log.lock().unwrap().seen.len()
     }
 
     /// How often each message was accepted.
     pub fn accepted(&self) -> BTreeMap<i64, usize> {
-        let mut accepted = BTreeMap::new();
-        for (seen, _) in
-            self.seen.lock().unwrap().iter().filter(|(seen, _)| (200..300).contains(&seen.status))
-        {
-            *accepted.entry(seen.id).or_default() += 1;
-        }
-        accepted
+        self.log.lock().unwrap().accepted.clone()
+    }
+
+    /// Whether a message with this id or a higher one was accepted.
+    pub fn accepted_from(&self, id: i64) -> bool {
+        self.log.lock().unwrap().accepted.range(id..).next().is_some()
     }
 
     /// Accepted deliveries beyond the first of each message.
@@ -136,7 +152,7 @@ impl Receiver {
     /// Asserts that every attempt of a message carried the same `webhook-id`, and that no two share one.
     pub fn assert_ids_are_stable(&self) {
         let mut ids: BTreeMap<i64, String> = BTreeMap::new();
-        for (seen, _) in self.seen.lock().unwrap().iter() {
+        for (seen, _) in &self.log.lock().unwrap().seen {
             let known = ids.entry(seen.id).or_insert_with(|| seen.webhook_id.clone());
             assert_eq!(*known, seen.webhook_id, "message {}", seen.id);
         }

@@ -169,10 +169,15 @@ async fn kill(verb: &'static str, others: &[&str]) -> Line {
             stack.sql().await.query_one("select max(id) from messages", &[]).await.unwrap().get(0);
         service = stack.start(verb, settings);
         until("a row committed after the kill arrives", Duration::from_secs(30), async || {
-            receiver.accepted().range(newest + 1..).next().is_some()
+            receiver.accepted_from(newest + 1)
         })
         .await;
         line.resumed_max = line.resumed_max.max(watch.elapsed());
+        // The next kill meets a steady load again, not what is left of this one.
+        until("it has caught up", Duration::from_secs(120), async || {
+            receiver.arrivals() + 1_000 > usize::try_from(load.committed()).unwrap()
+        })
+        .await;
     }
     let committed = Arc::clone(&load.committed);
     load.finish().await;
