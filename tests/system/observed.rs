@@ -232,6 +232,20 @@ async fn no_planted_secret_is_in_the_log_of_a_whole_run_at_its_loudest() {
     }
 }
 
+/// The drivers of the real parts print what they send, were they let.
+#[tokio::test]
+async fn nor_is_it_on_the_real_parts() {
+    let receiver =
+        Receiver::start(TestClientOptions { error_rate: 0.5, ..TestClientOptions::default() }).await;
+    let stack = Stack::new("quiet", &receiver).await;
+    let _up = stack.start("up", &[("LOG_LEVEL", "trace"), ("RETRY_INTERVAL", "50ms")]);
+    stack.insert(50).await;
+    stack.all_final(50, Duration::from_secs(40)).await;
+    let text = std::fs::read_to_string(&stack.log).unwrap();
+    assert!(text.contains("is the active producer"), "{text}");
+    assert_eq!(text.lines().find(|line| line.contains("Hello ") || line.contains("Accepted")), None);
+}
+
 #[test]
 fn passwords_of_parts_that_are_away_or_misnamed_are_not_told() {
     let store = tempfile::tempdir().unwrap();
