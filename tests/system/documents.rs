@@ -4,8 +4,8 @@
 //!
 //! - `sh`: run, command by command. `sql`: run by psql when `DATABASE_URL` is set, else by sqlite3.
 //! - ``Save this as `NAME`:`` and a block of any language: written to that file.
-//! - `text`: what the block before it prints, `…` standing for anything. A reader who sees something else asks
-//!   again, so the last command is run until it prints that.
+//! - `text`: the last lines that the block before it prints, `…` standing for anything. A reader who sees
+//!   something else asks again, so the last command is run until it prints that.
 //! - `json`: shown only, but must be JSON. Without a language: a picture.
 //!
 //! Anything else fails the test. What can't be run here stands in [`NOT_RUN`], with its reason.
@@ -49,13 +49,14 @@ async fn follow(page: &Page) -> Result<(), String> {
     shell.end().await.map_err(|why| format!("{}: at the end: {why}", page.path))
 }
 
-/// `AMS_TEST_PAGE` names a single page.
+/// `AMS_TEST_PAGE` names a page, or a folder of them.
 #[test]
 fn every_page_goes_as_it_says() {
     let _alone = alone();
     setting("DATABASE_URL").expect("DATABASE_URL is set by `make test`");
     let wanted = setting("AMS_TEST_PAGE");
-    let pages = page::all().into_iter().filter(|page| wanted.as_ref().is_none_or(|path| page.path == *path));
+    let pages =
+        page::all().into_iter().filter(|page| wanted.as_ref().is_none_or(|path| page.path.starts_with(path)));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (mut followed, mut failed) = (0, Vec::new());
     for page in pages {
@@ -76,9 +77,13 @@ fn an_ellipsis_stands_for_anything() {
         ("1|…|x", "1|sent|x", true),
         ("…\nb", "a\na\nb", true),
         ("a\n…", "a\nb  \n", true),
+        ("b", "a\nb\n", true),
+        ("b", "ab", false),
+        ("a", "a\nb", false),
         ("a\nb", "a\nc", false),
         ("a…a", "a", false),
         ("…sent", "sent twice", false),
+        (" id\n----", "INSERT 0 1\n id \n----\n", true),
     ] {
         assert_eq!(shell::prints(shown, printed), same, "{shown:?} {printed:?}");
     }

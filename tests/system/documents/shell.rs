@@ -88,7 +88,9 @@ impl Shell {
 
     async fn succeed(&mut self, command: &str) -> Result<String, String> {
         let (status, printed) = self.command(command).await?;
-        if status != "0" {
+        // What a page stops has ended by that signal, and `wait` says so.
+        let stopped = status == "143" && command.starts_with("kill ");
+        if status != "0" && !stopped {
             return Err(format!("{command}exit {status}: {printed}\n{}", self.all_printed()));
         }
         for (word, port, answer) in ANSWERING {
@@ -178,10 +180,11 @@ async fn ask(port: u16) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
 }
 
-/// Whether a page shows what was printed; `…` stands for anything.
+/// Whether a page shows what was printed, or the last lines of it; `…` stands for anything.
 pub fn prints(shown: &str, printed: &str) -> bool {
-    let tidy = |text: &str| text.trim().lines().map(str::trim_end).collect::<Vec<_>>().join("\n");
-    let (shown, printed) = (tidy(shown), tidy(printed));
+    let tidy = |text: &str| text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n");
+    let (shown, printed) =
+        (format!("…\n{}", tidy(shown.trim_matches('\n'))), format!("\n{}", tidy(printed.trim_end())));
     let mut parts = shown.split('…');
     let Some(mut rest) = parts.next().and_then(|start| printed.strip_prefix(start)) else { return false };
     let mut parts: Vec<_> = parts.collect();
