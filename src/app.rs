@@ -50,7 +50,7 @@ const ROOM: usize = 16_000;
 /// Messages begun and not recorded, per consumer.
 const WINDOW: usize = 8_000;
 /// Open files wanted: the default endpoint setting allows a thousand connections to each endpoint.
-const FILES: u64 = 65_536;
+pub const FILES: u64 = 65_536;
 
 /// A whole AMS, or the part of it that a role runs.
 pub struct App {
@@ -303,7 +303,11 @@ pub fn open_queue(config: &QueueConfig) -> Result<Arc<dyn Queue>> {
     })
 }
 
-fn open_cache(config: &CacheConfig) -> Result<Arc<dyn Cache>> {
+/// Opens the cache that is configured.
+///
+/// # Errors
+/// When its URL can't be understood.
+pub fn open_cache(config: &CacheConfig) -> Result<Arc<dyn Cache>> {
     Ok(match config {
         CacheConfig::Memory => Arc::new(MemoryCache::new()),
         CacheConfig::Redis(url) => {

@@ -146,6 +146,17 @@ impl Delivery {
         Delivery { clock, way: Way::Script(script) }
     }
 
+    /// Opens a connection to where `url` points, TLS included, and closes it again: no request is sent.
+    ///
+    /// # Errors
+    /// A few words on why there is none after `within`.
+    pub async fn reach(&self, url: &str, within: Duration) -> Result<(), String> {
+        let Way::Network(network) = &self.way else { return Ok(()) };
+        let host = network.pool.host(&Target::parse(url)?.origin);
+        let connected = tokio::time::timeout(within, network.pool.connect(&host, within)).await;
+        connected.unwrap_or_else(|_| Err(format!("no connection within {within:?}"))).map(drop)
+    }
+
     /// Tries `ticket` at `endpoint` once. Ends by the endpoint's deadline, whatever the receiver does.
     pub async fn deliver(&self, ticket: &Ticket, endpoint: &Endpoint) -> Outcome {
         match &self.way {
