@@ -87,10 +87,12 @@ fn verb(page: &mut String, path: &str, command: &clap::Command) {
         .filter(|name| command.get_arguments().any(|arg| arg.get_id() == name))
         .collect();
     let mut shown = command.clone().bin_name(path);
+    shown = shown.disable_help_flag(true).disable_help_subcommand(true).disable_version_flag(true);
     for name in &taken {
         shown = shown.mut_arg(name, |arg| arg.hide(true));
     }
-    let _ = writeln!(page, "\n## `{path}`\n```\n{}\n```", shown.render_long_help().to_string().trim());
+    let depth = "#".repeat(path.split(' ').count().max(2));
+    let _ = writeln!(page, "\n{depth} `{path}`\n```\n{}\n```", shown.render_help().to_string().trim());
     if taken.len() == SETTINGS.len() {
         page.push_str("It takes every [setting](settings.md) as a flag.\n");
     } else if !taken.is_empty() {
