@@ -3,15 +3,18 @@
 mod bench;
 mod client;
 mod completions;
+mod dlq;
 mod endpoints;
 mod filter;
 mod messages;
 mod migrate;
 mod operator;
 mod screen;
+mod send;
 mod services;
 mod settings;
 mod status;
+mod tail;
 mod testclient;
 mod timeline;
 
@@ -60,9 +63,12 @@ pub fn command() -> Command {
         .subcommands(services::commands().map(with_settings))
         .subcommands(own.map(with_settings))
         .subcommand(bench::receiver_command())
+        .subcommand(send::command())
         .subcommand(messages::command())
+        .subcommand(dlq::command())
         .subcommand(endpoints::command())
         .subcommand(status::command())
+        .subcommand(tail::command())
         .subcommand(completions::command())
 }
 
@@ -98,6 +104,9 @@ async fn run(verb: &str, matches: &ArgMatches) -> app::Result<ExitCode> {
         "migrate" => migrate::run(&config, matches).await,
         "testclient" => testclient::run(&config, matches, stop).await,
         "bench" => bench::run(config, matches).await,
+        "send" => send::run(&operator()?, matches).await,
+        "tail" => tail::run(&operator()?, matches).await,
+        "dlq" => dlq::run(&operator()?, matches).await,
         "messages" => messages::run(&operator()?, matches).await,
         "endpoints" => endpoints::run(&operator()?, matches).await,
         "status" => status::run(&operator()?, matches).await,
