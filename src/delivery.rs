@@ -64,6 +64,12 @@ pub fn check_secret(secret: &str) -> Result<(), String> {
     Key::parse(secret).map(drop)
 }
 
+/// As much of an endpoint's URL as the log may have: its path and query may be what lets a caller in.
+pub fn origin_of(url: &str) -> String {
+    url::Url::parse(url)
+        .map_or_else(|_| "an unreadable URL".to_owned(), |url| url.origin().ascii_serialization())
+}
+
 /// How deliveries are made.
 #[derive(Clone, Debug)]
 pub struct DeliveryOptions {

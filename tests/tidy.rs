@@ -219,16 +219,45 @@ fn migrations_come_in_pairs() {
 
 #[test]
 fn every_setting_and_metric_is_documented() {
-    let readme = std::fs::read_to_string("README.md").unwrap();
-    let mut missing: Vec<&str> = ams::config::SETTINGS.iter().map(|setting| setting.name).collect();
-    missing.extend(ams::telemetry::METRICS.iter().map(|metric| metric.0));
-    missing.retain(|name| !readme.contains(&format!("`{name}`")));
-    assert!(missing.is_empty(), "README.md does not name {missing:?}");
+    let settings: Vec<_> = ams::config::SETTINGS.iter().map(|setting| setting.name).collect();
+    let metrics: Vec<_> = ams::telemetry::METRICS.iter().map(|metric| metric.name).collect();
+    for (page, mut missing) in [("README.md", settings), ("docs/operations.md", metrics)] {
+        let text = std::fs::read_to_string(page).unwrap();
+        missing.retain(|name| !text.contains(&format!("`{name}`")));
+        assert!(missing.is_empty(), "{page} does not name {missing:?}");
+    }
+}
+
+#[test]
+fn every_alert_has_a_runbook_and_every_query_names_metrics_that_exist() {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap();
+    let (rules, tests) = (read("deploy/prometheus/alerts.yml"), read("deploy/prometheus/alerts_test.yml"));
+    let page = read("docs/operations.md");
+    let alerts: Vec<_> = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    let sections: Vec<_> = page.lines().filter_map(|line| line.strip_prefix("### ")).collect();
+    assert_eq!(alerts, sections, "each alert has its section in docs/operations.md, in the same order");
+    for alert in alerts {
+        let link = format!("runbook_url: docs/operations.md#{}", alert.to_lowercase());
+        assert_eq!(rules.matches(&link).count(), 1, "{alert} links to its section");
+        let silent = tests.contains(&format!("alertname: {alert}, exp_alerts: []"));
+        assert!(silent && tests.contains(&format!("alertname: {alert}\n")), "{alert} is tested both ways");
+    }
+    for (path, text) in [("alerts.yml", &rules), ("alerts_test.yml", &tests), ("operations.md", &page)] {
+        let names = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        for name in names.filter(|name| name.starts_with("ams_")) {
+            let known = ams::telemetry::METRICS.iter().any(|metric| {
+                let rest = name.strip_prefix(metric.name);
+                let part = matches!(rest, Some("_bucket" | "_sum" | "_count"));
+                rest == Some("") || part && metric.kind == ams::telemetry::Kind::Histogram
+            });
+            assert!(known, "{path} names {name}, which is no metric");
+        }
+    }
 }
 
 #[test]
 fn every_file_named_in_the_documents_exists() {
-    for document in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"] {
+    for document in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/operations.md"] {
         let text = std::fs::read_to_string(document).unwrap();
         for part in text.split('`').skip(1).step_by(2) {
             let is_path = part.contains('/')

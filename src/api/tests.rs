@@ -32,7 +32,7 @@ impl Api {
         let directory = Arc::new(Directory::new(Arc::clone(&store)));
         let parts = Parts {
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "api", "test")),
-            queue: Arc::new(EmbeddedQueue::new(2)),
+            queue: Arc::new(EmbeddedQueue::new(2, clock.clone())),
             cache: Arc::new(MemoryCache::new()),
             metrics: Arc::default(),
             clock: clock.clone(),
@@ -51,7 +51,7 @@ impl Api {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let stop = CancellationToken::new();
-        tokio::spawn(serve(listener, router(ApiState::new(&parts, intake, guard)), stop.clone()));
+        tokio::spawn(serve(listener, router(ApiState::new(&parts, intake, guard, true)), stop.clone()));
         Api { port, stop, store }
     }
 
