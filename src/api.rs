@@ -33,6 +33,7 @@ use crate::intake::Intake;
 use crate::service::Parts;
 
 pub use guard::Guard;
+pub use messages::SendMessage;
 pub use problem::errors_page;
 use problem::{Code, Problem};
 

@@ -3,8 +3,11 @@
 mod bench;
 mod client;
 mod completions;
+mod doctor;
 mod endpoints;
 mod filter;
+mod import;
+mod keys;
 mod messages;
 mod migrate;
 mod operator;
@@ -63,6 +66,7 @@ pub fn command() -> Command {
         .subcommand(messages::command())
         .subcommand(endpoints::command())
         .subcommand(status::command())
+        .subcommands([keys::command(), doctor::command(), import::command()])
         .subcommand(completions::command())
 }
 
@@ -86,7 +90,11 @@ async fn run(verb: &str, matches: &ArgMatches) -> app::Result<ExitCode> {
         "completions" => return completions::run(matches),
         _ => {}
     }
-    let raw = Raw::read(&flags(matches)).map_err(|error| AppError(error.to_string()))?;
+    let raw = Raw::read(&flags(matches)).map_err(|error| AppError(error.to_string()));
+    if verb == "doctor" {
+        return doctor::run(raw, matches).await;
+    }
+    let raw = raw?;
     if verb == "config" {
         return settings::run(&raw, matches);
     }
@@ -100,6 +108,8 @@ async fn run(verb: &str, matches: &ArgMatches) -> app::Result<ExitCode> {
         "bench" => bench::run(config, matches).await,
         "messages" => messages::run(&operator()?, matches).await,
         "endpoints" => endpoints::run(&operator()?, matches).await,
+        "keys" => keys::run(&config, matches).await,
+        "import" => import::run(&operator()?, matches).await,
         "status" => status::run(&operator()?, matches).await,
         "producer" if matches.subcommand().is_some() => status::control(&operator()?, matches).await,
         "demo" => services::demo(config, &raw, matches, stop).await,

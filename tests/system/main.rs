@@ -14,5 +14,6 @@ mod hostile;
 mod kills;
 mod lanes;
 mod neighbours;
+mod operator;
 mod proxy;
 mod quickstart;
