@@ -35,6 +35,7 @@ use crate::service::Parts;
 
 pub use guard::Guard;
 use metrics::Survey;
+pub use messages::SendMessage;
 pub use problem::errors_page;
 use problem::{Code, Problem};
 
