@@ -16,3 +16,4 @@ mod lanes;
 mod neighbours;
 mod proxy;
 mod quickstart;
+mod upgrade;
