@@ -34,8 +34,8 @@ use crate::intake::Intake;
 use crate::service::Parts;
 
 pub use guard::Guard;
-use metrics::Survey;
 pub use messages::SendMessage;
+use metrics::Survey;
 pub use problem::errors_page;
 use problem::{Code, Problem};
 

@@ -30,7 +30,7 @@ use crate::retry::Lane;
 use crate::service::{self, Directory, Parts, Presence};
 use crate::store::postgres::{PostgresOptions, PostgresStore};
 use crate::store::sqlite::SqliteStore;
-use crate::store::{Endpoint, Store, StoreError};
+use crate::store::{Endpoint, Standing, Store, StoreError};
 use crate::telemetry::Metrics;
 
 pub use signals::stop_on_signals;
@@ -109,12 +109,14 @@ impl App {
         for name in self.parts.store.migrate().await? {
             tracing::info!("migration {name} applied");
         }
+        say_newer(&self.parts.store.standing().await?.newer);
         Ok(())
     }
 
     async fn check_version(&self) -> std::result::Result<(), StoreError> {
-        let missing = self.parts.store.missing_migrations().await?;
+        let Standing { missing, newer } = self.parts.store.standing().await?;
         if missing.is_empty() {
+            say_newer(&newer);
             return Ok(());
         }
         Err(StoreError::Unavailable(format!(
@@ -314,6 +316,15 @@ pub fn open_cache(config: &CacheConfig) -> Result<Arc<dyn Cache>> {
             Arc::new(RedisCache::open(url).map_err(|error| AppError(error.to_string()))?)
         }
     })
+}
+
+fn say_newer(newer: &[String]) {
+    if !newer.is_empty() {
+        tracing::info!(
+            "the store is newer than this program, which may work on it: it has {}; upgrade this program soon",
+            newer.join(", ")
+        );
+    }
 }
 
 fn role_name(role: Role) -> &'static str {

@@ -44,10 +44,14 @@ pub enum Status {
     Cancelled,
     /// Its `expires_at` passed before it was sent.
     Expired,
+    /// A word that only a newer program knows, read from a store that both share. Such a row is shown
+    /// and otherwise left alone.
+    #[serde(skip_deserializing)]
+    Unknown,
 }
 
 impl Status {
-    /// Every status, in the order of a message's life.
+    /// Every status that this program knows, in the order of a message's life.
     pub const ALL: [Status; 8] = [
         Status::Pending,
         Status::Queued,
@@ -70,7 +74,13 @@ impl Status {
             Status::Dead => "dead",
             Status::Cancelled => "cancelled",
             Status::Expired => "expired",
+            Status::Unknown => "unknown",
         }
+    }
+
+    /// The status that a store has written, or [`Status::Unknown`].
+    pub(crate) fn read(text: &str) -> Status {
+        Status::parse(text).unwrap_or(Status::Unknown)
     }
 
     /// The status that `text` names, if it names one.
@@ -113,6 +123,9 @@ pub enum Held {
     EndpointBusy,
     /// The endpoint is disabled, or no endpoint has that name.
     EndpointClosed,
+    /// A reason that only a newer program knows, and which it will free the row of.
+    #[serde(skip_deserializing)]
+    Unknown,
 }
 
 impl Held {
@@ -121,7 +134,13 @@ impl Held {
         match self {
             Held::EndpointBusy => "endpoint_busy",
             Held::EndpointClosed => "endpoint_closed",
+            Held::Unknown => "unknown",
         }
+    }
+
+    /// The reason that a store has written, or [`Held::Unknown`].
+    pub(crate) fn read(text: &str) -> Held {
+        Held::parse(text).unwrap_or(Held::Unknown)
     }
 
     /// The reason that `text` names, if it names one.
@@ -219,10 +238,13 @@ pub enum Class {
     Reset,
     /// What came back is not HTTP, or its head is larger than we read.
     BadAnswer,
+    /// A word that only a newer program knows; this one makes no such attempt.
+    #[serde(skip_deserializing)]
+    Unknown,
 }
 
 impl Class {
-    /// Every class.
+    /// Every class that this program knows.
     pub const ALL: [Class; 7] = [
         Class::Accepted,
         Class::Rejected,
@@ -243,7 +265,13 @@ impl Class {
             Class::Timeout => "timeout",
             Class::Reset => "reset",
             Class::BadAnswer => "bad_answer",
+            Class::Unknown => "unknown",
         }
+    }
+
+    /// The class that a store has written, or [`Class::Unknown`].
+    pub(crate) fn read(text: &str) -> Class {
+        Class::parse(text).unwrap_or(Class::Unknown)
     }
 
     /// The class that `text` names, if it names one.
@@ -338,6 +366,18 @@ mod tests {
             assert_eq!(serde_json::to_string(&class).unwrap(), format!("\"{}\"", class.as_str()));
         }
         assert_eq!(Status::parse("delivered"), None);
+    }
+
+    #[test]
+    fn words_of_a_newer_program_are_read_and_never_asked_for() {
+        assert_eq!(Status::read("parked"), Status::Unknown);
+        assert_eq!(Held::read("quiet_hours"), Held::Unknown);
+        assert_eq!(Class::read("throttled"), Class::Unknown);
+        assert_eq!(
+            (Status::parse("unknown"), Held::parse("unknown"), Class::parse("unknown")),
+            (None, None, None)
+        );
+        assert!(serde_json::from_str::<Status>("\"unknown\"").is_err());
     }
 
     #[test]

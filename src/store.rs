@@ -24,6 +24,7 @@ pub(crate) mod conformance;
 pub mod operate;
 pub mod postgres;
 pub mod sqlite;
+mod standing;
 
 use std::time::Duration;
 
@@ -35,6 +36,8 @@ use crate::message::{
     Attempt, Epoch, Held, Message, MessageId, NewMessage, Outcome, Status, Ticket, Verdict,
 };
 use crate::retry::Lane;
+
+pub use standing::Standing;
 
 use operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
 
@@ -359,11 +362,20 @@ pub trait Store: Send + Sync + 'static {
     /// Applies the migrations that are missing and returns their names.
     async fn migrate(&self) -> Result<Vec<String>>;
 
+    /// How the store's migrations stand to those that this program knows.
+    ///
+    /// # Errors
+    /// [`StoreError::Version`] when the store needs a program that knows others: a newer one, or one of
+    /// another line.
+    async fn standing(&self) -> Result<Standing>;
+
     /// The names of migrations that are missing.
     ///
     /// # Errors
-    /// [`StoreError::Version`] when the store has one that this program does not know.
-    async fn missing_migrations(&self) -> Result<Vec<String>>;
+    /// Those of [`Store::standing`].
+    async fn missing_migrations(&self) -> Result<Vec<String>> {
+        Ok(self.standing().await?.missing)
+    }
 
     /// The random number that this store was given by its first migration; `webhook-id`s carry it.
     async fn installation(&self) -> Result<Uuid>;

@@ -92,6 +92,9 @@ pub(super) fn why(message: &Message, around: &Surroundings) -> Option<String> {
         Status::Dead => message.reason.clone(),
         Status::Expired => message.expires_at.map(|at| format!("not sent before {at}")),
         Status::Sent | Status::Cancelled => None,
+        Status::Unknown => {
+            Some("a newer version of AMS gave it a status that this one does not know".to_owned())
+        }
     }
 }
 
@@ -105,6 +108,9 @@ fn held_words(held: Held, endpoint: &str, around: &Surroundings) -> String {
         }
         Held::EndpointClosed => {
             format!("held: endpoint {endpoint} is disabled; it goes on once it is enabled")
+        }
+        Held::Unknown => {
+            "held for a reason that this version of AMS does not know; a newer one will free it".to_owned()
         }
     }
 }
@@ -172,6 +178,8 @@ mod tests {
             (Message { send_at: at, ..message(Status::Pending) }, "due at 1970-01-01T00:00:03Z"),
             (Message { held: Some(Held::EndpointClosed), ..message(Status::Pending) }, "disabled"),
             (Message { held: Some(Held::EndpointBusy), ..message(Status::Retrying) }, "busy"),
+            (message(Status::Unknown), "newer version"),
+            (Message { held: Some(Held::Unknown), ..message(Status::Pending) }, "a newer one will free it"),
             (message(Status::Queued), "lane"),
             (message(Status::Processing), "delivering"),
             (

@@ -17,6 +17,7 @@ pub(crate) mod entering;
 pub(crate) mod healing;
 pub(crate) mod holding;
 pub(crate) mod knowing;
+pub(crate) mod newer;
 pub(crate) mod operating;
 pub(crate) mod random;
 pub(crate) mod trying;

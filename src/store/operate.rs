@@ -93,7 +93,7 @@ impl Filter {
             (Some(Status::Pending), _) => Walk::Pending,
             _ if self.created_after.is_some() || self.created_before.is_some() => Walk::Created,
             (Some(Status::Sent), _) => Walk::Tried,
-            (None, None) => Walk::All,
+            (None | Some(Status::Unknown), None) => Walk::All,
         }
     }
 }

@@ -181,12 +181,6 @@ fn optional_time(row: &Row, column: usize) -> Option<Timestamp> {
     read.map(|time| Timestamp::from_micros(time.as_microsecond()))
 }
 
-/// A column that holds one of our words.
-fn word<T>(row: &Row, column: usize, parse: impl Fn(&str) -> Option<T>) -> Result<T> {
-    let text: &str = row.get(column);
-    parse(text).ok_or_else(|| StoreError::Internal(format!("`{text}` is not a word of ours")))
-}
-
 /// The lowest and the highest id: the bounds that prune partitions.
 fn bounds(ids: &[i64]) -> (i64, i64) {
     (ids.iter().copied().min().unwrap_or(0), ids.iter().copied().max().unwrap_or(0))
@@ -215,8 +209,8 @@ impl Store for PostgresStore {
         schema::migrate(&self.options).await
     }
 
-    async fn missing_migrations(&self) -> Result<Vec<String>> {
-        self.call(async |db| schema::missing(db).await).await
+    async fn standing(&self) -> Result<Standing> {
+        self.call(async |db| schema::standing(db).await).await
     }
 
     async fn installation(&self) -> Result<Uuid> {

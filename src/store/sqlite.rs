@@ -32,7 +32,7 @@ use uuid::Uuid;
 use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
 use super::{
     About, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, Due, Endpoint, Inserted,
-    InstanceId, Leadership, Overview, Place, Records, Recovered, Result, Store, StoreError, Whole,
+    InstanceId, Leadership, Overview, Place, Records, Recovered, Result, Standing, Store, StoreError, Whole,
 };
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
@@ -66,7 +66,7 @@ impl SqliteStore {
     /// no tables until [`Store::migrate`].
     ///
     /// # Errors
-    /// [`StoreError::Version`] when the file is of a newer version of this program; otherwise a
+    /// [`StoreError::Version`] when the file needs a newer version of this program; otherwise a
     /// sentence that names the file and what is wrong with it.
     pub fn open(path: &Path) -> Result<SqliteStore> {
         let told = |why: String| StoreError::Unavailable(format!("{} can't be used: {why}", path.display()));
@@ -83,10 +83,10 @@ impl SqliteStore {
             Ok::<_, rusqlite::Error>(connection)
         };
         let reader = only_reads().map_err(|error| told(error.to_string()))?;
-        schema::missing(&reader)?;
+        schema::standing(&reader)?;
         let lookout = only_reads().map_err(|error| told(error.to_string()))?;
         // The first read opens the journal; a look must not be the one to find that it can't be.
-        schema::missing(&lookout)?;
+        schema::standing(&lookout)?;
         // It must not keep its caller: in doubt the producer claims.
         lookout.busy_timeout(Duration::ZERO).map_err(|error| told(error.to_string()))?;
         let backend = Backend::Threads {
@@ -103,7 +103,7 @@ impl SqliteStore {
     /// As [`SqliteStore::open`].
     pub fn inline(connection: Connection) -> Result<SqliteStore> {
         set_up(&connection)?;
-        schema::missing(&connection)?;
+        schema::standing(&connection)?;
         Ok(SqliteStore { backend: Arc::new(Backend::Inline(Mutex::new(connection))) })
     }
 
@@ -171,8 +171,8 @@ impl Store for SqliteStore {
         self.alone(schema::migrate).await
     }
 
-    async fn missing_migrations(&self) -> Result<Vec<String>> {
-        self.read(schema::missing).await
+    async fn standing(&self) -> Result<Standing> {
+        self.read(schema::standing).await
     }
 
     async fn installation(&self) -> Result<Uuid> {

@@ -114,7 +114,7 @@ macro_rules! faulty {
 
 faulty! {
     migrate() -> Vec<String>;
-    missing_migrations() -> Vec<String>;
+    standing() -> Standing;
     installation() -> Uuid;
     insert(messages: &[NewMessage], now: Timestamp) -> Vec<Inserted>;
     insert_whole(messages: &[NewMessage], now: Timestamp) -> Whole;

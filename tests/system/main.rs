@@ -18,3 +18,4 @@ mod observed;
 mod operator;
 mod proxy;
 mod quickstart;
+mod upgrade;

@@ -141,7 +141,7 @@ pub(crate) async fn the_overview_counts_every_status(store: Arc<dyn Store>) {
             Status::Pending => 2,
             Status::Queued => 3,
             Status::Processing | Status::Sent | Status::Retrying | Status::Dead => 1,
-            Status::Cancelled | Status::Expired => 0,
+            Status::Cancelled | Status::Expired | Status::Unknown => 0,
         };
         let count = overview.counts.iter().find(|count| count.status == status);
         assert_eq!(count.map_or(0, |count| count.count), expected, "{status}");

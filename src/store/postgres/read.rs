@@ -4,7 +4,7 @@ use deadpool_postgres::{GenericClient, Object};
 use serde_json::Value;
 
 use super::claim::ticket;
-use super::{bounds, limit, optional_time, time, word, written};
+use super::{bounds, limit, optional_time, time, written};
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Class, Held, Message, MessageId, Status, Times};
 use crate::store::{Count, DeadLetter, Instance, InstanceId, Overview, Result};
@@ -42,8 +42,8 @@ pub(super) async fn messages(db: &impl GenericClient, ids: &[i64]) -> Result<Vec
                 idempotency_key: row.get(10),
                 tags: row.get::<_, Option<Value>>(11),
                 created_at: time(row, 12),
-                status: word(row, 13, Status::parse)?,
-                held: row.get::<_, Option<&str>>(14).and_then(Held::parse),
+                status: Status::read(row.get(13)),
+                held: row.get::<_, Option<&str>>(14).map(Held::read),
                 epoch: row.get(15),
                 attempts: row.get(16),
                 lane: row.get(17),
@@ -72,7 +72,7 @@ pub(super) async fn attempts(db: &Object, id: MessageId) -> Result<Vec<Attempt>>
                 epoch: row.get(0),
                 attempt: row.get(1),
                 lane: row.get(2),
-                class: word(row, 3, Class::parse)?,
+                class: Class::read(row.get(3)),
                 status: row.get::<_, Option<i16>>(4).and_then(|status| u16::try_from(status).ok()),
                 address: row.get(5),
                 error: row.get(6),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::store::conformance::store_conformance;
+use crate::store::conformance::{newer, store_conformance};
 
 #[expect(clippy::disallowed_methods, reason = "tests are told by the environment where PostgreSQL is")]
 fn server() -> String {
@@ -38,22 +38,31 @@ async fn two_processes_may_migrate_at_once() {
     let scratch = scratch().await;
     let (one, other) = (open(scratch.url()), open(scratch.url()));
     let (first, second) = tokio::join!(one.migrate(), other.migrate());
-    assert_eq!(first.unwrap().len() + second.unwrap().len(), 4);
+    assert_eq!(first.unwrap().len() + second.unwrap().len(), 5);
     assert_eq!(one.missing_migrations().await.unwrap(), Vec::<String>::new());
 }
 
 #[tokio::test]
-async fn a_store_of_an_unknown_version_is_refused() {
+async fn a_newer_store_is_worked_on_as_long_as_it_needs_nothing_unknown() {
     let scratch = scratch().await;
     let store = open(scratch.url());
     store.migrate().await.unwrap();
-    let newer = "insert into refinery_schema_history (version, name, applied_on, checksum) values (99, 'later', '', '1')";
-    client(scratch.url()).await.execute(newer, &[]).await.unwrap();
-    let refused = store.missing_migrations().await.unwrap_err();
-    assert!(
-        matches!(&refused, StoreError::Version(sentence) if sentence.contains("V99__later")),
-        "{refused}"
-    );
+    let db = client(scratch.url()).await;
+    newer::migrated_by_a_newer_program(&store, async |sql| db.batch_execute(&sql).await.unwrap()).await;
+}
+
+#[tokio::test]
+async fn words_of_a_newer_program_are_shown_and_left_alone() {
+    let scratch = scratch().await;
+    let store = open(scratch.url());
+    store.migrate().await.unwrap();
+    let db = client(scratch.url()).await;
+    db.batch_execute(
+        "alter type message_state add value 'parked'; alter table messages drop constraint messages_held_known",
+    )
+    .await
+    .unwrap();
+    newer::words_of_a_newer_program(Arc::new(store), async |sql| db.batch_execute(&sql).await.unwrap()).await;
 }
 
 #[tokio::test]

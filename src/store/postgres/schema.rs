@@ -1,10 +1,9 @@
 //! Which migrations the database has, and applying those that it lacks.
 
-use std::collections::BTreeMap;
-
 use deadpool_postgres::Object;
 
 use super::{PostgresOptions, tls};
+use crate::store::standing::{self, Migrations, Standing};
 use crate::store::{Result, StoreError};
 
 mod embedded {
@@ -19,7 +18,7 @@ pub(super) async fn migrate(options: &PostgresOptions) -> Result<Vec<String>> {
     client
         .batch_execute("set statement_timeout = 0; select pg_advisory_lock(hashtext('ams migrate'))")
         .await?;
-    let missing = missing_in(&client).await?;
+    let missing = standing_of(&client).await?.missing;
     if !missing.is_empty() {
         embedded::migrations::runner()
             .run_async(&mut client)
@@ -30,46 +29,40 @@ pub(super) async fn migrate(options: &PostgresOptions) -> Result<Vec<String>> {
     Ok(missing)
 }
 
-/// The names of what is missing.
-pub(super) async fn missing(db: &Object) -> Result<Vec<String>> {
-    missing_in(db).await
+/// How the database stands to this program.
+pub(super) async fn standing(db: &Object) -> Result<Standing> {
+    standing_of(db).await
 }
 
-async fn missing_in(client: &tokio_postgres::Client) -> Result<Vec<String>> {
-    let mut applied = applied(client).await?;
-    let mut known = embedded::migrations::runner().get_migrations().clone();
-    known.sort();
-    let mut missing = Vec::new();
-    for migration in known {
-        let name = format!("V{}__{}", migration.version(), migration.name());
-        match applied.remove(&migration.version()) {
-            None => missing.push(name),
-            Some((_, checksum)) if checksum == migration.checksum().to_string() => {}
-            Some((other, _)) => {
-                return Err(StoreError::Version(format!(
-                    "the store's migration V{}__{other} is not this program's {name}: they are of different versions",
-                    migration.version()
-                )));
-            }
-        }
-    }
-    match applied.into_iter().next() {
-        None => Ok(missing),
-        Some((version, (name, _))) => Err(StoreError::Version(format!(
-            "the store has the migration V{version}__{name}, which this program does not know; use a newer program"
-        ))),
-    }
+async fn standing_of(client: &tokio_postgres::Client) -> Result<Standing> {
+    let known = embedded::migrations::runner()
+        .get_migrations()
+        .iter()
+        .map(|known| (known.version(), (known.name().to_owned(), known.checksum().to_string())))
+        .collect();
+    standing::compare(&known, applied(client).await?, needs(client).await?)
 }
 
-/// The migrations in the database: version, then name and checksum.
-async fn applied(client: &tokio_postgres::Client) -> Result<BTreeMap<i32, (String, String)>> {
+/// The migrations in the database.
+async fn applied(client: &tokio_postgres::Client) -> Result<Migrations> {
     let any = client
         .query_one("/* ams:version */ select to_regclass('refinery_schema_history') is not null", &[])
         .await?;
     if !any.get::<_, bool>(0) {
-        return Ok(BTreeMap::new());
+        return Ok(Migrations::new());
     }
     let statement = "/* ams:migrations */ select version, name, checksum from refinery_schema_history";
     let rows = client.query(statement, &[]).await?;
     Ok(rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect())
+}
+
+/// The migration that a program has to know; `None` when the database is of a time before it said so.
+async fn needs(client: &tokio_postgres::Client) -> Result<Option<i32>> {
+    let says = "/* ams:says_needs */ select exists (select 1 from pg_attribute \
+                where attrelid = to_regclass('installation') and attname = 'needs_migration')";
+    if !client.query_one(says, &[]).await?.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    let row = client.query_opt("/* ams:needs */ select max(needs_migration) from installation", &[]).await?;
+    Ok(row.and_then(|row| row.get(0)))
 }

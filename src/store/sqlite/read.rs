@@ -40,8 +40,8 @@ pub(super) fn message(db: &Connection, id: MessageId) -> Result<Option<Message>>
             idempotency_key: optional_text(row, 10)?,
             tags: object(row, 11)?,
             created_at: writers_time(db, row, 12)?.unwrap_or_default(),
-            status: word(row, 13, Status::parse)?,
-            held: optional_text(row, 14)?.and_then(|held| Held::parse(&held)),
+            status: Status::read(&text(row, 13)?),
+            held: optional_text(row, 14)?.map(|held| Held::read(&held)),
             epoch: row.get(15)?,
             attempts: row.get(16)?,
             lane: text(row, 17)?,
@@ -51,15 +51,6 @@ pub(super) fn message(db: &Connection, id: MessageId) -> Result<Option<Message>>
         })
     });
     Ok(message.optional()?)
-}
-
-/// A column that holds one of our words.
-fn word<T>(row: &rusqlite::Row<'_>, column: usize, parse: impl Fn(&str) -> Option<T>) -> rusqlite::Result<T> {
-    let written = text(row, column)?;
-    parse(&written).ok_or_else(|| {
-        let why = format!("`{written}` is not a word of ours").into();
-        rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, why)
-    })
 }
 
 /// A message's attempts, oldest first.
@@ -74,7 +65,7 @@ pub(super) fn attempts(db: &Connection, id: MessageId) -> Result<Vec<Attempt>> {
             epoch: row.get(0)?,
             attempt: row.get(1)?,
             lane: text(row, 2)?,
-            class: word(row, 3, Class::parse)?,
+            class: Class::read(&text(row, 3)?),
             status: row.get(4)?,
             address: text(row, 5)?,
             error: optional_text(row, 6)?,
@@ -126,14 +117,14 @@ fn counts(db: &Connection) -> Result<Vec<Count>> {
         db.prepare_cached("/* ams:newest */ select status from messages order by id desc limit ?1")?;
     let mut rows = statement.query([NEWEST])?;
     while let Some(row) = rows.next()? {
-        *newest.entry(word(row, 0, Status::parse)?).or_default() += 1;
+        *newest.entry(Status::read(&text(row, 0)?)).or_default() += 1;
         walked += 1;
     }
     let mut counts = Vec::new();
     for status in Status::ALL {
         let seen = newest.get(&status).copied().unwrap_or(0);
         let count = match status {
-            Status::Queued | Status::Processing | Status::Sent => seen,
+            Status::Queued | Status::Processing | Status::Sent | Status::Unknown => seen,
             // What these have is more than what is new.
             _ if walked < NEWEST => seen,
             Status::Pending | Status::Retrying => waiting(db, status)?,
