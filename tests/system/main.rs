@@ -15,5 +15,6 @@ mod kills;
 mod lanes;
 mod neighbours;
 mod observed;
+mod operator;
 mod proxy;
 mod quickstart;
