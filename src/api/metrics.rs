@@ -84,3 +84,58 @@ async fn of_store(parts: &Parts) -> Result<Installation, StoreError> {
 pub(super) async fn metrics(State(state): State<ApiState>) -> impl IntoResponse {
     typed(TEXT, state.survey.take(&state.parts).await)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::memory::MemoryCache;
+    use crate::clock::{Clock, Timestamp};
+    use crate::message::NewMessage;
+    use crate::queue::embedded::EmbeddedQueue;
+    use crate::service::{Directory, Presence};
+    use crate::store::sqlite::SqliteStore;
+    use crate::store::{Endpoint, Store};
+
+    async fn parts(clock: &Clock) -> Parts {
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
+        store.put_endpoint(&Endpoint::new("default", "http://localhost:3000")).await.unwrap();
+        Parts {
+            queue: Arc::new(EmbeddedQueue::new(1, clock.clone())),
+            cache: Arc::new(MemoryCache::new()),
+            clock: clock.clone(),
+            metrics: Arc::default(),
+            presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "test", "here")),
+            directory: Arc::new(Directory::new(Arc::clone(&store))),
+            store,
+        }
+    }
+
+    #[tokio::test]
+    async fn the_whole_is_asked_at_a_scrape_and_its_answer_is_good_for_a_while() {
+        let clock = Clock::manual(Timestamp::EPOCH);
+        let parts = parts(&clock).await;
+        let message =
+            NewMessage { recipient: "+90".into(), content: "Hello".into(), ..NewMessage::default() };
+        let survey = Survey::new(true);
+        let empty = "ams_backlog_messages{status=\"pending\"} 0.0";
+        assert!(survey.take(&parts).await.contains(empty));
+        parts.store.insert(&[message], clock.now()).await.unwrap();
+        assert!(survey.take(&parts).await.contains(empty), "the answer is good for 5 s");
+        clock.advance(FRESH);
+        let text = survey.take(&parts).await;
+        for line in ["ams_backlog_messages{status=\"pending\"} 1.0", "ams_oldest_due_age_seconds{} 5.0"] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
+        assert!(
+            text.contains("ams_active_producers{} 0.0") && text.contains("ams_part_up{part=\"queue\"} 1.0")
+        );
+    }
+
+    #[tokio::test]
+    async fn a_consumer_tells_of_itself_and_its_parts_only() {
+        let parts = parts(&Clock::manual(Timestamp::EPOCH)).await;
+        let text = Survey::new(false).take(&parts).await;
+        assert!(text.contains("ams_part_up{part=\"store\"} 1.0"), "{text}");
+        assert!(!text.contains("ams_backlog_messages{") && !text.contains("ams_active_producers{"), "{text}");
+    }
+}
