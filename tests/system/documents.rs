@@ -70,6 +70,25 @@ fn every_page_goes_as_it_says() {
 }
 
 #[test]
+fn everything_that_is_not_run_stands_on_a_page() {
+    let pages = page::all();
+    let steps = pages.iter().flat_map(|page| &page.steps);
+    let commands: Vec<_> = steps
+        .filter_map(|(_, step)| match step {
+            Step::Run { commands, .. } => Some(commands),
+            Step::Save { .. } => None,
+        })
+        .flatten()
+        .collect();
+    for (beginning, why) in NOT_RUN {
+        assert!(
+            commands.iter().any(|command| command.starts_with(beginning)),
+            "no page says `{beginning}` ({why}): take it off the list"
+        );
+    }
+}
+
+#[test]
 fn an_ellipsis_stands_for_anything() {
     for (shown, printed, same) in [
         ("", "", true),
