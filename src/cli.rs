@@ -3,6 +3,7 @@
 mod bench;
 mod client;
 mod completions;
+mod dlq;
 mod doctor;
 mod endpoints;
 mod filter;
@@ -12,9 +13,11 @@ mod messages;
 mod migrate;
 mod operator;
 mod screen;
+mod send;
 mod services;
 mod settings;
 mod status;
+mod tail;
 mod testclient;
 mod timeline;
 
@@ -63,10 +66,13 @@ pub fn command() -> Command {
         .subcommands(services::commands().map(with_settings))
         .subcommands(own.map(with_settings))
         .subcommand(bench::receiver_command())
+        .subcommand(send::command())
         .subcommand(messages::command())
+        .subcommand(dlq::command())
         .subcommand(endpoints::command())
         .subcommand(status::command())
         .subcommands([keys::command(), doctor::command(), import::command()])
+        .subcommand(tail::command())
         .subcommand(completions::command())
 }
 
@@ -106,6 +112,9 @@ async fn run(verb: &str, matches: &ArgMatches) -> app::Result<ExitCode> {
         "migrate" => migrate::run(&config, matches).await,
         "testclient" => testclient::run(&config, matches, stop).await,
         "bench" => bench::run(config, matches).await,
+        "send" => send::run(&operator()?, matches).await,
+        "tail" => tail::run(&operator()?, matches).await,
+        "dlq" => dlq::run(&operator()?, matches).await,
         "messages" => messages::run(&operator()?, matches).await,
         "endpoints" => endpoints::run(&operator()?, matches).await,
         "keys" => keys::run(&config, matches).await,
