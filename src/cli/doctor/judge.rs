@@ -215,7 +215,9 @@ pub(super) fn endpoint(
     match reached {
         None if waited_for => warning(
             about,
-            format!("{name} is disabled and messages wait for it; enable it, or redirect or cancel them"),
+            format!(
+                "{name} is disabled and messages wait for it; `ams endpoints enable {name}` lets them go"
+            ),
         ),
         None => ok(about, format!("{name} is disabled")),
         Some(Ok(())) => ok(about, format!("{name}: {} answers", without_secrets(url))),
@@ -310,7 +312,7 @@ pub(super) fn work(
         findings
             .push(judged(format!("{waiting} wait and no producer runs; start `ams producer` or `ams up`")));
     } else if control.paused {
-        let mend = "`POST /v1/producer/resume` lets them go on";
+        let mend = "`ams producer resume` lets them go on";
         findings.push(warning(about, format!("the producers are paused and {waiting} wait; {mend}")));
     } else if !control.active {
         let mend = "look into the producer's log; a standby takes over within 10 s";

@@ -409,6 +409,10 @@ impl Post<'_> {
             return None;
         }
         let lasted = trouble.since.get_or_insert_with(|| self.operator.clock.stopwatch()).elapsed();
+        if std::io::stderr().is_terminal() {
+            // What is told next begins on the line of progress.
+            eprint!("\r\x1b[K");
+        }
         let wait = trouble.backoff.failed(failure).max(failure.retry_after.unwrap_or_default());
         (lasted < PATIENCE).then_some(wait)
     }
