@@ -176,3 +176,42 @@ pub(super) fn table(
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_and_numbers_are_said_as_people_do() {
+        for (micros, words) in [
+            (400, "0.4 ms"),
+            (72_000, "72 ms"),
+            (1_250_000, "1.2 s"),
+            (61_000_000, "1 min"),
+            (7_300_000_000, "2 h"),
+            (200_000_000_000, "2 d"),
+        ] {
+            assert_eq!(time(Duration::from_micros(micros)), words);
+        }
+        assert_eq!(many(1, "message"), "1 message");
+        assert_eq!(many(1_234_567, "message"), "1,234,567 messages");
+        assert_eq!(grouped(999), "999");
+    }
+
+    #[test]
+    fn foreign_text_can_not_bend_the_terminal() {
+        assert_eq!(plain("a\x1b[31m\nb\u{202e}c", 99), "a\\u{1b}[31m\\nb\\u{202e}c");
+        assert_eq!(plain("ääää", 3), "äää…");
+        assert_eq!(plain("ääää", 4), "ääää");
+    }
+
+    #[test]
+    fn columns_keep_their_place_with_colours_and_without() {
+        let rows = [vec!["7".to_owned(), "sent".to_owned(), "a".to_owned()]];
+        let text = |on| table(Paint { on }, &[">ID", "STATUS", "TO"], &rows, |_, cell| status_tone(cell));
+        assert_eq!(text(false), "ID  STATUS  TO\n 7  sent    a\n");
+        let coloured = text(true);
+        assert!(coloured.ends_with(" 7  \x1b[32msent  \x1b[0m  a\n"), "{coloured:?}");
+        assert_eq!(Paint { on: true }.status("pending", 9), "pending  ");
+    }
+}
