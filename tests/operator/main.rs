@@ -134,7 +134,11 @@ fn a_message_is_sent_waited_for_and_shown() {
     assert_eq!((listed["data"].as_array().unwrap().len(), &listed["data"][0]["id"]), (1, &1.into()));
     assert!(!sent.out.contains('\x1b') && !shown.out.contains('\x1b'), "no colours but on a terminal");
     let later = system.say(&["send", "+90", "later", "--send-at", "2h"]);
-    assert!(later.out.contains("message 2 is pending, due in 1 h; `ams messages show 2`"), "{}", later.out);
+    assert!(
+        later.out.contains("message 2 is pending, due in 1 h 59 min; `ams messages show 2`"),
+        "{}",
+        later.out
+    );
     let late = system.say(&["send", "+90", "later", "--send-at", "2h", "--wait=10ms"]);
     assert_eq!(late.code, 1);
     assert!(late.err.contains("not final yet; `ams messages show 3`"), "{}", late.err);
