@@ -78,11 +78,17 @@ pub fn command() -> Command {
 
 /// The flag of a setting.
 fn setting_arg(setting: &Setting) -> Arg {
-    Arg::new(setting.name)
-        .long(setting.flag())
-        .value_name("VALUE")
-        .help(setting.help)
-        .help_heading("Settings")
+    let arg = Arg::new(setting.name).long(setting.flag()).help(setting.help).help_heading("Settings");
+    match setting.name {
+        // As the other programs have it: without a value.
+        "NO_COLOR" => arg
+            .num_args(0..=1)
+            .require_equals(true)
+            .default_missing_value("1")
+            .value_name("1")
+            .help("no colours"),
+        _ => arg.value_name("VALUE"),
+    }
 }
 
 /// The flag for programs.
@@ -155,5 +161,39 @@ fn write(text: &str) -> app::Result<bool> {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
         Err(error) => Err(AppError(format!("the output can't be written: {error}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tree_holds_together() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn settings_are_taken_from_every_level() {
+        let given = |arguments: &[&str]| {
+            let matches = command().try_get_matches_from(arguments).unwrap();
+            flags(matches.subcommand().unwrap().1)
+        };
+        let expected = BTreeMap::from([("AMS_URL", "http://x".to_owned()), ("NO_COLOR", "1".to_owned())]);
+        let (url, colour) = (["--ams-url", "http://x"], "--no-color");
+        assert_eq!(given(&["ams", "messages", url[0], url[1], "list", colour]), expected);
+        assert_eq!(given(&["ams", "producer", "pause", url[0], url[1], colour]), expected);
+        assert_eq!(given(&["ams", "config", url[0], url[1], colour]), expected);
+    }
+
+    #[test]
+    fn every_verb_says_what_it_is_for() {
+        fn check(command: &Command) {
+            for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+                assert!(verb.get_about().is_some(), "{}", verb.get_name());
+                check(verb);
+            }
+        }
+        check(&command());
     }
 }

@@ -101,6 +101,15 @@ impl Client {
         self.call(Method::GET, path, None).await
     }
 
+    /// The JSON of an answer of any status: `/readyz` says with a 503 what is away.
+    ///
+    /// # Errors
+    /// [`Failure`]: no answer, or no JSON.
+    pub(super) async fn get_any(&self, path: &str) -> Result<Value, Failure> {
+        let reply = self.reply(Method::GET, path, None).await?;
+        serde_json::from_slice(&reply.body).map_err(|_| stranger(&self.url, reply.status))
+    }
+
     pub(super) async fn post(&self, path: &str, body: &Value) -> Result<Value, Failure> {
         self.call(Method::POST, path, Some(body)).await
     }
@@ -115,14 +124,17 @@ impl Client {
         path: &str,
         body: Option<&Value>,
     ) -> Result<Value, Failure> {
+        understood(&self.url, path, &self.reply(method, path, body).await?)
+    }
+
+    async fn reply(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Reply, Failure> {
         let mut headers = HeaderMap::new();
         if let Some(key) = &self.key {
             headers.insert(AUTHORIZATION, key.clone());
         }
         let body = body.map_or_else(Bytes::new, |body| Bytes::from(body.to_string()));
         let called = self.caller.call(method, path, headers, body, WITHIN).await;
-        let reply = called.map_err(|error| unanswered(&self.url, &error))?;
-        understood(&self.url, path, &reply)
+        called.map_err(|error| unanswered(&self.url, &error))
     }
 }
 
@@ -138,23 +150,27 @@ fn unanswered(url: &str, error: &CallError) -> Failure {
     Failure { status: None, code: String::new(), errors: Vec::new(), retry_after: None, sentence }
 }
 
+/// Somebody else answers there.
+fn stranger(url: &str, status: StatusCode) -> Failure {
+    Failure {
+        status: Some(status.as_u16()),
+        code: String::new(),
+        errors: Vec::new(),
+        retry_after: None,
+        sentence: format!("what answers at {url} is no AMS API (status {status}); set AMS_URL to one"),
+    }
+}
+
 /// The JSON of a success, or what the API says is wrong.
 fn understood(url: &str, path: &str, reply: &Reply) -> Result<Value, Failure> {
     let Reply { status, headers, body } = reply;
     if status.is_success() && body.is_empty() {
         return Ok(Value::Null);
     }
-    let stranger = || Failure {
-        status: Some(status.as_u16()),
-        code: String::new(),
-        errors: Vec::new(),
-        retry_after: None,
-        sentence: format!("what answers at {url} is no AMS API (status {status}); set AMS_URL to one"),
-    };
     if status.is_success() {
-        return serde_json::from_slice(body).map_err(|_| stranger());
+        return serde_json::from_slice(body).map_err(|_| stranger(url, *status));
     }
-    let Ok(problem) = serde_json::from_slice::<Problem>(body) else { return Err(stranger()) };
+    let Ok(problem) = serde_json::from_slice::<Problem>(body) else { return Err(stranger(url, *status)) };
     let seconds = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
     Err(Failure {
         status: Some(status.as_u16()),
@@ -177,6 +193,7 @@ fn sentence(status: StatusCode, path: &str, problem: &Problem) -> String {
     if text.is_empty() {
         text.clone_from(&problem.detail);
     }
+    let story;
     let next = match problem.code.as_str() {
         "not_found" if path.starts_with("/v1/messages/") => "`ams messages list` shows what there is",
         "not_found" if path.starts_with("/v1/endpoints/") => "`ams endpoints list` shows what there is",
@@ -185,7 +202,10 @@ fn sentence(status: StatusCode, path: &str, problem: &Problem) -> String {
         }
         "key_missing" => "set AMS_KEY to a key, which `ams keys create` makes",
         "scope_missing" => "set AMS_KEY to another key, which `ams keys create` makes",
-        "wrong_status" => "`ams messages show` with its number tells its story",
+        "wrong_status" => {
+            story = format!("`ams messages show {}` tells its story", path.split('/').nth(3).unwrap_or("ID"));
+            &story
+        }
         "busy" => "try again in a moment",
         "unavailable" => "try again in a moment; `ams status` says what is away",
         "internal" => "the API's log says more",
@@ -219,4 +239,82 @@ pub(super) fn query<'a>(path: &str, pairs: impl IntoIterator<Item = (&'a str, Op
     }
     let query = query.finish();
     if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const URL: &str = "http://127.0.0.1:8080";
+
+    fn failure(status: u16, path: &str, body: &Value) -> Failure {
+        let mut headers = HeaderMap::new();
+        headers.insert(RETRY_AFTER, HeaderValue::from_static("2"));
+        let status = StatusCode::from_u16(status).unwrap();
+        understood(URL, path, &Reply { status, headers, body: body.to_string().into() }).unwrap_err()
+    }
+
+    #[test]
+    fn a_problem_becomes_a_sentence_with_the_next_step() {
+        let problem = |code: &str| json!({"code": code, "detail": "so it is"});
+        for (status, path, code, next) in [
+            (404, "/v1/messages/9", "not_found", "so it is; `ams messages list` shows what there is"),
+            (404, "/v1/endpoints/x", "not_found", "so it is; `ams endpoints list` shows what there is"),
+            (409, "/v1/messages/9/cancel", "wrong_status", "so it is; `ams messages show 9` tells its story"),
+            (
+                401,
+                "/v1/status",
+                "key_missing",
+                "so it is; set AMS_KEY to a key, which `ams keys create` makes",
+            ),
+            (500, "/v1/status", "new_code", "so it is; try again in a moment; the API's log says more"),
+            (422, "/v1/messages", "invalid_filter", "so it is"),
+        ] {
+            assert_eq!(failure(status, path, &problem(code)).sentence, next);
+        }
+        let busy = failure(503, "/v1/messages", &problem("busy"));
+        assert_eq!((busy.passes(), busy.retry_after), (true, Some(Duration::from_secs(2))));
+        assert!(!failure(404, "/v1/messages/9", &problem("not_found")).passes());
+    }
+
+    #[test]
+    fn faults_are_told_by_field_and_in_a_batch_by_message() {
+        let errors = json!([{"field": "recipient", "detail": "is empty"}, {"index": 7, "field": "content", "detail": "is long"}]);
+        let body = json!({"code": "invalid_message", "detail": "2 of 9", "errors": errors});
+        let failure = failure(422, "/v1/messages/batch", &body);
+        assert_eq!(failure.sentence, "recipient is empty; message 7: content is long");
+        assert_eq!((failure.code.as_str(), failure.errors[1].index), ("invalid_message", Some(7)));
+    }
+
+    #[test]
+    fn strangers_and_silence_are_named_with_the_setting() {
+        for body in [json!("<html>"), json!({"message": "Accepted"})] {
+            let sentence = failure(405, "/v1/status", &body).sentence;
+            assert!(
+                sentence.contains("no AMS API (status 405") && sentence.contains("AMS_URL"),
+                "{sentence}"
+            );
+        }
+        let refused = unanswered(URL, &CallError::Refused("connection refused".to_owned()));
+        assert_eq!(
+            refused.sentence,
+            "no API answers at http://127.0.0.1:8080 (connection refused); start one with `ams up`, or set AMS_URL"
+        );
+        let broken = unanswered(URL, &CallError::Broken("no answer within 30s".to_owned()));
+        assert!(broken.sentence.contains("broke off: no answer within 30s; see `ams status`"), "{broken}");
+        let empty = Reply { status: StatusCode::NO_CONTENT, headers: HeaderMap::new(), body: Vec::new() };
+        assert_eq!(understood(URL, "/", &empty).unwrap(), Value::Null);
+    }
+
+    #[test]
+    fn paths_and_queries_are_escaped() {
+        assert_eq!(segment("a b/ä?"), "a%20b%2F%C3%A4%3F");
+        assert_eq!(
+            query("/v1/messages", [("a", None), ("recipient", Some("+90 &"))]),
+            "/v1/messages?recipient=%2B90+%26"
+        );
+        assert_eq!(query("/v1/messages", [("a", None)]), "/v1/messages");
+    }
 }

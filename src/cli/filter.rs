@@ -157,3 +157,42 @@ fn changed_words(change: &str, seen: &Changed, dry_run: bool) -> String {
         _ => format!("{} {done}.\n", many(seen.changed, "message")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Command;
+
+    use super::*;
+
+    #[test]
+    fn flags_become_a_filter_with_times_before_now() {
+        let command = Command::new("list").args(filter_args()).arg(status_arg(Status::ALL, ""));
+        let flags = ["list", "--status", "dead", "--reason", "status 500", "--created-after", "1h"];
+        let matches = command.try_get_matches_from(flags).unwrap();
+        let now = Timestamp::parse("2030-01-01T09:00:00Z").unwrap();
+        let expected =
+            json!({"status": "dead", "reason": "status 500", "created_after": "2030-01-01T08:00:00Z"});
+        assert_eq!(Value::Object(filter(&matches, now).unwrap()), expected);
+        let error = moment("created-after", "yesterday", now, true).unwrap_err().to_string();
+        assert!(
+            error.contains("--created-after is `yesterday`") && error.contains("two hours ago"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_change_of_many_says_what_it_came_to() {
+        let words = |matched, changed, change, dry_run| {
+            let seen = Changed { matched, changed, job: None, finished: true, finished_at: None };
+            changed_words(change, &seen, dry_run)
+        };
+        assert_eq!(
+            words(3, 0, "redrive", true),
+            "3 messages would be pending again; without --dry-run they are.\n"
+        );
+        assert!(words(10_000, 0, "cancel", true).starts_with("10,000 messages or more would be cancelled"));
+        assert_eq!(words(1, 1, "redrive", false), "1 message pending again.\n");
+        assert_eq!(words(3, 2, "cancel", false), "2 messages cancelled; 1 had moved on meanwhile.\n");
+        assert!(words(0, 0, "cancel", false).starts_with("No message matches"));
+    }
+}

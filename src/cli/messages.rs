@@ -101,6 +101,23 @@ impl Message {
     }
 }
 
+impl Message {
+    /// What it waits for or why it ended, with times from `now`; else nothing.
+    pub(super) fn words(&self, now: Timestamp) -> String {
+        let why = self.why.as_deref().unwrap_or_default();
+        let wait = |at: Option<Timestamp>| at.filter(|at| *at > now).map(|at| time(at.since(now)));
+        match (self.status.as_str(), wait(self.due_at), wait(self.send_at)) {
+            ("retrying", Some(wait), _) => {
+                let next = format!("try {} in {wait}", self.attempts + 1);
+                // The API's words for it, of which the time is said above.
+                why.split_once("last: ").map_or(next.clone(), |(_, reason)| format!("{reason}; {next}"))
+            }
+            ("pending", _, Some(wait)) if why.starts_with("due at") => format!("due in {wait}"),
+            _ => why.to_owned(),
+        }
+    }
+}
+
 /// A page of the API's list.
 #[derive(Debug, Deserialize)]
 pub(super) struct Page<T> {
@@ -162,9 +179,9 @@ pub(super) fn lines(messages: &[Message], now: Timestamp, more: bool, paint: Pai
             time(now.since(message.created_at)),
             plain(&message.endpoint, 20),
             plain(&message.recipient, 24),
-            match &message.why {
-                Some(why) => plain(why, 70),
-                None => format!("\"{}\"", plain(&message.content, 40)),
+            match message.words(now).as_str() {
+                "" => format!("\"{}\"", plain(&message.content, 40)),
+                words => plain(words, 70),
             },
         ]
     };

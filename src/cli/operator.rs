@@ -52,7 +52,7 @@ impl Operator {
 
 /// An operator's verb: with `--json` and the settings that it needs, also after its own verbs.
 pub(super) fn verb(name: &'static str, about: &'static str) -> Command {
-    let own = SETTINGS.iter().filter(|setting| OWN_SETTINGS.contains(&setting.name));
+    let own = OWN_SETTINGS.iter().filter_map(|name| SETTINGS.iter().find(|setting| setting.name == *name));
     Command::new(name)
         .about(about)
         .arg(json_arg().global(true))

@@ -112,7 +112,7 @@ fn is_bending(character: char) -> bool {
     matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// A time that passed, as a person says it: `0.4 ms`, `12.3 s`, `4 min`, `3 h`, `12 d`.
+/// A time that passed, as a person says it: `0.4 ms`, `12.3 s`, `4 min`, `3 h 20 min`, `12 d 1 h`.
 pub(super) fn time(time: Duration) -> String {
     let seconds = time.as_secs_f64();
     match time.as_secs() {
@@ -120,9 +120,13 @@ pub(super) fn time(time: Duration) -> String {
         0 => format!("{:.0} ms", seconds * 1000.0),
         1..60 => format!("{seconds:.1} s"),
         s @ 60..3600 => format!("{} min", s / 60),
-        s @ 3600..86_400 => format!("{} h", s / 3600),
-        s => format!("{} d", s / 86_400),
+        s @ 3600..86_400 => parts(s / 3600, "h", s % 3600 / 60, "min"),
+        s => parts(s / 86_400, "d", s % 86_400 / 3600, "h"),
     }
+}
+
+fn parts(large: u64, unit: &str, small: u64, small_unit: &str) -> String {
+    if small == 0 { format!("{large} {unit}") } else { format!("{large} {unit} {small} {small_unit}") }
 }
 
 /// One thing or many: `1 message`, `3 messages`.
@@ -175,4 +179,44 @@ pub(super) fn table(
         text += &line(row.iter().enumerate().map(cell).collect());
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_and_numbers_are_said_as_people_do() {
+        for (micros, words) in [
+            (400, "0.4 ms"),
+            (72_000, "72 ms"),
+            (1_250_000, "1.2 s"),
+            (61_000_000, "1 min"),
+            (7_200_000_000, "2 h"),
+            (7_199_000_000, "1 h 59 min"),
+            (200_000_000_000, "2 d 7 h"),
+        ] {
+            assert_eq!(time(Duration::from_micros(micros)), words);
+        }
+        assert_eq!(many(1, "message"), "1 message");
+        assert_eq!(many(1_234_567, "message"), "1,234,567 messages");
+        assert_eq!(grouped(999), "999");
+    }
+
+    #[test]
+    fn foreign_text_can_not_bend_the_terminal() {
+        assert_eq!(plain("a\x1b[31m\nb\u{202e}c", 99), "a\\u{1b}[31m\\nb\\u{202e}c");
+        assert_eq!(plain("ääää", 3), "äää…");
+        assert_eq!(plain("ääää", 4), "ääää");
+    }
+
+    #[test]
+    fn columns_keep_their_place_with_colours_and_without() {
+        let rows = [vec!["7".to_owned(), "sent".to_owned(), "a".to_owned()]];
+        let text = |on| table(Paint { on }, &[">ID", "STATUS", "TO"], &rows, |_, cell| status_tone(cell));
+        assert_eq!(text(false), "ID  STATUS  TO\n 7  sent    a\n");
+        let coloured = text(true);
+        assert!(coloured.ends_with(" 7  \x1b[32msent  \x1b[0m  a\n"), "{coloured:?}");
+        assert_eq!(Paint { on: true }.status("pending", 9), "pending  ");
+    }
 }

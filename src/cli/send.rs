@@ -71,8 +71,8 @@ pub(super) async fn run(operator: &Operator, matches: &ArgMatches) -> app::Resul
         None => {
             let paint = operator.screen.paint;
             operator.screen.show(&answer, || {
-                let next = format!("`ams messages show {}` tells its story", message.id);
-                format!("{}; {next}.\n", line(&message, paint))
+                let next = format!("`ams messages show {}` tells what becomes of it", message.id);
+                format!("{}; {next}.\n", line(&message, operator.clock.now(), paint))
             })?;
             Ok(ExitCode::SUCCESS)
         }
@@ -87,16 +87,21 @@ async fn wait(operator: &Operator, mut answer: Value, within: Duration) -> app::
         let paint = operator.screen.paint;
         if message.is_final() {
             operator.screen.progress("");
-            operator.screen.show(&answer, || format!("{}.\n", line(&message, paint)))?;
+            operator
+                .screen
+                .show(&answer, || format!("{}.\n", line(&message, operator.clock.now(), paint)))?;
             let sent = message.status == "sent";
             return Ok(if sent { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         if operator.stop.is_cancelled() || watch.elapsed() >= within {
             operator.screen.progress("");
             let next = format!("`ams messages show {}` tells how it goes on", message.id);
-            return Err(AppError(format!("{}, not final yet; {next}", line(&message, Paint::default()))));
+            return Err(AppError(format!(
+                "{}, not final yet; {next}",
+                line(&message, operator.clock.now(), Paint::default())
+            )));
         }
-        operator.screen.progress(&line(&message, paint));
+        operator.screen.progress(&line(&message, operator.clock.now(), paint));
         operator.pause(LOOK).await;
         match operator.client.get(&format!("/v1/messages/{}", message.id)).await {
             Ok(next) => answer = next,
@@ -108,9 +113,12 @@ async fn wait(operator: &Operator, mut answer: Value, within: Duration) -> app::
 }
 
 /// How a message stands, without a full stop.
-fn line(message: &Message, paint: Paint) -> String {
+fn line(message: &Message, now: Timestamp, paint: Paint) -> String {
     let status = paint.status(&message.status, 0);
-    let why = message.why.as_deref().map(|why| format!(": {}", plain(why, 200))).unwrap_or_default();
+    let why = match message.words(now).as_str() {
+        "" => String::new(),
+        words => format!(", {}", plain(words, 200)),
+    };
     let tries = match (message.status.as_str(), message.finished_at) {
         ("sent" | "dead", Some(at)) => {
             let tries = if message.attempts == 1 { "try" } else { "tries" };

@@ -8,10 +8,11 @@ use clap::{Arg, ArgMatches, Command};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::client::Failure;
 use super::operator::{Operator, below, read, verb};
 use super::screen::{Paint, Tone, grouped, many, plain, time};
 use super::write;
-use crate::app;
+use crate::app::{self, AppError};
 use crate::clock::Timestamp;
 use crate::message::Status;
 
@@ -27,7 +28,10 @@ pub(super) fn command() -> Command {
 
 pub(super) async fn run(operator: &Operator, matches: &ArgMatches) -> app::Result<ExitCode> {
     let Some(gap) = matches.get_one::<u64>("watch").copied().map(Duration::from_secs) else {
-        let answer = operator.client.get("/v1/status").await?;
+        let answer = match operator.client.get("/v1/status").await {
+            Ok(answer) => answer,
+            Err(failure) => return Err(AppError(closer(operator, failure).await)),
+        };
         let seen: Seen = read(&answer)?;
         let now = operator.clock.now();
         operator.screen.show(&answer, || screen(&seen, operator.client.url(), now, operator.screen.paint))?;
@@ -45,10 +49,11 @@ async fn watch(operator: &Operator, gap: Duration) -> app::Result<ExitCode> {
                 let now = operator.clock.now();
                 screen(&read::<Seen>(&answer)?, operator.client.url(), now, operator.screen.paint)
             }
-            Err(failure) if failure.passes() => {
-                eprintln!("ams: {failure}");
-                String::new()
-            }
+            Err(failure) if failure.passes() => format!(
+                "ams: {}
+",
+                closer(operator, failure).await
+            ),
             Err(failure) => return Err(failure.into()),
         };
         let text = match (operator.screen.terminal, operator.screen.json) {
@@ -63,6 +68,27 @@ async fn watch(operator: &Operator, gap: Duration) -> app::Result<ExitCode> {
         operator.pause(gap).await;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// An API that has no store can't tell how everything is, but which part is away.
+async fn closer(operator: &Operator, failure: Failure) -> String {
+    #[derive(Deserialize)]
+    struct Ready {
+        parts: BTreeMap<String, Part>,
+    }
+    let answer = match failure.status {
+        Some(503) => operator.client.get_any("/readyz").await,
+        _ => return failure.sentence,
+    };
+    let ready = answer.ok().and_then(|answer| Ready::deserialize(answer).ok());
+    let away = ready.into_iter().flat_map(|ready| ready.parts).filter(|(_, part)| !part.up);
+    let away: Vec<_> = away.map(|(name, part)| part_away(&name, &part)).collect();
+    if away.is_empty() { failure.sentence } else { away.join("; ") }
+}
+
+fn part_away(name: &str, part: &Part) -> String {
+    let why = plain(part.error.as_deref().unwrap_or("it does not answer"), 200);
+    format!("the {name} ({}) is away: {why}; `ams doctor` looks closer", part.kind)
 }
 
 /// What of the API's answer is shown.
@@ -217,8 +243,7 @@ fn services(seen: &Seen) -> String {
 fn troubles(seen: &Seen, now: Timestamp) -> Vec<String> {
     let mut troubles = Vec::new();
     for (name, part) in seen.parts.iter().filter(|(_, part)| !part.up) {
-        let why = plain(part.error.as_deref().unwrap_or("it does not answer"), 200);
-        troubles.push(format!("the {name} ({}) is away: {why}; `ams doctor` looks closer", part.kind));
+        troubles.push(part_away(name, part));
     }
     if seen.producer.state == "paused" {
         troubles.push("the producers are paused; `ams producer resume` lets them go on".to_owned());
@@ -237,7 +262,7 @@ fn troubles(seen: &Seen, now: Timestamp) -> Vec<String> {
         let (service, host) = (&lost.service, plain(&lost.host, 60));
         let ago = time(now.since(lost.seen_at));
         troubles.push(format!(
-            "a {service} on {host} has not been seen for {ago}; look at its log, or start it again"
+            "`{service}` on {host} has not been seen for {ago}; look at its log, or start it again"
         ));
     }
     let late = seen.oldest_due_age_s.filter(|age| *age > LATE && seen.producer.state != "paused");
@@ -263,4 +288,79 @@ pub(super) async fn control(operator: &Operator, matches: &ArgMatches) -> app::R
         _ => format!("The producers go on: {}.\n", producer(&now)),
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const AT: &str = "2030-01-01T09:00:00Z";
+
+    fn well() -> Value {
+        json!({
+            "version": "0.1.0",
+            "services": [{"service": "up", "host": "h", "version": "0.1.0", "seen_at": AT, "alive": true}],
+            "counts": {"sent": {"count": 10_000, "more": true}, "pending": {"count": 2, "more": false},
+                       "dead": {"count": 0, "more": false}},
+            "oldest_due_age_s": 0.2, "lag": {"messages": 12}, "producer": {"state": "running", "active": true, "pacing": null},
+            "parts": {"store": {"kind": "sqlite", "up": true, "latency_ms": 0.12, "error": null}},
+        })
+    }
+
+    fn text(answer: &Value) -> String {
+        let now = Timestamp::parse("2030-01-01T09:01:10Z").unwrap();
+        screen(&read(answer).unwrap(), "http://x", now, Paint::default())
+    }
+
+    #[test]
+    fn a_healthy_system_is_seen_at_a_glance() {
+        let expected = "\
+AMS 0.1.0 at http://x: all is well
+
+messages  2 pending · 10,000+ sent
+waiting   the oldest that is due waits for 200 ms
+producer  running; no pacing
+lanes     messages 12 tickets
+parts     store sqlite 0.1 ms
+services  up 0.1.0
+";
+        assert_eq!(text(&well()), expected);
+    }
+
+    #[test]
+    fn every_trouble_is_told_with_what_to_do() {
+        let mut answer = well();
+        answer["parts"]["store"]["up"] = json!(false);
+        answer["parts"]["store"]["error"] = json!("no answer within 1s");
+        answer["producer"] =
+            json!({"state": "running", "active": false, "pacing": {"batch_count": 100, "interval_s": 1.0}});
+        answer["services"][0]["alive"] = json!(false);
+        answer["oldest_due_age_s"] = json!(90.0);
+        answer["counts"]["dead"] = json!({"count": 3, "more": false});
+        let text = text(&answer);
+        for part in [
+            "6 troubles below",
+            "! the store (sqlite) is away: no answer within 1s; `ams doctor` looks closer",
+            "! no producer is running; start one with `ams producer`, or everything with `ams up`",
+            "! no consumer is running; start one with `ams consumer`",
+            "! `up` on h has not been seen for 1 min",
+            "! a message has been due for 1 min",
+            "producer  none is running; at most 100 first tries in 1.0 s",
+            "`ams dlq list`",
+        ] {
+            assert!(text.contains(part), "{part}\n{text}");
+        }
+    }
+
+    #[test]
+    fn paused_producers_and_an_empty_store_say_how_to_go_on() {
+        let mut answer = well();
+        answer["producer"]["state"] = json!("paused");
+        answer["counts"] = json!({});
+        let text = text(&answer);
+        assert!(text.contains("1 trouble below") && text.contains("`ams producer resume`"), "{text}");
+        assert!(text.contains("none yet; `ams send +905551111111 Hello` sends one"), "{text}");
+    }
 }

@@ -216,19 +216,12 @@ fn line(event: &Event, paint: Paint) -> String {
     let clock = paint.tone(Tone::Faint, clock.get(11..19).unwrap_or(&clock));
     let tries =
         if message.attempts == 1 { "1 try".to_owned() } else { format!("{} tries", message.attempts) };
-    let why = message.why.as_deref().unwrap_or_default();
     let words = match (event.status.as_str(), message.finished_at) {
         ("sent", Some(at)) => format!("{tries}, {}", time(at.since(message.created_at))),
-        ("retrying", _) => {
-            let reason = why.split_once("last: ").map_or("", |(_, reason)| reason);
-            let next = match message.due_at.filter(|due| *due > event.at) {
-                Some(due) => format!("try {} in {}", message.attempts + 1, time(due.since(event.at))),
-                None => format!("after {tries}"),
-            };
-            [reason, &next].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
-        }
-        ("dead", _) => format!("{why}; {tries}"),
-        _ => why.to_owned(),
+        ("retrying", _) if message.status == "retrying" => message.words(event.at),
+        ("retrying", _) => format!("after {tries}; under way again"),
+        ("dead", _) => format!("{}; {tries}", message.words(event.at)),
+        _ => message.words(event.at),
     };
     let endpoint = match message.endpoint.as_str() {
         "default" => String::new(),
@@ -278,7 +271,11 @@ mod tests {
         assert!(lines(&mut seen, &[message(2, "retrying", 1), message(1, "sent", 1)]).is_empty());
         assert!(lines(&mut seen, &[message(2, "queued", 1)]).is_empty(), "it only goes on");
         let told = lines(&mut seen, &[message(2, "processing", 2)]);
-        assert_eq!(told, ["00:00:10  retrying   2      to +90  after 2 tries"], "missed between two looks");
+        assert_eq!(
+            told,
+            ["00:00:10  retrying   2      to +90  after 2 tries; under way again"],
+            "missed between two looks"
+        );
         let told = lines(&mut seen, &[message(2, "dead", 4)]);
         assert_eq!(told, ["00:00:09  dead       2      to +90  status 500; 4 tries"]);
         let told = lines(&mut seen, &[message(2, "pending", 4)]);

@@ -62,7 +62,7 @@ fn story(message: &Message, tries: &[Attempt], now: Timestamp, paint: Paint) -> 
     let mut row = |name: &str, words: &str| {
         text += &format!("{} {words}\n", paint.tone(Tone::Faint, &format!("{name:<9}")));
     };
-    row("endpoint", &message.endpoint);
+    row("endpoint", &plain(&message.endpoint, 100));
     row("content", &plain(&message.content, CONTENT));
     let texts = [
         ("type", message.content_type.clone()),
@@ -83,7 +83,7 @@ fn story(message: &Message, tries: &[Attempt], now: Timestamp, paint: Paint) -> 
     for (at, words) in events(message, tries, now, paint) {
         text += &format!("{} {words}\n", paint.tone(Tone::Faint, &at));
     }
-    text + next_step(message)
+    text + &next_step(message)
 }
 
 /// What happened, each with its time: the first in full, the others since then.
@@ -124,10 +124,72 @@ fn attempt_words(attempt: &Attempt, paint: Paint) -> String {
     words
 }
 
-fn next_step(message: &Message) -> &'static str {
+fn next_step(message: &Message) -> String {
+    let id = message.id;
     match message.status.as_str() {
-        "dead" | "cancelled" | "expired" => "\n`ams messages redrive` with its number sends it again.\n",
-        "sent" => "",
-        _ => "\n`ams messages cancel` with its number makes no further try.\n",
+        "dead" | "cancelled" | "expired" => format!("\n`ams messages redrive {id}` sends it again.\n"),
+        "sent" => String::new(),
+        _ => format!("\n`ams messages cancel {id}` makes no further try.\n"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(more: &Value) -> Message {
+        let mut message = json!({
+            "id": 7, "status": "dead", "why": "status 500", "endpoint": "sms", "recipient": "+90", "attempts": 2,
+            "content": "Hi\u{1b}[2J", "created_at": "2030-01-01T09:00:00Z", "finished_at": "2030-01-01T09:00:04Z",
+            "tags": {"a": 1},
+        });
+        message.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        read(&message).unwrap()
+    }
+
+    fn attempts() -> Vec<Attempt> {
+        let attempts = json!([
+            {"attempt": 1, "lane": "messages", "class": "rejected", "status": 500, "address": "http://x/",
+             "answer": "oops\n", "started_at": "2030-01-01T09:00:00.02Z", "connect_ms": 0.5, "head_ms": 11.0, "body_ms": 0.5},
+            {"attempt": 2, "lane": "messages-retry", "class": "bad_answer", "address": "http://x/", "error": "no HTTP",
+             "answer": "", "started_at": "2030-01-01T09:00:03Z", "connect_ms": 0.0, "head_ms": 0.2, "body_ms": 0.0},
+        ]);
+        read(&attempts).unwrap()
+    }
+
+    #[test]
+    fn a_story_is_told_try_by_try() {
+        let now = Timestamp::parse("2030-01-01T10:00:00Z").unwrap();
+        let text = story(&message(&json!({})), &attempts(), now, Paint::default());
+        let expected = "\
+message 7 to +90: dead, status 500
+
+endpoint  sms
+content   Hi\\u{1b}[2J
+tags      {\"a\":1}
+
+          stored at 2030-01-01T09:00:00Z
+   +20 ms try 1 on messages: status 500 in 12 ms at http://x/
+          oops
+   +3.0 s try 2 on messages-retry: bad answer in 0.2 ms at http://x/
+          no HTTP
+   +4.0 s dead
+
+`ams messages redrive 7` sends it again.
+";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn what_waits_says_what_comes_next() {
+        let now = Timestamp::parse("2030-01-01T09:00:04Z").unwrap();
+        let waiting = json!({"status": "retrying", "finished_at": null, "due_at": "2030-01-01T09:00:09Z"});
+        let text = story(&message(&waiting), &attempts(), now, Paint::default());
+        assert!(text.contains("   +9.0 s next try, in 5.0 s\n"), "{text}");
+        assert!(text.ends_with("`ams messages cancel 7` makes no further try.\n"), "{text}");
+        let queued = json!({"status": "queued", "finished_at": null, "why": "its ticket waits"});
+        let text = story(&message(&queued), &[], now, Paint { on: true });
+        assert!(text.starts_with("\x1b[1mmessage 7\x1b[0m to +90: queued, its ticket waits\n"), "{text:?}");
+        assert!(text.contains("+4.0 s\x1b[0m queued\n"), "{text:?}");
     }
 }

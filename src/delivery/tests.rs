@@ -1,6 +1,7 @@
 //! The network delivery against receivers of every kind.
 
 mod answers;
+mod calls;
 mod connections;
 mod hostile;
 mod receiver;
