@@ -1,5 +1,5 @@
 # The tests that need no service, for `make check`.
-CHECK_TESTS = --lib --test tidy --test simulation -- --skip ::real::
+CHECK_TESTS = --lib --test tidy --test reference --test simulation -- --skip ::real::
 
 # More arguments for `cargo test` in `make test`, such as TEST_ARGS='--test kafka'.
 TEST_ARGS =

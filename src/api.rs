@@ -3,6 +3,7 @@
 mod endpoints;
 mod guard;
 mod messages;
+mod metrics;
 mod operate;
 mod problem;
 mod search;
@@ -33,6 +34,7 @@ use crate::intake::Intake;
 use crate::service::Parts;
 
 pub use guard::Guard;
+use metrics::Survey;
 pub use problem::errors_page;
 use problem::{Code, Problem};
 
@@ -56,12 +58,14 @@ pub struct ApiState {
     parts: Parts,
     intake: Intake,
     guard: Guard,
+    survey: Survey,
 }
 
 impl ApiState {
-    /// The state of an API beside these parts, behind this guard.
-    pub fn new(parts: &Parts, intake: Intake, guard: Guard) -> ApiState {
-        ApiState { parts: parts.clone(), intake, guard }
+    /// The state of an API beside these parts, behind this guard. `tells_all`: its metrics tell of the whole
+    /// installation as well as of this process.
+    pub fn new(parts: &Parts, intake: Intake, guard: Guard, tells_all: bool) -> ApiState {
+        ApiState { parts: parts.clone(), intake, guard, survey: Survey::new(tells_all) }
     }
 }
 
@@ -106,7 +110,7 @@ fn documented() -> OpenApiRouter<ApiState> {
         .routes(routes!(status::status))
         .routes(routes!(status::livez))
         .routes(routes!(status::readyz))
-        .routes(routes!(status::metrics))
+        .routes(routes!(metrics::metrics))
 }
 
 /// The OpenAPI document, as JSON.
@@ -138,7 +142,7 @@ pub fn health_router(state: ApiState) -> Router {
     Router::new()
         .route("/livez", get(status::livez))
         .route("/readyz", get(status::readyz))
-        .route("/metrics", get(status::metrics))
+        .route("/metrics", get(metrics::metrics))
         .fallback(|| async { Problem::new(Code::NotFound, "here are /livez, /readyz and /metrics") })
         .method_not_allowed_fallback(|| async {
             Problem::new(Code::MethodNotAllowed, "this path has other methods")

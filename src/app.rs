@@ -19,7 +19,7 @@ use crate::cache::redis::RedisCache;
 use crate::clock::Clock;
 use crate::config::{CacheConfig, Config, QueueConfig, Role, StoreConfig};
 use crate::consumer::{self, ConsumerOptions};
-use crate::delivery::{Delivery, DeliveryOptions};
+use crate::delivery::{Delivery, DeliveryOptions, origin_of};
 use crate::intake::Intake;
 use crate::janitor::Janitor;
 use crate::producer::{Producer, ProducerOptions};
@@ -50,7 +50,7 @@ const ROOM: usize = 16_000;
 /// Messages begun and not recorded, per consumer.
 const WINDOW: usize = 8_000;
 /// Open files wanted: the default endpoint setting allows a thousand connections to each endpoint.
-const FILES: u64 = 65_536;
+pub const FILES: u64 = 65_536;
 
 /// A whole AMS, or the part of it that a role runs.
 pub struct App {
@@ -132,7 +132,8 @@ impl App {
         match default {
             None => self.parts.store.put_endpoint(&Endpoint::new("default", url)).await?,
             Some(old) if self.config.request_url_set && old.url != *url => {
-                tracing::info!("the endpoint default now points to {url}; it was {}", old.url);
+                let (new, old_one) = (origin_of(url), origin_of(&old.url));
+                tracing::info!("the endpoint default now points to {new}; it was {old_one}");
                 self.parts.store.put_endpoint(&Endpoint { url: url.clone(), ..old }).await?;
             }
             Some(_) => {}
@@ -237,7 +238,9 @@ impl App {
             Arc::clone(&self.parts.metrics),
             Arc::clone(&self.wake),
         );
-        ApiState::new(&self.parts, intake, self.guard(address))
+        // One of these is there in every installation, and a question to the store from each consumer is saved.
+        let tells_all = matches!(self.config.role, Role::Api | Role::Up | Role::Producer);
+        ApiState::new(&self.parts, intake, self.guard(address), tells_all)
     }
 
     /// What only this machine reaches asks for no keys.
@@ -294,7 +297,7 @@ pub fn open_store(config: &StoreConfig) -> Result<Arc<dyn Store>> {
 /// When a client setting can't be used.
 pub fn open_queue(config: &QueueConfig) -> Result<Arc<dyn Queue>> {
     Ok(match config {
-        QueueConfig::Embedded => Arc::new(EmbeddedQueue::new(4)),
+        QueueConfig::Embedded => Arc::new(EmbeddedQueue::new(4, Clock::system())),
         QueueConfig::Kafka { brokers, client } => {
             let options = KafkaOptions { brokers: brokers.clone(), client: client.clone() };
             Arc::new(KafkaQueue::open(options).map_err(|error| AppError(error.to_string()))?)
@@ -302,7 +305,11 @@ pub fn open_queue(config: &QueueConfig) -> Result<Arc<dyn Queue>> {
     })
 }
 
-fn open_cache(config: &CacheConfig) -> Result<Arc<dyn Cache>> {
+/// Opens the cache that is configured.
+///
+/// # Errors
+/// When its URL can't be understood.
+pub fn open_cache(config: &CacheConfig) -> Result<Arc<dyn Cache>> {
     Ok(match config {
         CacheConfig::Memory => Arc::new(MemoryCache::new()),
         CacheConfig::Redis(url) => {

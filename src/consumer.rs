@@ -53,8 +53,9 @@ pub async fn run(
     };
     let (records, taken) = mpsc::unbounded_channel();
     let (recorded, written) = mpsc::unbounded_channel();
-    let recorder = recorder::run(parts.clone(), taken, recorded);
-    let desk = Desk::new(parts.clone(), delivery, options.clone(), subscription, records);
+    let metrics = parts.metrics.lane(&lane.topic);
+    let recorder = recorder::run(parts.clone(), metrics.clone(), taken, recorded);
+    let desk = Desk::new(parts.clone(), metrics, delivery, options.clone(), subscription, records);
     let (desk_done, ()) = tokio::join!(desk.run(written, stop), recorder);
     desk_done.close().await;
 }

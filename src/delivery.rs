@@ -9,6 +9,7 @@
 //! a request that may have been written is never sent a second time by the same try.
 
 mod answer;
+mod caller;
 mod connect;
 mod connection;
 pub mod limits;
@@ -39,6 +40,8 @@ use crate::clock::{Clock, Stopwatch, Timestamp};
 use crate::message::{Class, Outcome, Ticket, Times};
 use crate::store::Endpoint;
 
+pub use self::caller::{CallError, Caller, Reply};
+
 /// What a scripted delivery calls instead of the network.
 pub type Script = Arc<dyn Fn(Ticket, Endpoint) -> BoxFuture<'static, Outcome> + Send + Sync>;
 
@@ -59,6 +62,12 @@ pub fn check_url(url: &str) -> Result<(), String> {
 /// A few words on what is wrong with it, without the secret.
 pub fn check_secret(secret: &str) -> Result<(), String> {
     Key::parse(secret).map(drop)
+}
+
+/// As much of an endpoint's URL as the log may have: its path and query may be what lets a caller in.
+pub fn origin_of(url: &str) -> String {
+    url::Url::parse(url)
+        .map_or_else(|_| "an unreadable URL".to_owned(), |url| url.origin().ascii_serialization())
 }
 
 /// How deliveries are made.
@@ -91,6 +100,9 @@ pub enum DeliveryError {
     /// The file of further authorities can't be used; name another.
     #[error("the authorities in `{path}` can't be used: {why}")]
     CaFile { path: PathBuf, why: String },
+    /// No request can go to this URL; name another.
+    #[error("{0}")]
+    Url(String),
     /// TLS can't be set up: a defect of ours.
     #[error("TLS can't be set up: {0}")]
     Tls(String),
@@ -132,6 +144,17 @@ impl Delivery {
     /// Deliveries that `script` makes up. For the simulation.
     pub fn scripted(clock: Clock, script: Script) -> Delivery {
         Delivery { clock, way: Way::Script(script) }
+    }
+
+    /// Opens a connection to where `url` points, TLS included, and closes it again: no request is sent.
+    ///
+    /// # Errors
+    /// A few words on why there is none after `within`.
+    pub async fn reach(&self, url: &str, within: Duration) -> Result<(), String> {
+        let Way::Network(network) = &self.way else { return Ok(()) };
+        let host = network.pool.host(&Target::parse(url)?.origin);
+        let connected = tokio::time::timeout(within, network.pool.connect(&host, within)).await;
+        connected.unwrap_or_else(|_| Err(format!("no connection within {within:?}"))).map(drop)
     }
 
     /// Tries `ticket` at `endpoint` once. Ends by the endpoint's deadline, whatever the receiver does.
@@ -286,7 +309,8 @@ impl Network {
             progress.retry_after_ms = answer::retry_after_ms(answer.headers(), clock.now());
         }
         let told = answer::keeps_idle_for(answer.headers());
-        progress.whole = read(&mut connection, answer.into_body(), &mut progress.body).await;
+        progress.whole =
+            read(&mut connection, answer.into_body(), &mut progress.body, answer::BODY_MAX).await;
         if progress.whole {
             self.pool.give_back(host, connection, self.watch.elapsed(), told).await;
         }
@@ -321,14 +345,14 @@ impl Network {
     }
 }
 
-/// Reads a body up to its end or cap; whether it was the end. The bytes are copied, because a slice
+/// Reads a body up to its end, or to `most` bytes; whether it was the end. The bytes are copied, because a slice
 /// would keep the connection's whole read buffer alive for as long as the outcome.
-async fn read(connection: &mut Connection, mut body: Incoming, into: &mut Vec<u8>) -> bool {
+async fn read(connection: &mut Connection, mut body: Incoming, into: &mut Vec<u8>, most: usize) -> bool {
     while let Some(frame) = connection.read(&mut body).await {
         let Ok(frame) = frame else { return false };
         // Trailers say nothing to us.
         let Ok(data) = frame.into_data() else { continue };
-        let room = answer::BODY_MAX - into.len();
+        let room = most - into.len();
         if data.len() > room {
             into.extend_from_slice(&data[..room]);
             return false;

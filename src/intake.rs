@@ -194,7 +194,6 @@ impl Committer {
         let inserted = tokio::time::timeout(Duration::from_secs(30), call)
             .await
             .unwrap_or_else(|_| Err(StoreError::Unavailable("no answer within 30 s".to_owned())));
-        self.metrics.part_up("store", !matches!(inserted, Err(StoreError::Unavailable(_))));
         let inserted = inserted?;
         self.metrics.batch("insert", rows, watch.elapsed());
         self.wake.notify_one();

@@ -33,6 +33,11 @@ const JOB_PIECES: usize = 20;
 /// Ledger rows looked at in a round: more than all rooms together can hold in single-row batches.
 const BATCHES: usize = 100_000;
 
+/// Why messages were given back, as the metrics say it.
+const DIED: &str = "instance_died";
+const ORPHANED: &str = "batch_orphaned";
+const LOST: &str = "ticket_lost";
+
 /// The janitor of one process.
 pub struct Janitor {
     parts: Parts,
@@ -43,6 +48,9 @@ pub struct Janitor {
 impl Janitor {
     /// A janitor that works while the producer beside it is the active one, which `leading` says.
     pub fn new(parts: Parts, leading: watch::Receiver<Option<Reign>>) -> Janitor {
+        for why in [DIED, ORPHANED, LOST] {
+            parts.metrics.recovered(why, 0);
+        }
         Janitor { parts, leading, rounds: 0 }
     }
 
@@ -81,7 +89,7 @@ impl Janitor {
                     recovered.instances
                 );
             }
-            self.parts.metrics.recovered("instance_died", recovered.messages);
+            self.parts.metrics.recovered(DIED, recovered.messages);
             self.publish_left_letters(now).await?;
         }
         self.finish_jobs(now).await
@@ -174,8 +182,8 @@ enum Fate {
 impl Fate {
     fn word(self) -> &'static str {
         match self {
-            Fate::UnderWay | Fate::Passed | Fate::Wiped => "ticket_lost",
-            Fate::Orphaned => "batch_orphaned",
+            Fate::UnderWay | Fate::Passed | Fate::Wiped => LOST,
+            Fate::Orphaned => ORPHANED,
         }
     }
 
@@ -228,7 +236,7 @@ mod tests {
     fn parts(clock: &Clock) -> Parts {
         let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
         Parts {
-            queue: Arc::new(crate::queue::embedded::EmbeddedQueue::new(1)),
+            queue: Arc::new(crate::queue::embedded::EmbeddedQueue::new(1, clock.clone())),
             cache: Arc::new(crate::cache::memory::MemoryCache::new()),
             clock: clock.clone(),
             metrics: Arc::default(),

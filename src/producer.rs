@@ -132,6 +132,7 @@ impl Producer {
         service::run("producer", stop, wake, async || self.step().await).await;
         while self.publishing.join_next().await.is_some() {}
         self.leading.send_replace(None);
+        self.parts.metrics.is_active_producer(false);
     }
 
     /// One look for due rows: claims and publishes what there is.
@@ -186,9 +187,11 @@ impl Producer {
         }
         let until = now.after(LEADERSHIP);
         let bid = Bid { instance, now, until, paced_until: None, pacing: self.options.pacing };
-        let won = self.parts.store.lead(&bid).await?;
-        self.next_bid = now.after(BID);
         let led = now < self.led_until;
+        let won =
+            self.parts.store.lead(&bid).await.inspect_err(|_| self.parts.metrics.is_active_producer(led))?;
+        self.parts.metrics.is_active_producer(won.is_some());
+        self.next_bid = now.after(BID);
         match won {
             Some(leadership) => {
                 self.led_until = until;

@@ -14,6 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use crate::clock::Timestamp;
 use crate::store::Place;
 
 pub use watermark::Watermark;
@@ -44,6 +45,8 @@ pub struct LaneRecord {
 #[derive(Clone, Debug)]
 pub struct Taken {
     pub receipt: Receipt,
+    /// When it was published, by its publisher's clock; in whole milliseconds from a broker.
+    pub published_at: Timestamp,
     pub key: Bytes,
     pub value: Bytes,
 }

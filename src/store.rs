@@ -340,6 +340,19 @@ pub struct Overview {
     pub instances: Vec<Instance>,
 }
 
+/// What the database says of itself.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct About {
+    /// Its version, in its own words.
+    pub version: String,
+    /// What its own clock says. Only for comparing clocks: all times in the store come from callers.
+    pub now: Timestamp,
+    /// Those of its settings on which safety and capacity rest, in its own words.
+    pub settings: std::collections::BTreeMap<String, String>,
+    /// Connections that are open now, of all programs; 0 where there is no server.
+    pub connections: u64,
+}
+
 /// The store. Every call may be repeated after [`StoreError::Unavailable`] without doing harm.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
@@ -515,4 +528,7 @@ pub trait Store: Send + Sync + 'static {
 
     /// Counts, ages and instances. Counting stops at 10,000 a status.
     async fn overview(&self, now: Timestamp) -> Result<Overview>;
+
+    /// What the database says of itself; it need not be migrated.
+    async fn about(&self) -> Result<About>;
 }

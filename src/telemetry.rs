@@ -1,65 +1,31 @@
-//! What the program says about itself: log set-up, and every metric declared once with its help.
+//! What the program says about itself: log set-up, and every metric, declared once with its help.
+//!
+//! A room asks once for what it counts on a lane and keeps it ([`Metrics::lane`]): nothing is looked up,
+//! named or allocated for a message.
 
-use std::fmt::Write;
-use std::io::IsTerminal;
-use std::path::Path;
-use std::sync::Mutex;
+mod declared;
+mod log;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::text::encode_registry;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::Gauge as WholeGauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use prometheus_client::registry::Registry;
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
+use prometheus_client::registry::{self, Registry};
 
-use crate::message::Class;
+use crate::message::{Class, Times, Verdict};
 
-/// What a metric does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Only grows.
-    Counter,
-    /// Goes up and down.
-    Gauge,
-    /// Counts by size.
-    Histogram,
-}
+pub use declared::{Kind, METRICS, Metric, table};
+pub use log::start_log;
 
-impl Kind {
-    /// The kind as it is written in the exposition.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
-            Kind::Histogram => "histogram",
-        }
-    }
-}
-
-/// Every metric as it is exposed, with its kind and help.
-pub const METRICS: &[(&str, Kind, &str)] = &[
-    (
-        "ams_batch_rows",
-        Kind::Histogram,
-        "rows of batches by stage: insert, claim, publish, begin, record, hold, unhold",
-    ),
-    ("ams_batch_seconds", Kind::Histogram, "how long a batch took, by stage"),
-    ("ams_attempts_total", Kind::Counter, "tries by lane and class of outcome"),
-    ("ams_attempt_seconds", Kind::Histogram, "how long a try took, by lane"),
-    ("ams_verdicts_total", Kind::Counter, "verdicts by lane: sent, retrying, dead, released"),
-    ("ams_delivery_latency_seconds", Kind::Histogram, "from a message's creation to its delivery"),
-    ("ams_stale_total", Kind::Counter, "tickets and failures that a guarded write refused, by stage"),
-    ("ams_in_flight", Kind::Gauge, "tries under way in this process"),
-    ("ams_lane_lag", Kind::Gauge, "records of a lane that its group has not taken up, by partition"),
-    ("ams_part_up", Kind::Gauge, "whether store, queue or cache answered when last asked: 1 or 0"),
-    ("ams_recovered_total", Kind::Counter, "rows given back by the janitor, by reason"),
-];
-
-type Labels<const N: usize> = [(&'static str, String); N];
+type Gauge = WholeGauge<f64, std::sync::atomic::AtomicU64>;
+/// Labels whose values are words of the program.
+type Words<const N: usize> = [(&'static str, &'static str); N];
+/// Labels with values that are known only when it runs.
+type Names<const N: usize> = [(&'static str, String); N];
 
 /// Every metric of a process. Cheap to share by reference; rooms call these methods and know nothing
 /// of registries.
@@ -67,193 +33,290 @@ type Labels<const N: usize> = [(&'static str, String); N];
 pub struct Metrics {
     // Locked only to be read out.
     registry: Mutex<Registry>,
-    batch_rows: Family<Labels<1>, Histogram>,
-    batch_seconds: Family<Labels<1>, Histogram>,
-    attempts: Family<Labels<2>, Counter>,
-    attempt_seconds: Family<Labels<1>, Histogram>,
-    verdicts: Family<Labels<2>, Counter>,
-    latency: Histogram,
-    stale: Family<Labels<1>, Counter>,
-    in_flight: Gauge,
-    lag: Family<Labels<2>, Gauge>,
-    part_up: Family<Labels<1>, Gauge>,
-    recovered: Family<Labels<1>, Counter>,
+    build_info: Family<Words<1>, Gauge>,
+    batch_rows: Family<Words<1>, Histogram>,
+    batch_seconds: Family<Words<1>, Histogram>,
+    is_active_producer: Family<Words<0>, Gauge>,
+    queue_wait: Family<Names<1>, Histogram>,
+    stale: Family<Words<1>, Counter>,
+    in_flight: Family<Names<1>, Gauge>,
+    attempts: Family<Names<2>, Counter>,
+    attempt_seconds: Family<Names<1>, Histogram>,
+    phase_seconds: Family<Names<2>, Histogram>,
+    verdicts: Family<Names<2>, Counter>,
+    latency: Family<Names<1>, Histogram>,
+    recovered: Family<Words<1>, Counter>,
+    part_up: Family<Words<1>, Gauge>,
+    part_answer: Family<Words<1>, Gauge>,
+    backlog: Family<Words<1>, Gauge>,
+    oldest_due: Family<Words<0>, Gauge>,
+    lag: Family<Names<2>, Gauge>,
+    active_producers: Family<Words<0>, Gauge>,
+    paused: Family<Words<0>, Gauge>,
 }
 
 fn rows() -> Histogram {
     Histogram::new(exponential_buckets(1.0, 2.0, 15))
 }
 
-/// From half a millisecond to about a minute and a half.
+/// From half a millisecond to about a minute.
 fn seconds() -> Histogram {
     Histogram::new(exponential_buckets(0.0005, 2.0, 18))
+}
+
+/// From a millisecond to about half an hour.
+fn long_seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 2.0, 22))
 }
 
 impl Default for Metrics {
     fn default() -> Metrics {
         let metrics = Metrics {
             registry: Mutex::default(),
+            build_info: Family::default(),
             batch_rows: Family::new_with_constructor(rows),
             batch_seconds: Family::new_with_constructor(seconds),
+            is_active_producer: Family::default(),
+            queue_wait: Family::new_with_constructor(seconds),
+            stale: Family::default(),
+            in_flight: Family::default(),
             attempts: Family::default(),
             attempt_seconds: Family::new_with_constructor(seconds),
+            phase_seconds: Family::new_with_constructor(seconds),
             verdicts: Family::default(),
-            latency: seconds(),
-            stale: Family::default(),
-            in_flight: Gauge::default(),
-            lag: Family::default(),
-            part_up: Family::default(),
+            latency: Family::new_with_constructor(long_seconds),
             recovered: Family::default(),
+            part_up: Family::default(),
+            part_answer: Family::default(),
+            backlog: Family::default(),
+            oldest_due: Family::default(),
+            lag: Family::default(),
+            active_producers: Family::default(),
+            paused: Family::default(),
         };
         metrics.register();
+        metrics.build_info.get_or_create(&[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
         metrics
     }
 }
 
 impl Metrics {
     fn register(&self) {
-        let mut registry = self.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for (name, _, help) in METRICS {
-            // The encoder adds `_total` to counters itself.
-            let short = name.trim_end_matches("_total");
-            match *name {
-                "ams_batch_rows" => registry.register(short, *help, self.batch_rows.clone()),
-                "ams_batch_seconds" => registry.register(short, *help, self.batch_seconds.clone()),
-                "ams_attempts_total" => registry.register(short, *help, self.attempts.clone()),
-                "ams_attempt_seconds" => registry.register(short, *help, self.attempt_seconds.clone()),
-                "ams_verdicts_total" => registry.register(short, *help, self.verdicts.clone()),
-                "ams_delivery_latency_seconds" => registry.register(short, *help, self.latency.clone()),
-                "ams_stale_total" => registry.register(short, *help, self.stale.clone()),
-                "ams_in_flight" => registry.register(short, *help, self.in_flight.clone()),
-                "ams_lane_lag" => registry.register(short, *help, self.lag.clone()),
-                "ams_part_up" => registry.register(short, *help, self.part_up.clone()),
-                "ams_recovered_total" => registry.register(short, *help, self.recovered.clone()),
-                _ => {}
-            }
-        }
+        let mut all = self.registry();
+        register(&mut all, "ams_build_info", &self.build_info);
+        register(&mut all, "ams_batch_rows", &self.batch_rows);
+        register(&mut all, "ams_batch_seconds", &self.batch_seconds);
+        register(&mut all, "ams_is_active_producer", &self.is_active_producer);
+        register(&mut all, "ams_queue_wait_seconds", &self.queue_wait);
+        register(&mut all, "ams_stale_total", &self.stale);
+        register(&mut all, "ams_in_flight", &self.in_flight);
+        register(&mut all, "ams_attempts_total", &self.attempts);
+        register(&mut all, "ams_attempt_seconds", &self.attempt_seconds);
+        register(&mut all, "ams_attempt_phase_seconds", &self.phase_seconds);
+        register(&mut all, "ams_verdicts_total", &self.verdicts);
+        register(&mut all, "ams_delivery_latency_seconds", &self.latency);
+        register(&mut all, "ams_recovered_total", &self.recovered);
+        register(&mut all, "ams_part_up", &self.part_up);
+        register(&mut all, "ams_part_answer_seconds", &self.part_answer);
+        register(&mut all, "ams_backlog_messages", &self.backlog);
+        register(&mut all, "ams_oldest_due_age_seconds", &self.oldest_due);
+        register(&mut all, "ams_lane_lag", &self.lag);
+        register(&mut all, "ams_active_producers", &self.active_producers);
+        register(&mut all, "ams_producers_paused", &self.paused);
     }
 
-    /// All metrics as OpenMetrics text.
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All metrics in Prometheus' text format, version 0.0.4.
     pub fn encode(&self) -> String {
-        let registry = self.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut text = String::new();
-        if encode(&mut text, &registry).is_err() {
+        if encode_registry(&mut text, &self.registry()).is_err() {
             // Writing to a string does not fail; should it, the scrape says so.
-            let _ = writeln!(text, "# the metrics could not be written");
+            text.push_str("# the metrics could not be written\n");
         }
-        text
+        classic(&text)
     }
 
-    /// A batch of `rows` messages passed a stage: `insert`, `claim`, `publish`, `begin`, `record`, `hold`, `unhold`.
+    /// What is counted on a lane, for whoever works on it to keep.
+    pub fn lane(&self, lane: &str) -> LaneMetrics {
+        let one = || [("lane", lane.to_owned())];
+        let two = |label, value: &str| [("lane", lane.to_owned()), (label, value.to_owned())];
+        let phase = |name| self.phase_seconds.get_or_create_owned(&two("phase", name));
+        let verdict = |name| self.verdicts.get_or_create_owned(&two("verdict", name));
+        LaneMetrics {
+            queue_wait: self.queue_wait.get_or_create_owned(&one()),
+            in_flight: self.in_flight.get_or_create_owned(&one()),
+            attempts: Class::ALL
+                .map(|class| self.attempts.get_or_create_owned(&two("class", class.as_str()))),
+            attempt_seconds: self.attempt_seconds.get_or_create_owned(&one()),
+            connect: phase("connect"),
+            head: phase("head"),
+            body: phase("body"),
+            sent: verdict("sent"),
+            retrying: verdict("retrying"),
+            dead: verdict("dead"),
+            released: verdict("released"),
+            latency: self.latency.get_or_create_owned(&one()),
+        }
+    }
+
+    /// A batch of `rows` messages passed a stage; [`METRICS`] names the stages.
     pub fn batch(&self, stage: &'static str, rows: usize, took: Duration) {
-        let labels = [("stage", stage.to_owned())];
+        let labels = [("stage", stage)];
         self.batch_rows.get_or_create(&labels).observe(rows as f64);
         self.batch_seconds.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
-    /// One try ended.
-    pub fn attempted(&self, lane: &str, class: Class, took: Duration) {
-        self.attempts.get_or_create(&[("lane", lane.to_owned()), ("class", class.as_str().to_owned())]).inc();
-        self.attempt_seconds.get_or_create(&[("lane", lane.to_owned())]).observe(took.as_secs_f64());
+    /// Whether this process has the active producer. Not told where none runs.
+    pub fn is_active_producer(&self, active: bool) {
+        self.is_active_producer.get_or_create(&[]).set(f64::from(u8::from(active)));
     }
 
-    /// A message became `sent`, `retrying` or `dead` on a lane (`verdict` is that word, or `released`).
-    pub fn judged(&self, lane: &str, verdict: &'static str) {
-        self.verdicts.get_or_create(&[("lane", lane.to_owned()), ("verdict", verdict.to_owned())]).inc();
-    }
-
-    /// From a message's creation to its delivery.
-    pub fn delivered_after(&self, latency: Duration) {
-        self.latency.observe(latency.as_secs_f64());
-    }
-
-    /// Tickets that the guarded begin, or failures that the guarded record, refused.
+    /// Tickets that the guarded begin, or failures that the guarded record, refused. Telling of none shows a 0,
+    /// without which a first one could not be seen as a growth.
     pub fn stale(&self, at: &'static str, count: usize) {
-        if count > 0 {
-            self.stale.get_or_create(&[("stage", at.to_owned())]).inc_by(count as u64);
+        self.stale.get_or_create(&[("stage", at)]).inc_by(count as u64);
+    }
+
+    /// The janitor gave rows back: `why` is `instance_died`, `batch_orphaned`, `ticket_lost`. Telling of none
+    /// shows a 0.
+    pub fn recovered(&self, why: &'static str, rows: u64) {
+        self.recovered.get_or_create(&[("why", why)]).inc_by(rows);
+    }
+
+    /// Whether a part (`store`, `queue`, `cache`) answered when it was asked, and how long that took.
+    pub fn part(&self, part: &'static str, up: bool, took: Duration) {
+        self.part_up.get_or_create(&[("part", part)]).set(f64::from(u8::from(up)));
+        self.part_answer.get_or_create(&[("part", part)]).set(took.as_secs_f64());
+    }
+
+    /// How the whole installation is, as store and queue say. What is not known is not shown: an old figure
+    /// would pass for a new one.
+    pub fn installation(&self, known: &Installation) {
+        let (backlog, lag) = (&self.backlog, &self.lag);
+        backlog.clear();
+        lag.clear();
+        for (status, count) in &known.backlog {
+            backlog.get_or_create(&[("status", *status)]).set(*count as f64);
         }
+        for (lane, partition, count) in &known.lag {
+            let labels = [("lane", lane.clone()), ("partition", partition.to_string())];
+            lag.get_or_create(&labels).set(*count as f64);
+        }
+        show(&self.oldest_due, known.oldest_due.map(|age| age.as_secs_f64()));
+        show(&self.active_producers, known.active.map(|active| f64::from(u8::from(active))));
+        show(&self.paused, known.paused.map(|paused| f64::from(u8::from(paused))));
+    }
+}
+
+/// Shows a gauge, or takes it away.
+fn show(gauge: &Family<Words<0>, Gauge>, value: Option<f64>) {
+    match value {
+        Some(value) => drop(gauge.get_or_create(&[]).set(value)),
+        None => gauge.clear(),
+    }
+}
+
+fn register<M: registry::Metric + Clone>(all: &mut Registry, name: &str, metric: &M) {
+    let declared = METRICS.iter().find(|metric| metric.name == name);
+    debug_assert!(declared.is_some(), "{name} is not declared");
+    // The encoder adds `_total` to counters itself, and a full stop to the help.
+    let short = name.trim_end_matches("_total");
+    all.register(short, declared.map_or("", |declared| declared.help), metric.clone());
+}
+
+/// OpenMetrics text as Prometheus' older text format, which everything understands: there a counter's `_total`
+/// is part of the name that help and type are given for.
+fn classic(text: &str) -> String {
+    let mut lines = String::with_capacity(text.len());
+    for line in text.lines() {
+        let mut words = line.splitn(4, ' ');
+        match (words.next(), words.next(), words.next(), words.next()) {
+            (Some("#"), Some(word @ ("HELP" | "TYPE")), Some(name), rest) => {
+                let total = METRICS.iter().any(|metric| metric.name.strip_suffix("_total") == Some(name));
+                let suffix = if total { "_total" } else { "" };
+                lines.extend(["# ", word, " ", name, suffix, " ", rest.unwrap_or_default()]);
+            }
+            _ => lines.push_str(line),
+        }
+        lines.push('\n');
+    }
+    lines
+}
+
+/// What is counted on one lane; kept by those who work on it, so that counting costs next to nothing.
+#[derive(Clone, Debug)]
+pub struct LaneMetrics {
+    queue_wait: Histogram,
+    in_flight: Gauge,
+    /// In the order of [`Class::ALL`].
+    attempts: [Counter; Class::ALL.len()],
+    attempt_seconds: Histogram,
+    connect: Histogram,
+    head: Histogram,
+    body: Histogram,
+    sent: Counter,
+    retrying: Counter,
+    dead: Counter,
+    released: Counter,
+    latency: Histogram,
+}
+
+impl LaneMetrics {
+    /// A ticket was begun, so long after it was published.
+    pub fn begun_after(&self, wait: Duration) {
+        self.queue_wait.observe(wait.as_secs_f64());
     }
 
     /// Tries under way in this process now.
     pub fn in_flight(&self, count: usize) {
-        self.in_flight.set(i64::try_from(count).unwrap_or(i64::MAX));
+        self.in_flight.set(count as f64);
     }
 
-    /// A lane's records that its group has not done.
-    pub fn lag(&self, lane: &str, partition: i32, lag: i64) {
-        self.lag.get_or_create(&[("lane", lane.to_owned()), ("partition", partition.to_string())]).set(lag);
-    }
-
-    /// Whether a part (`store`, `queue`, `cache`) answered when it was last used.
-    pub fn part_up(&self, part: &'static str, up: bool) {
-        self.part_up.get_or_create(&[("part", part.to_owned())]).set(i64::from(up));
-    }
-
-    /// The janitor gave rows back: `why` is `instance_died`, `batch_orphaned`, `ticket_lost`.
-    pub fn recovered(&self, why: &'static str, rows: u64) {
-        if rows > 0 {
-            self.recovered.get_or_create(&[("why", why.to_owned())]).inc_by(rows);
+    /// One try ended.
+    pub fn attempted(&self, class: Class, times: &Times, took: Duration) {
+        self.attempts[class as usize].inc();
+        self.attempt_seconds.observe(took.as_secs_f64());
+        let phases =
+            [(&self.connect, times.connect_us), (&self.head, times.head_us), (&self.body, times.body_us)];
+        // A phase that did not take place took no time.
+        for (phase, micros) in phases.into_iter().filter(|(_, micros)| *micros > 0) {
+            phase.observe(f64::from(micros) / 1e6);
         }
+    }
+
+    /// A verdict was recorded.
+    pub fn judged(&self, verdict: &Verdict) {
+        let verdicts = match verdict {
+            Verdict::Sent => &self.sent,
+            Verdict::Retry { .. } => &self.retrying,
+            Verdict::Dead { .. } => &self.dead,
+            Verdict::Release => &self.released,
+        };
+        verdicts.inc();
+    }
+
+    /// A message was delivered, so long after its creation.
+    pub fn delivered_after(&self, latency: Duration) {
+        self.latency.observe(latency.as_secs_f64());
     }
 }
 
-/// Starts the log: text for people, or JSON for machines, to standard error or a file.
-///
-/// # Errors
-/// When the level can't be understood or the file can't be opened.
-pub fn start_log(level: &str, json: bool, colour: bool, file: Option<&Path>) -> Result<(), String> {
-    let filter: Targets = level
-        .parse()
-        .map_err(|_| format!("LOG_LEVEL is `{level}`, which is no log level; write info or debug"))?;
-    let file = file
-        .map(|path| {
-            let opened = std::fs::File::options().create(true).append(true).open(path);
-            opened.map_err(|error| {
-                format!("LOG_FILE {} can't be opened: {error}; name another", path.display())
-            })
-        })
-        .transpose()?;
-    let colour = colour && file.is_none() && std::io::stderr().is_terminal();
-    let writer: tracing_subscriber::fmt::writer::BoxMakeWriter = match file {
-        Some(file) => tracing_subscriber::fmt::writer::BoxMakeWriter::new(Mutex::new(file)),
-        None => tracing_subscriber::fmt::writer::BoxMakeWriter::new(std::io::stderr),
-    };
-    let layer = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(colour);
-    let registry = tracing_subscriber::registry().with(filter);
-    let started = if json { registry.with(layer.json()).try_init() } else { registry.with(layer).try_init() };
-    started.map_err(|error| format!("the log can't be started: {error}"))
+/// How the whole installation is; what is not known is empty.
+#[derive(Clone, Debug, Default)]
+pub struct Installation {
+    /// Messages that are not final, by status.
+    pub backlog: Vec<(&'static str, u64)>,
+    /// For how long the oldest due message has been due; zero when none is.
+    pub oldest_due: Option<Duration>,
+    /// Lane, partition, and tickets there that are not begun.
+    pub lag: Vec<(String, i32, i64)>,
+    /// Whether a producer is active, and whether producers are paused.
+    pub active: Option<bool>,
+    pub paused: Option<bool>,
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_declared_metric_is_exposed_under_its_name() {
-        let metrics = Metrics::default();
-        metrics.batch("claim", 1_000, Duration::from_millis(7));
-        metrics.attempted("messages", Class::Accepted, Duration::from_millis(3));
-        metrics.judged("messages", "sent");
-        metrics.delivered_after(Duration::from_millis(20));
-        metrics.stale("begin", 2);
-        metrics.in_flight(5);
-        metrics.lag("messages", 3, 17);
-        metrics.part_up("cache", false);
-        metrics.recovered("ticket_lost", 4);
-        let text = metrics.encode();
-        for (name, kind, help) in METRICS {
-            assert!(text.contains(help), "{name}: {text}");
-            let kind = format!("# TYPE {} {}\n", name.trim_end_matches("_total"), kind.as_str());
-            assert!(text.contains(&kind), "{kind}{text}");
-            assert!(text.lines().any(|line| line.starts_with(name)), "{name}: {text}");
-        }
-        assert!(text.contains("ams_lane_lag{lane=\"messages\",partition=\"3\"} 17"), "{text}");
-    }
-
-    #[test]
-    fn a_bad_level_or_file_is_told_in_a_sentence() {
-        assert!(start_log("info=loud", false, false, None).unwrap_err().contains("info=loud"));
-        let nowhere = Path::new("/nowhere/ams.log");
-        assert!(start_log("info", false, false, Some(nowhere)).unwrap_err().contains("/nowhere/ams.log"));
-    }
-}
+mod tests;

@@ -219,16 +219,45 @@ fn migrations_come_in_pairs() {
 
 #[test]
 fn every_setting_and_metric_is_documented() {
-    let readme = std::fs::read_to_string("README.md").unwrap();
-    let mut missing: Vec<&str> = ams::config::SETTINGS.iter().map(|setting| setting.name).collect();
-    missing.extend(ams::telemetry::METRICS.iter().map(|metric| metric.0));
-    missing.retain(|name| !readme.contains(&format!("`{name}`")));
-    assert!(missing.is_empty(), "README.md does not name {missing:?}");
+    let settings: Vec<_> = ams::config::SETTINGS.iter().map(|setting| setting.name).collect();
+    let metrics: Vec<_> = ams::telemetry::METRICS.iter().map(|metric| metric.name).collect();
+    for (page, mut missing) in [("README.md", settings), ("docs/operations.md", metrics)] {
+        let text = std::fs::read_to_string(page).unwrap();
+        missing.retain(|name| !text.contains(&format!("`{name}`")));
+        assert!(missing.is_empty(), "{page} does not name {missing:?}");
+    }
+}
+
+#[test]
+fn every_alert_has_a_runbook_and_every_query_names_metrics_that_exist() {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap();
+    let (rules, tests) = (read("deploy/prometheus/alerts.yml"), read("deploy/prometheus/alerts_test.yml"));
+    let page = read("docs/operations.md");
+    let alerts: Vec<_> = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    let sections: Vec<_> = page.lines().filter_map(|line| line.strip_prefix("### ")).collect();
+    assert_eq!(alerts, sections, "each alert has its section in docs/operations.md, in the same order");
+    for alert in alerts {
+        let link = format!("runbook_url: docs/operations.md#{}", alert.to_lowercase());
+        assert_eq!(rules.matches(&link).count(), 1, "{alert} links to its section");
+        let silent = tests.contains(&format!("alertname: {alert}, exp_alerts: []"));
+        assert!(silent && tests.contains(&format!("alertname: {alert}\n")), "{alert} is tested both ways");
+    }
+    for (path, text) in [("alerts.yml", &rules), ("alerts_test.yml", &tests), ("operations.md", &page)] {
+        let names = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        for name in names.filter(|name| name.starts_with("ams_")) {
+            let known = ams::telemetry::METRICS.iter().any(|metric| {
+                let rest = name.strip_prefix(metric.name);
+                let part = matches!(rest, Some("_bucket" | "_sum" | "_count"));
+                rest == Some("") || part && metric.kind == ams::telemetry::Kind::Histogram
+            });
+            assert!(known, "{path} names {name}, which is no metric");
+        }
+    }
 }
 
 #[test]
 fn every_file_named_in_the_documents_exists() {
-    for document in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"] {
+    for document in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/operations.md"] {
         let text = std::fs::read_to_string(document).unwrap();
         for part in text.split('`').skip(1).step_by(2) {
             let is_path = part.contains('/')
@@ -239,4 +268,39 @@ fn every_file_named_in_the_documents_exists() {
             assert!(!is_path || Path::new(part).exists(), "{document} names {part}, which does not exist");
         }
     }
+}
+
+/// A service of the compose file that runs `ams`, as far as it can be wrong without Docker saying so.
+#[test]
+fn the_compose_file_speaks_of_verbs_settings_and_files_that_exist() {
+    let text = std::fs::read_to_string("deploy/docker-compose.yml").unwrap();
+    let services = &text[text.find("\n  migrate:\n").unwrap()..text.find("\nvolumes:\n").unwrap()];
+    let parts = &text[text.find("x-parts:").unwrap()..text.find("x-after:").unwrap()];
+    let settings: BTreeSet<&str> = ams::config::SETTINGS.iter().map(|setting| setting.name).collect();
+    let mut verbs = BTreeSet::new();
+    for line in parts.lines().chain(services.lines()).map(str::trim) {
+        let (name, value) = line.split_once(':').unwrap_or_default();
+        if !name.is_empty() && name.chars().all(|c| c.is_ascii_uppercase() || c == '_') {
+            assert!(settings.contains(name), "deploy/docker-compose.yml sets {name}, which is no setting");
+            // What the environment may set has the same name there, and a default.
+            let asked = value.trim().trim_matches('"').strip_prefix("${").unwrap_or(name);
+            assert!(asked.starts_with(name), "deploy/docker-compose.yml fills {name} from {value}");
+        }
+        if name == "command" {
+            verbs.insert(value.trim().trim_matches(['[', ']']).to_owned());
+        }
+    }
+    let wanted = ["api", "consumer", "migrate", "producer", "retry-consumer", "testclient"];
+    assert_eq!(verbs, wanted.map(str::to_owned).into());
+    for verb in verbs {
+        let help =
+            std::process::Command::new(env!("CARGO_BIN_EXE_ams")).args([&verb, "--help"]).output().unwrap();
+        assert!(help.status.success(), "ams {verb} is no verb");
+    }
+    let image = std::fs::read_to_string("deploy/Dockerfile").unwrap();
+    for copied in image.lines().filter(|line| line.starts_with("COPY") && !line.contains("--from")) {
+        let from = copied.split_whitespace().filter(|word| !word.starts_with("--")).nth(1).unwrap();
+        assert!(Path::new(from).exists(), "deploy/Dockerfile copies {from}, which does not exist");
+    }
+    assert!(std::fs::read_to_string("compose.yaml").unwrap().contains("- deploy/docker-compose.yml"));
 }

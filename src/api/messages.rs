@@ -173,6 +173,9 @@ pub(super) struct BatchView {
     /// In the order of the messages.
     #[schema(example = json!([1, 2, 3]))]
     ids: Vec<i64>,
+    /// How many of them were stored before, by their idempotency keys.
+    #[schema(example = 0)]
+    existing: usize,
 }
 
 /// One try.
@@ -382,13 +385,14 @@ pub(super) async fn send_batch(
         return Err(Problem::faults(faults.into_iter().map(|(index, fault)| (Some(index), fault)).collect()));
     }
     let inserted = state.intake.submit(messages).await?;
+    let existing = inserted.iter().filter(|inserted| !matches!(inserted, Inserted::New { .. })).count();
     let ids = inserted
         .into_iter()
         .map(|inserted| match inserted {
             Inserted::New { id, .. } | Inserted::Existing(id) | Inserted::Conflict(id) => id.0,
         })
         .collect();
-    Ok((StatusCode::ACCEPTED, Json(BatchView { ids })))
+    Ok((StatusCode::ACCEPTED, Json(BatchView { ids, existing })))
 }
 
 /// Everything that is wrong with these messages, by index.

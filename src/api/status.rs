@@ -1,4 +1,4 @@
-//! How the system is: status for people and programs, liveness, readiness, metrics.
+//! How the system is: status for people and programs, liveness, readiness.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use super::operate::ProducerView;
 use super::problem::Problem;
 use super::{ApiState, typed};
 use crate::clock::Timestamp;
+use crate::queue::Depth;
 use crate::service::Parts;
 
 /// A part that has not answered by then counts as away.
@@ -141,25 +142,31 @@ pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusV
     }))
 }
 
-/// All lanes are asked at once, so that a broker that is away costs one wait, not one for each lane.
+/// Records of each lane that its group has not taken up.
 async fn lag(parts: &Parts) -> BTreeMap<String, i64> {
+    let depths = depths(parts).await.into_iter();
+    depths.map(|(lane, d)| (lane, d.iter().map(|depth| depth.end - depth.position).sum())).collect()
+}
+
+/// How far each lane's group has come; lanes that can't be asked in time are left out. All are asked at once,
+/// so that a broker that is away costs one wait, not one for each lane.
+pub(super) async fn depths(parts: &Parts) -> Vec<(String, Vec<Depth>)> {
     let directory = parts.directory.snapshot();
     let depths = directory.lanes.iter().map(|lane| async move {
         let depth = tokio::time::timeout(ANSWER, parts.queue.depth(&lane.topic, &lane.group)).await;
-        let depth = depth.ok()?.ok()?;
-        Some((lane.topic.clone(), depth.iter().map(|depth| depth.end - depth.position).sum()))
+        Some((lane.topic.clone(), depth.ok()?.ok()?))
     });
     futures_util::future::join_all(depths).await.into_iter().flatten().collect()
 }
 
-async fn parts(parts: &Parts) -> BTreeMap<&'static str, PartView> {
+pub(super) async fn parts(parts: &Parts) -> BTreeMap<&'static str, PartView> {
     let (store, queue, cache) = tokio::join!(
         ask(parts, parts.store.kind(), parts.store.missing_migrations()),
         ask(parts, parts.queue.kind(), parts.queue.ping()),
         ask(parts, parts.cache.kind(), parts.cache.ping()),
     );
     for (part, view) in [("store", &store), ("queue", &queue), ("cache", &cache)] {
-        parts.metrics.part_up(part, view.up);
+        parts.metrics.part(part, view.up, Duration::from_secs_f64(view.latency_ms / 1000.0));
     }
     BTreeMap::from([("store", store), ("queue", queue), ("cache", cache)])
 }
@@ -200,13 +207,4 @@ pub(super) async fn readyz(State(state): State<ApiState>) -> (StatusCode, Json<R
     let ready = parts.iter().all(|(part, view)| view.up || *part == "cache");
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(ReadyView { ready, parts }))
-}
-
-/// Metrics for Prometheus
-#[utoipa::path(
-    get, path = "/metrics", tag = "system",
-    responses((status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text"))
-)]
-pub(super) async fn metrics(State(state): State<ApiState>) -> impl IntoResponse {
-    typed("application/openmetrics-text; version=1.0.0; charset=utf-8", state.parts.metrics.encode())
 }

@@ -32,7 +32,7 @@ impl Api {
         let directory = Arc::new(Directory::new(Arc::clone(&store)));
         let parts = Parts {
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "api", "test")),
-            queue: Arc::new(EmbeddedQueue::new(2)),
+            queue: Arc::new(EmbeddedQueue::new(2, clock.clone())),
             cache: Arc::new(MemoryCache::new()),
             metrics: Arc::default(),
             clock: clock.clone(),
@@ -51,7 +51,7 @@ impl Api {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let stop = CancellationToken::new();
-        tokio::spawn(serve(listener, router(ApiState::new(&parts, intake, guard)), stop.clone()));
+        tokio::spawn(serve(listener, router(ApiState::new(&parts, intake, guard, true)), stop.clone()));
         Api { port, stop, store }
     }
 
@@ -125,7 +125,7 @@ async fn a_batch_is_stored_whole_or_not_at_all() {
     let api = Api::start().await;
     let good = json!({"recipient": "+90", "content": "Hello"});
     let (status, ids) = api.post("/v1/messages/batch", json!({"messages": [good, good]})).await;
-    assert_eq!((status, ids), (StatusCode::ACCEPTED, json!({"ids": [1, 2]})));
+    assert_eq!((status, ids), (StatusCode::ACCEPTED, json!({"ids": [1, 2], "existing": 0})));
     let bad = json!({"recipient": "", "content": "Hello", "endpoint": "nobody"});
     let (status, problem) = api.post("/v1/messages/batch", json!({"messages": [good, bad]})).await;
     assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
@@ -133,12 +133,18 @@ async fn a_batch_is_stored_whole_or_not_at_all() {
         problem["errors"].as_array().unwrap().iter().map(|e| (&e["index"], &e["field"])).collect();
     assert_eq!(fields, [(&json!(1), &json!("recipient")), (&json!(1), &json!("endpoint"))]);
     assert_eq!(api.get("/v1/messages/3").await.0, StatusCode::NOT_FOUND);
+    let keyed = |key: &str| json!({"recipient": "+90", "content": "Hello", "idempotency_key": key});
+    for (keys, ids, existing) in [(["a", "b"], [3, 4], 0), (["b", "c"], [4, 5], 1), (["c", "c"], [5, 5], 2)] {
+        let batch = json!({"messages": keys.map(keyed)});
+        let answer = api.post("/v1/messages/batch", batch).await;
+        assert_eq!(answer, (StatusCode::ACCEPTED, json!({"ids": ids, "existing": existing})));
+    }
     let keyed = |content: &str| json!({"recipient": "+90", "content": content, "idempotency_key": "once"});
     let conflict = json!({"messages": [good, keyed("Hello"), good, keyed("Other")]});
     let (status, problem) = api.post("/v1/messages/batch", conflict).await;
     assert_eq!((status, &problem["errors"][0]["index"]), (StatusCode::UNPROCESSABLE_ENTITY, &json!(3)));
     assert_eq!(problem["errors"][0]["field"], "idempotency_key");
-    assert_eq!(api.get("/v1/messages/3").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(api.get("/v1/messages/6").await.0, StatusCode::NOT_FOUND);
     assert_eq!(
         api.post("/v1/messages/batch", json!({"messages": []})).await.0,
         StatusCode::UNPROCESSABLE_ENTITY

@@ -124,7 +124,7 @@ pub const SETTINGS: &[Setting] = &[
     setting(
         "LOG_LEVEL",
         Some("info"),
-        "error, warn, info, debug or trace; or a filter such as info,ams::consumer=debug",
+        "error, warn, info, debug or trace; or a filter such as info,ams::consumer=debug; libraries only warn",
     ),
     setting("LOG_FORMAT", Some("text"), "text or json"),
     setting("LOG_FILE", None, "append the log to this file; unset: standard error"),

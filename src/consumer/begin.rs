@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::Timestamp;
 use crate::message::{Epoch, Held, MessageId, Ticket};
 use crate::queue::{LaneRecord, Receipt, Taken};
 use crate::retry::dead_letter_of;
@@ -15,7 +16,7 @@ use crate::store::{Begin, BegunMessage, Endpoint, InstanceId, LeaseId};
 #[derive(Debug, Default)]
 pub(super) struct Arrivals {
     /// Admitted: to be begun.
-    pub(super) admitted: Vec<(Ticket, Arc<Endpoint>)>,
+    pub(super) admitted: Vec<Admitted>,
     /// Not tickets at all: to be dead-lettered raw, with the reason.
     pub(super) unreadable: Vec<(Bytes, Bytes, String)>,
     /// The records all of these came from.
@@ -30,6 +31,14 @@ impl Arrivals {
     pub(super) fn len(&self) -> usize {
         self.receipts.len()
     }
+}
+
+/// A ticket whose endpoint has room for it.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    pub(super) ticket: Ticket,
+    pub(super) endpoint: Arc<Endpoint>,
+    pub(super) published_at: Timestamp,
 }
 
 /// Tickets that were not admitted: their rows are to be held.
@@ -50,6 +59,8 @@ pub(super) struct Job {
     /// The number of this try, over all lanes and on this one.
     pub(super) attempt: i32,
     pub(super) lane_try: i32,
+    /// When its ticket was published.
+    pub(super) published_at: Timestamp,
 }
 
 /// A begun group; the recorder counts down what of it is not recorded yet.
@@ -90,7 +101,7 @@ pub(super) async fn start(
         begin(&parts, &arrivals.admitted, &stop),
     );
     let (Some(()), Some((lease, instance, messages))) = done.await else {
-        let stale = arrivals.admitted.into_iter().map(|(_, endpoint)| endpoint).collect();
+        let stale = arrivals.admitted.into_iter().map(|admitted| admitted.endpoint).collect();
         return Started { stale, ..Started::default() };
     };
     if !messages.is_empty() {
@@ -105,7 +116,7 @@ pub(super) async fn start(
 /// Tells begun from stale. A ticket that came twice in one batch was begun once; of several tickets of one
 /// message at most one was.
 fn sort(
-    admitted: Vec<(Ticket, Arc<Endpoint>)>,
+    admitted: Vec<Admitted>,
     lease: LeaseId,
     instance: InstanceId,
     messages: Vec<BegunMessage>,
@@ -114,7 +125,7 @@ fn sort(
     let mut begun: std::collections::HashMap<_, _> =
         messages.into_iter().map(|m| ((m.id, m.epoch), m)).collect();
     let mut started = Started::default();
-    for (ticket, endpoint) in admitted {
+    for Admitted { ticket, endpoint, published_at } in admitted {
         match begun.remove(&(ticket.id, ticket.epoch)) {
             Some(message) => started.jobs.push(Job {
                 ticket,
@@ -123,6 +134,7 @@ fn sort(
                 lease: Arc::clone(&lease),
                 attempt: message.attempts + 1,
                 lane_try: message.lane_tries + 1,
+                published_at,
             }),
             None => started.stale.push(endpoint),
         }
@@ -133,16 +145,12 @@ fn sort(
 type BegunGroup = (LeaseId, InstanceId, Vec<BegunMessage>);
 
 /// Begins tickets in one guarded write, repeated under the same lease number until its answer is known.
-async fn begin(
-    parts: &Parts,
-    admitted: &[(Ticket, Arc<Endpoint>)],
-    stop: &CancellationToken,
-) -> Option<BegunGroup> {
+async fn begin(parts: &Parts, admitted: &[Admitted], stop: &CancellationToken) -> Option<BegunGroup> {
     let lease = LeaseId(fastrand::i64(1..));
     if admitted.is_empty() {
         return Some((lease, InstanceId(0), Vec::new()));
     }
-    let tickets: Vec<_> = admitted.iter().map(|(ticket, _)| (ticket.id, ticket.epoch)).collect();
+    let tickets: Vec<_> = admitted.iter().map(|a| (a.ticket.id, a.ticket.epoch)).collect();
     let tried = std::sync::atomic::AtomicBool::new(false);
     service::persist("begin", stop, || async {
         let instance = parts.presence.instance().ok_or_else(|| "not enrolled in the store yet".to_owned())?;
@@ -191,7 +199,12 @@ async fn dead_letter_raw(
         .collect();
     let directory = parts.directory.snapshot();
     let to = dead_letter_of(lane, &directory.lanes).to_owned();
-    tracing::warn!(lane, "{} unreadable records on {lane} go to {to}: {}", records.len(), unreadable[0].2);
+    // The reason may quote the record, so it stays out of the log.
+    tracing::warn!(
+        lane,
+        "{} unreadable records on {lane} go to {to}; their header `reason` says why",
+        records.len()
+    );
     service::persist("dead-letter lane", stop, || async {
         parts.queue.ensure(std::slice::from_ref(&to)).await?;
         parts.queue.publish(&to, records.clone()).await.map(drop)
@@ -202,9 +215,8 @@ async fn dead_letter_raw(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::Timestamp;
 
-    fn ticket(id: i64, epoch: Epoch) -> (Ticket, Arc<Endpoint>) {
+    fn ticket(id: i64, epoch: Epoch) -> Admitted {
         let ticket = Ticket {
             id: MessageId(id),
             epoch,
@@ -217,7 +229,8 @@ mod tests {
             headers: None,
             ordering_key: None,
         };
-        (ticket, Arc::new(Endpoint::new("default", "http://localhost:3000")))
+        let endpoint = Arc::new(Endpoint::new("default", "http://localhost:3000"));
+        Admitted { ticket, endpoint, published_at: Timestamp::EPOCH }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::ConsumerOptions;
-use super::begin::{self, Arrivals, Job, Refused, Started};
+use super::begin::{self, Admitted, Arrivals, Job, Refused, Started};
 use super::recorder::Judged;
 use crate::clock::Timestamp;
 use crate::delivery::Delivery;
@@ -19,6 +19,7 @@ use crate::message::{Held, Outcome, Ticket, Verdict};
 use crate::queue::{Receipt, Subscription, Taken};
 use crate::service::Parts;
 use crate::store::{InstanceId, Record};
+use crate::telemetry::LaneMetrics;
 
 /// Tickets begun in one call, at most.
 const BATCH: usize = 2_000;
@@ -38,13 +39,14 @@ type Call<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 pub(super) struct Desk {
     parts: Parts,
+    metrics: LaneMetrics,
     delivery: Arc<Delivery>,
     options: ConsumerOptions,
     subscription: Subscription,
     records: mpsc::UnboundedSender<Judged>,
     limits: Limits,
     /// Taken, and neither admitted nor held yet: their endpoint will have room in a moment.
-    door: VecDeque<(Ticket, Receipt)>,
+    door: VecDeque<Arrival>,
     arrivals: Arrivals,
     /// The begin call under way: one at a time, so that what arrives meanwhile goes together.
     beginning: Option<Call<Started>>,
@@ -77,6 +79,13 @@ struct Busy {
 /// Which endpoints an instance has said to be busy.
 type Said = (InstanceId, Vec<String>);
 
+/// A ticket that was taken from the lane.
+struct Arrival {
+    ticket: Ticket,
+    published_at: Timestamp,
+    receipt: Receipt,
+}
+
 /// A try that ended, or did not take place.
 struct Finished {
     job: Job,
@@ -94,6 +103,7 @@ struct Freed {
 impl Desk {
     pub(super) fn new(
         parts: Parts,
+        metrics: LaneMetrics,
         delivery: Arc<Delivery>,
         options: ConsumerOptions,
         subscription: Subscription,
@@ -102,6 +112,7 @@ impl Desk {
         Desk {
             limits: Limits::new(options.window),
             parts,
+            metrics,
             delivery,
             options,
             subscription,
@@ -181,7 +192,8 @@ impl Desk {
                     if let Some(busy) = self.busy.get_mut(&ticket.endpoint) {
                         busy.expected = busy.expected.saturating_sub(1);
                     }
-                    self.door.push_back((ticket, taken.receipt));
+                    let (receipt, published_at) = (taken.receipt, taken.published_at);
+                    self.door.push_back(Arrival { ticket, published_at, receipt });
                 }
                 Err(reason) => {
                     self.arrivals.receipts.push(taken.receipt);
@@ -197,17 +209,20 @@ impl Desk {
             return;
         }
         let (directory, now) = (self.parts.directory.snapshot(), self.parts.clock.now());
-        while let Some((ticket, receipt)) = self.door.pop_front() {
+        while let Some(arrival) = self.door.pop_front() {
+            let (ticket, receipt) = (&arrival.ticket, arrival.receipt);
             let held = match directory.open_endpoint(&ticket.endpoint) {
                 None => Held::EndpointClosed,
                 Some(endpoint) => match self.limits.admit(&endpoint.name, endpoint.in_flight_max, now) {
                     Admission::Wait => {
-                        self.door.push_front((ticket, receipt));
+                        self.door.push_front(arrival);
                         return;
                     }
                     Admission::Admitted => {
                         self.arrivals.receipts.push(receipt);
-                        self.arrivals.admitted.push((ticket, Arc::clone(endpoint)));
+                        let endpoint = Arc::clone(endpoint);
+                        let Arrival { ticket, published_at, .. } = arrival;
+                        self.arrivals.admitted.push(Admitted { ticket, endpoint, published_at });
                         continue;
                     }
                     Admission::Hold => {
@@ -217,7 +232,7 @@ impl Desk {
                 },
             };
             self.refused.receipts.push(receipt);
-            self.refused.rows.push((ticket.id, ticket.epoch, held));
+            self.refused.rows.push((arrival.ticket.id, arrival.ticket.epoch, held));
         }
         if self.refused.rows.len() >= BATCH {
             self.hold();
@@ -287,8 +302,10 @@ impl Desk {
             self.limits.leave(&endpoint.name);
         }
         self.done(started.receipts);
+        let now = self.parts.clock.now();
         let mut touched: Vec<Arc<crate::store::Endpoint>> = Vec::new();
         for job in started.jobs {
+            self.metrics.begun_after(now.since(job.published_at));
             let endpoint = Arc::clone(&job.endpoint);
             if let Some(queue) = self.waiting.get_mut(&endpoint.name) {
                 queue.push_back(job);
@@ -333,9 +350,6 @@ impl Desk {
         let Finished { job, outcome, took } = finished;
         let endpoint = Arc::clone(&job.endpoint);
         self.limits.finish(&endpoint.name, took, self.parts.clock.now());
-        if outcome.is_some() {
-            self.parts.metrics.in_flight(self.limits.in_flight());
-        }
         self.judge(job, outcome, took);
         self.try_next(&endpoint.name, endpoint.in_flight_max);
     }
@@ -346,7 +360,7 @@ impl Desk {
         let verdict = match &outcome {
             None => Verdict::Release,
             Some(outcome) => {
-                self.parts.metrics.attempted(&lane.topic, outcome.class, took);
+                self.metrics.attempted(outcome.class, &outcome.times, took);
                 let directory = self.parts.directory.snapshot();
                 // A wait begins when the try ended, not when this busy task came to it.
                 let ended =
@@ -369,6 +383,7 @@ impl Desk {
 
     /// Housekeeping: holds what was refused, and frees held rows of endpoints that have room again.
     fn tick(&mut self) {
+        self.metrics.in_flight(self.limits.in_flight());
         self.limits.forget_idle();
         self.hold();
         if self.freeing.is_some() {
@@ -450,6 +465,7 @@ impl Desk {
                     break;
                 }
             }
+            self.metrics.in_flight(self.limits.in_flight());
         }
         self.subscription
     }

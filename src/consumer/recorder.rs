@@ -17,6 +17,7 @@ use crate::message::{MessageId, Outcome, Ticket, Verdict};
 use crate::producer::dead_letter_record;
 use crate::service::{Backoff, Parts};
 use crate::store::{DeadLetter, LeaseId, Record, Records, StoreError};
+use crate::telemetry::LaneMetrics;
 
 /// Records written in one call, at most.
 const BATCH: usize = 2_000;
@@ -35,6 +36,7 @@ pub(super) struct Judged {
 /// Writes until the other side is done; tells `written` how many were.
 pub(super) async fn run(
     parts: Parts,
+    lane: LaneMetrics,
     mut judged: mpsc::UnboundedReceiver<Judged>,
     written: mpsc::UnboundedSender<usize>,
 ) {
@@ -51,7 +53,7 @@ pub(super) async fn run(
             }
         }
         let count = batch.len();
-        write(&parts, std::mem::take(&mut batch), &answers).await;
+        write(&parts, &lane, std::mem::take(&mut batch), &answers).await;
         // The desk has gone when a stop ran out of patience.
         let _ = written.send(count);
     }
@@ -62,7 +64,12 @@ pub(super) async fn run(
 }
 
 /// Writes one batch, however often it takes.
-async fn write(parts: &Parts, batch: Vec<Judged>, answers: &mpsc::Sender<Vec<(MessageId, Response)>>) {
+async fn write(
+    parts: &Parts,
+    lane: &LaneMetrics,
+    batch: Vec<Judged>,
+    answers: &mpsc::Sender<Vec<(MessageId, Response)>>,
+) {
     let watch = parts.clock.stopwatch();
     let finished = finished(&batch);
     let (records, tickets): (Vec<_>, Vec<_>) =
@@ -77,11 +84,11 @@ async fn write(parts: &Parts, batch: Vec<Judged>, answers: &mpsc::Sender<Vec<(Me
         if refused.contains(&record.id) {
             continue;
         }
-        parts.metrics.judged(&record.lane, word(&record.verdict));
+        lane.judged(&record.verdict);
         let Some(outcome) = record.outcome else { continue };
         match record.verdict {
             Verdict::Sent => {
-                parts.metrics.delivered_after(judged_at.since(ticket.created_at));
+                lane.delivered_after(judged_at.since(ticket.created_at));
                 responses.push((record.id, response(&outcome, judged_at)));
             }
             Verdict::Dead { reason, lane } => letters.push(DeadLetter {
@@ -167,20 +174,12 @@ fn response(outcome: &Outcome, at: Timestamp) -> Response {
     }
 }
 
-fn word(verdict: &Verdict) -> &'static str {
-    match verdict {
-        Verdict::Sent => "sent",
-        Verdict::Retry { .. } => "retrying",
-        Verdict::Dead { .. } => "dead",
-        Verdict::Release => "released",
-    }
-}
-
 async fn keep_answers(parts: Parts, mut answers: mpsc::Receiver<Vec<(MessageId, Response)>>) {
     let mut down = false;
     while let Some(responses) = answers.recv().await {
+        let watch = parts.clock.stopwatch();
         let kept = parts.cache.put(&responses).await;
-        parts.metrics.part_up("cache", kept.is_ok());
+        parts.metrics.batch("cache", responses.len(), watch.elapsed());
         if let (Err(error), false) = (&kept, down) {
             tracing::warn!("answers are not cached for now: {error}");
         }

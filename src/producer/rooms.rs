@@ -108,9 +108,6 @@ impl Rooms {
         room.lag = lag(depth);
         room.since = room.since.saturating_sub(before);
         room.known = true;
-        for d in depth {
-            self.parts.metrics.lag(lane, d.partition, d.end - d.position);
-        }
     }
 
     /// How many tickets `lane` takes now.

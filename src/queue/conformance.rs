@@ -8,6 +8,7 @@ use bytes::Bytes;
 use tokio::time::timeout;
 
 use super::{LaneRecord, Queue, Receipt, Subscription, Taken};
+use crate::clock::{Clock, Timestamp};
 
 /// A broker may take its time over a new group.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -64,6 +65,7 @@ async fn batches_come_whole_and_in_order(queue: &dyn Queue) {
     queue.ensure(std::slice::from_ref(&lane)).await.unwrap();
     let mut subscription = queue.subscribe(&lane, &lane, 10_000).await.unwrap();
     let mut places = BTreeSet::new();
+    let before = Clock::system().now();
     for i in 0..4 {
         let place = queue.publish(&lane, records(i * 100..(i + 1) * 100)).await.unwrap();
         assert_eq!(place.offset % 100, 99, "one batch goes to one partition whole");
@@ -72,6 +74,9 @@ async fn batches_come_whole_and_in_order(queue: &dyn Queue) {
     assert_eq!(places.len(), 4);
     let taken = take(&mut subscription, 400).await;
     assert_eq!(taken.len(), 400);
+    // A broker keeps whole milliseconds.
+    let published = Timestamp::from_micros(before.as_micros() / 1_000 * 1_000)..=Clock::system().now();
+    assert!(taken.iter().all(|taken| published.contains(&taken.published_at)), "{published:?}");
     assert_eq!(&taken[0].key[..], format!("key {}", number(&taken[0])).as_bytes());
     let mut last: std::collections::BTreeMap<i32, (i64, u32)> = std::collections::BTreeMap::new();
     for taken in &taken {

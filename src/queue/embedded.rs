@@ -1,7 +1,7 @@
 //! The queue in this process: lanes of partitions in memory, with groups that share them.
 //!
 //! It does what a broker does and no more: what is lost with the process, the ledger finds. There is
-//! no thread and no time in it, so the simulation replays.
+//! no thread in it, and its time is its clock's, so the simulation replays.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::{Depth, LaneRecord, Queue, Receipt, Result, Subscription, Taken, Watermark};
+use crate::clock::{Clock, Timestamp};
 use crate::store::Place;
 
 /// Records that are given to a member at once.
@@ -19,6 +20,7 @@ const BATCH: usize = 1_000;
 #[derive(Clone)]
 pub struct EmbeddedQueue {
     partitions: i32,
+    clock: Clock,
     // A plain lock, held for moves of memory only: never over an await.
     lanes: Arc<Mutex<BTreeMap<String, Lane>>>,
 }
@@ -34,7 +36,7 @@ struct Lane {
 #[derive(Default)]
 struct Partition {
     first: i64,
-    records: VecDeque<LaneRecord>,
+    records: VecDeque<(Timestamp, LaneRecord)>,
 }
 
 #[derive(Default)]
@@ -55,8 +57,9 @@ struct Progress {
 
 impl EmbeddedQueue {
     /// An empty queue whose lanes have this many partitions, at least one.
-    pub fn new(partitions: usize) -> EmbeddedQueue {
-        EmbeddedQueue { partitions: i32::try_from(partitions).unwrap_or(1).max(1), lanes: Arc::default() }
+    pub fn new(partitions: usize, clock: Clock) -> EmbeddedQueue {
+        let partitions = i32::try_from(partitions).unwrap_or(1).max(1);
+        EmbeddedQueue { partitions, clock, lanes: Arc::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Lane>> {
@@ -151,14 +154,16 @@ impl Member {
             while room > 0 && progress.next < partition.end() {
                 let offset = progress.next;
                 // Between `first` and `end` there is a record for every offset.
-                let Some(record) = partition.records.get((offset - partition.first) as usize) else {
+                let Some((published_at, record)) = partition.records.get((offset - partition.first) as usize)
+                else {
                     break;
                 };
                 progress.watermark.take(offset);
                 progress.next += 1;
                 room -= 1;
                 let receipt = Receipt { partition: i as i32, generation: group.generation, offset };
-                taken.push(Taken { receipt, key: record.key.clone(), value: record.value.clone() });
+                let (published_at, key, value) = (*published_at, record.key.clone(), record.value.clone());
+                taken.push(Taken { receipt, published_at, key, value });
             }
         }
         taken
@@ -243,12 +248,13 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<Place> {
+        let now = self.clock.now();
         let mut lanes = self.lock();
         let lane = self.lane(&mut lanes, lane);
         let at = lane.next_partition;
         lane.next_partition = (at + 1) % lane.partitions.len();
         let partition = &mut lane.partitions[at];
-        partition.records.extend(records);
+        partition.records.extend(records.into_iter().map(|record| (now, record)));
         let place = Place { partition: at as i32, offset: partition.end() - 1 };
         for group in lane.groups.values() {
             group.members.values().for_each(|member| member.notify_one());
@@ -305,12 +311,12 @@ mod tests {
 
     #[tokio::test]
     async fn conforms() {
-        conformance::all(&EmbeddedQueue::new(3)).await;
+        conformance::all(&EmbeddedQueue::new(3, Clock::system())).await;
     }
 
     #[tokio::test]
     async fn what_every_group_has_done_leaves_memory() {
-        let queue = EmbeddedQueue::new(1);
+        let queue = EmbeddedQueue::new(1, Clock::system());
         let mut subscription = queue.subscribe("lane", "group", 1_000).await.unwrap();
         queue.publish("lane", conformance::records(0..100)).await.unwrap();
         let batch = subscription.taken.recv().await.unwrap();

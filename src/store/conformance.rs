@@ -90,6 +90,7 @@ macro_rules! store_conformance {
             knowing::long_answers_are_kept_in_part,
             knowing::the_overview_counts_every_status,
             knowing::the_overview_knows_the_oldest_due_row,
+            knowing::the_database_describes_itself,
             knowing::partitions_can_be_made_at_any_time,
             operating::a_search_gives_newest_first_page_by_page,
             operating::each_filter_finds_its_messages,

@@ -399,6 +399,10 @@ impl Store for PostgresStore {
     async fn overview(&self, now: Timestamp) -> Result<Overview> {
         self.call(async |db| read::overview(db, now).await).await
     }
+
+    async fn about(&self) -> Result<About> {
+        self.call(async |db| registry::about(db).await).await
+    }
 }
 
 #[cfg(test)]

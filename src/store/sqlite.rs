@@ -31,8 +31,8 @@ use uuid::Uuid;
 
 use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
 use super::{
-    Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, Due, Endpoint, Inserted, InstanceId,
-    Leadership, Overview, Place, Records, Recovered, Result, Standing, Store, StoreError, Whole,
+    About, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, Due, Endpoint, Inserted,
+    InstanceId, Leadership, Overview, Place, Records, Recovered, Result, Standing, Store, StoreError, Whole,
 };
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
@@ -414,6 +414,10 @@ impl Store for SqliteStore {
 
     async fn overview(&self, now: Timestamp) -> Result<Overview> {
         self.read(move |db| read::overview(db, now)).await
+    }
+
+    async fn about(&self) -> Result<About> {
+        self.read(registry::about).await
     }
 }
 

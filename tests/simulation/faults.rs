@@ -160,4 +160,5 @@ faulty! {
     keys_used(ids: &[String], now: Timestamp) -> ();
     attempts(id: MessageId) -> Vec<Attempt>;
     overview(now: Timestamp) -> Overview;
+    about() -> About;
 }

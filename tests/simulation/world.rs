@@ -171,7 +171,7 @@ impl World {
         Parts {
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "simulation")),
             directory: Arc::new(Directory::new(Arc::clone(&store))),
-            queue: Arc::new(EmbeddedQueue::new(3)),
+            queue: Arc::new(EmbeddedQueue::new(3, clock.clone())),
             cache: Arc::new(MemoryCache::new()),
             clock: clock.clone(),
             metrics: Arc::new(Metrics::default()),

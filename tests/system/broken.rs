@@ -88,7 +88,7 @@ async fn unreadable_records_go_to_the_dead_letter_lane_and_hold_nothing_up() {
     let brokers = stack.environment["KAFKA_BROKERS"].clone();
     let producer: BaseProducer = ClientConfig::new().set("bootstrap.servers", &brokers).create().unwrap();
     let lane = format!("{}-fresh", stack.name);
-    for value in [&b"\xff\xfe not UTF-8"[..], b"not JSON", b"{\"id\":1}", b""] {
+    for value in [&b"\xff\xfe not UTF-8"[..], b"not JSON", b"{\"id\":1}", b"", b"{\"id\":\"planted\"}"] {
         producer.send(BaseRecord::to(&lane).key("k").payload(value)).map_err(|(error, _)| error).unwrap();
     }
     producer.flush(Duration::from_secs(10)).unwrap();
@@ -97,10 +97,12 @@ async fn unreadable_records_go_to_the_dead_letter_lane_and_hold_nothing_up() {
 
     let dead = format!("{}-dlq", stack.name);
     let read = || tool("kcat", &["-b", &brokers, "-C", "-t", &dead, "-e", "-q", "-f", "%h|%S\n"]);
-    until("all four are there with their reason", Duration::from_secs(10), async || {
-        read().lines().filter(|line| line.contains("reason=the record is not")).count() == 4
+    until("all five are there with their reason", Duration::from_secs(10), async || {
+        read().lines().filter(|line| line.contains("reason=the record is not")).count() == 5
     })
     .await;
+    let log = std::fs::read_to_string(&stack.log).unwrap();
+    assert!(log.contains("unreadable records") && !log.contains("planted"), "{log}");
 }
 
 #[tokio::test]

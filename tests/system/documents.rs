@@ -1,82 +1,90 @@
-//! The README's commands, run as they stand there, in its order.
+//! The README and every page of `docs/`, done as they say, in their order, by somebody who has only the page.
+//!
+//! A page runs in one shell, in a folder that looks like a checkout with the program built. Its blocks:
+//!
+//! - `sh`: run, command by command. `sql`: run by psql when `DATABASE_URL` is set, else by sqlite3.
+//! - ``Save this as `NAME`:`` and a block of any language: written to that file.
+//! - `text`: the last lines that the block before it prints, `…` standing for anything. A reader who sees
+//!   something else asks again, so the last command is run until it prints that.
+//! - `json`: shown only, but must be JSON. Without a language: a picture.
+//!
+//! Anything else fails the test. What can't be run here stands in [`NOT_RUN`], with its reason.
 
-use std::os::unix::fs::symlink;
-use std::process::{Command, Stdio};
+mod page;
+mod shell;
 
 use crate::harness::*;
+use page::{Page, Step};
+use shell::Shell;
 
-/// The lines of all shell blocks of a section.
-fn commands(section: &str) -> Vec<String> {
-    let readme = std::fs::read_to_string("README.md").unwrap();
-    let start = readme.find(&format!("\n## {section}\n")).unwrap_or_else(|| panic!("no section {section}"));
-    let section = &readme[start + 1..];
-    let section = section.find("\n## ").map_or(section, |end| &section[..end]);
-    let blocks = section.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap());
-    let joined = blocks.collect::<String>().replace("\\\n", " ");
-    joined.lines().map(str::to_owned).collect()
+/// Commands that are not run, by their beginning, and why.
+const NOT_RUN: &[(&str, &str)] = &[
+    ("cargo build --release --locked", "the program under test stands for it"),
+    ("make demo", "tests/system/embedded.rs runs the demo"),
+    ("make test", "it is what is running"),
+    (
+        "docker ",
+        "there is no Docker engine where the tests run; tests/system/quickstart.rs runs its services",
+    ),
+    ("sudo apt-get install ", "dev/packages has done it for the tests"),
+];
+
+fn is_run(command: &str) -> bool {
+    !NOT_RUN.iter().any(|(beginning, _)| command.starts_with(beginning))
 }
 
-/// Runs the lines in one shell, in a folder that looks like a checkout with the program built. A reader takes a
-/// moment between starting a service and using it; here that service is asked until it answers.
-fn run(lines: &[String], environment: &[(&str, &str)]) -> String {
-    let checkout = std::env::current_dir().unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::create_dir_all(folder.path().join("target/release")).unwrap();
-    symlink(env!("CARGO_BIN_EXE_ams"), folder.path().join("target/release/ams")).unwrap();
-    for name in ["dev", "migrations"] {
-        symlink(checkout.join(name), folder.path().join(name)).unwrap();
-    }
-    let answers = "curl -fsS -o /dev/null --retry 60 --retry-delay 1 --retry-all-errors http://127.0.0.1";
-    let mut script = String::from("set -eu\ntrap 'kill $(jobs -p); wait' EXIT\n");
-    for line in lines {
-        script += line;
-        script += "\n";
-        match line.split_whitespace().nth(1).filter(|_| line.contains(" &")) {
-            Some("testclient") => script += &format!("{answers}:3000/ -d '{{}}'\n"),
-            Some("up" | "api") => script += &format!("{answers}:8080/readyz\n"),
-            _ => {}
-        }
-    }
-    let mut command = Command::new("bash");
-    command.args(["-c", &script]).current_dir(folder.path()).stdin(Stdio::null());
-    for (name, value) in environment {
-        match value.is_empty() {
-            true => command.env_remove(name),
-            false => command.env(name, value),
+/// Does what a page says; what was not as it says, with the line.
+async fn follow(page: &Page) -> Result<(), String> {
+    let mut shell = Shell::start().await;
+    for (line, step) in &page.steps {
+        let done = match step {
+            Step::Save { file, text } => shell.save(file, text),
+            Step::Run { commands, prints } => {
+                let commands: Vec<_> = commands.iter().filter(|command| is_run(command)).cloned().collect();
+                shell.run(&commands, prints.as_deref()).await
+            }
         };
+        done.map_err(|why| format!("{}:{line}: {why}", page.path))?;
     }
-    let output = command.output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{script}\n{text}\n{}", String::from_utf8_lossy(&output.stderr));
-    text
+    shell.end().await.map_err(|why| format!("{}: at the end: {why}", page.path))
 }
 
-/// Asks again until the last line's answer contains `wanted`.
-fn repeat_last_until(lines: &mut Vec<String>, wanted: &str) {
-    let last = lines.pop().unwrap();
-    lines.push(format!(
-        "timeout 60 bash -c 'until eval \"$1\" | tee answer | grep -q \"{wanted}\"; do :; done' - {last:?}"
-    ));
-    lines.push("cat answer".to_owned());
-}
-
+/// `AMS_TEST_PAGE` names a page, or a folder of them.
 #[test]
-fn a_first_send_goes_as_the_readme_says() {
-    let _alone = alone();
-    let mut lines = commands("A first send");
-    assert_eq!(lines.remove(0), "cargo build --release --locked", "the program under test stands for it");
-    repeat_last_until(&mut lines, r#"\"status\":\"sent\""#);
-    let embedded = [("DATABASE_URL", ""), ("KAFKA_BROKERS", ""), ("REDIS_URL", "")];
-    let text = run(&lines, &embedded);
-    assert!(text.contains("1|") && text.contains("\"id\":2"), "{text}");
-}
-
-#[test]
-fn the_real_stack_goes_as_the_readme_says() {
+fn every_page_goes_as_it_says() {
     let _alone = alone();
     setting("DATABASE_URL").expect("DATABASE_URL is set by `make test`");
-    let mut lines = commands("On PostgreSQL, Kafka and Redis");
-    repeat_last_until(&mut lines, "^ *10 | sent");
-    let text = run(&lines, &[]);
-    assert!(text.contains("sent"), "{text}");
+    let wanted = setting("AMS_TEST_PAGE");
+    let pages =
+        page::all().into_iter().filter(|page| wanted.as_ref().is_none_or(|path| page.path.starts_with(path)));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (mut followed, mut failed) = (0, Vec::new());
+    for page in pages {
+        let watch = ams::clock::Clock::system().stopwatch();
+        failed.extend(runtime.block_on(follow(&page)).err());
+        println!("{} took {:?}", page.path, watch.elapsed());
+        followed += 1;
+    }
+    assert!(followed > 0, "there is no page {wanted:?}");
+    assert!(failed.is_empty(), "{}", failed.join("\n\n"));
+}
+
+#[test]
+fn an_ellipsis_stands_for_anything() {
+    for (shown, printed, same) in [
+        ("", "", true),
+        ("1|sent|", "1|sent|\n", true),
+        ("1|…|x", "1|sent|x", true),
+        ("…\nb", "a\na\nb", true),
+        ("a\n…", "a\nb  \n", true),
+        ("b", "a\nb\n", true),
+        ("b", "ab", false),
+        ("a", "a\nb", false),
+        ("a\nb", "a\nc", false),
+        ("a…a", "a", false),
+        ("…sent", "sent twice", false),
+        (" id\n----", "INSERT 0 1\n id \n----\n", true),
+    ] {
+        assert_eq!(shell::prints(shown, printed), same, "{shown:?} {printed:?}");
+    }
 }

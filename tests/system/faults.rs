@@ -134,7 +134,7 @@ async fn part_is_away(name: &str, repeats_allowed: usize) {
     until("rows are committed again", Duration::from_secs(30), async || load.committed() > before).await;
     let newest: i64 = stack.sql().await.query_one("select max(id) from messages", &[]).await.unwrap().get(0);
     let resumed = until("a row committed after the outage arrives", Duration::from_secs(30), async || {
-        receiver.accepted().range(newest..).next().is_some()
+        receiver.accepted_from(newest)
     })
     .await;
     println!("{name} away for {:?}: deliveries go on {resumed:.1?} after it is back", outage());

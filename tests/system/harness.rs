@@ -68,48 +68,80 @@ pub async fn let_run(time: Duration) {
     let _ = tokio::time::timeout(time, std::future::pending::<()>()).await;
 }
 
-/// A receiver in the test's own process.
+/// A listener below the ephemeral range, so that no client takes the port first.
+async fn listen() -> TcpListener {
+    loop {
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", fastrand::u16(20_000..28_000))).await {
+            return listener;
+        }
+    }
+}
+
+/// A port for a service that is started again and again.
+pub async fn free_port() -> u16 {
+    listen().await.local_addr().unwrap().port()
+}
+
+/// A receiver in the test's own process, on a thread of its own: a test that waits for a tool must not keep
+/// requests waiting too.
 pub struct Receiver {
     pub url: String,
-    seen: Arc<Mutex<Vec<(Seen, Timestamp)>>>,
+    log: Arc<Mutex<Log>>,
     stop: CancellationToken,
+}
+
+/// What a receiver has seen. How often each message was accepted is kept beside it, because tests ask for that
+/// many times a second.
+#[derive(Default)]
+struct Log {
+    seen: Vec<(Seen, Timestamp)>,
+    accepted: BTreeMap<i64, usize>,
+}
+
+impl Log {
+    fn add(&mut self, seen: Seen, at: Timestamp) {
+        if (200..300).contains(&seen.status) {
+            *self.accepted.entry(seen.id).or_default() += 1;
+        }
+        self.seen.push((seen, at));
+    }
 }
 
 impl Receiver {
     pub async fn start(options: TestClientOptions) -> Receiver {
-        // Below the ephemeral range, so that no client takes the port first.
-        let mut listener = None;
-        while listener.is_none() {
-            listener = TcpListener::bind(("127.0.0.1", fastrand::u16(20_000..28_000))).await.ok();
-        }
-        let listener = listener.unwrap();
+        let listener = listen().await;
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let seen: Arc<Mutex<Vec<(Seen, Timestamp)>>> = Arc::default();
-        let (sink, stop, clock) = (Arc::clone(&seen), CancellationToken::new(), Clock::system());
-        let sink = move |one: Seen| sink.lock().unwrap().push((one, clock.now()));
+        let log: Arc<Mutex<Log>> = Arc::default();
+        let (sink, stop, clock) = (Arc::clone(&log), CancellationToken::new(), Clock::system());
+        let sink = move |one: Seen| sink.lock().unwrap().add(one, clock.now());
         let options = TestClientOptions { quiet: true, sink: Some(Arc::new(sink)), ..options };
-        tokio::spawn(testclient::run(listener, options, stop.clone()));
-        Receiver { url, seen, stop }
+        let (listener, stopped) = (listener.into_std().unwrap(), stop.clone());
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                testclient::run(TcpListener::from_std(listener).unwrap(), options, stopped).await;
+            });
+        });
+        Receiver { url, log, stop }
     }
 
     /// Everything that has arrived, oldest first.
     pub fn seen(&self) -> Vec<(Seen, Timestamp)> {
-        self.seen.lock().unwrap().clone()
+        self.log.lock().unwrap().seen.clone()
     }
 
     pub fn arrivals(&self) -> usize {
-        self.seen.lock().unwrap().len()
+        self.log.lock().unwrap().seen.len()
     }
 
     /// How often each message was accepted.
     pub fn accepted(&self) -> BTreeMap<i64, usize> {
-        let mut accepted = BTreeMap::new();
-        for (seen, _) in
-            self.seen.lock().unwrap().iter().filter(|(seen, _)| (200..300).contains(&seen.status))
-        {
-            *accepted.entry(seen.id).or_default() += 1;
-        }
-        accepted
+        self.log.lock().unwrap().accepted.clone()
+    }
+
+    /// Whether a message with this id or a higher one was accepted.
+    pub fn accepted_from(&self, id: i64) -> bool {
+        self.log.lock().unwrap().accepted.range(id..).next().is_some()
     }
 
     /// Accepted deliveries beyond the first of each message.
@@ -120,7 +152,7 @@ impl Receiver {
     /// Asserts that every attempt of a message carried the same `webhook-id`, and that no two share one.
     pub fn assert_ids_are_stable(&self) {
         let mut ids: BTreeMap<i64, String> = BTreeMap::new();
-        for (seen, _) in self.seen.lock().unwrap().iter() {
+        for (seen, _) in &self.log.lock().unwrap().seen {
             let known = ids.entry(seen.id).or_insert_with(|| seen.webhook_id.clone());
             assert_eq!(*known, seen.webhook_id, "message {}", seen.id);
         }

@@ -1,10 +1,18 @@
 //! `kill -9` of every process under steady load, at random moments: nothing lost, few repeats, soon back.
 //!
+//! The load is inserted by SQL; where the API is killed it is posted, and each client posts again with the
+//! same key until it has an answer.
+//!
 //! `AMS_TEST_KILLS=25` kills each so often; `make test` does it three times each.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::client::conn::http1::SendRequest;
+use hyper_util::rt::TokioIo;
 
 use crate::harness::*;
 use ams::clock::Clock;
@@ -17,11 +25,14 @@ fn kills() -> usize {
     setting("AMS_TEST_KILLS").map_or(3, |text| text.parse().unwrap())
 }
 
-/// Inserts at a steady rate until told to stop; gives back how many rows were committed.
+/// Clients that post at once.
+const CLIENTS: i64 = 20;
+
+/// Sends at a steady rate until told to stop; gives back how many messages were committed.
 pub struct Load {
     stop: Arc<AtomicBool>,
     committed: Arc<AtomicI64>,
-    task: tokio::task::JoinHandle<()>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
 impl Load {
@@ -49,7 +60,32 @@ impl Load {
                 }
             }
         });
-        Load { stop, committed, task }
+        Load { stop, committed, tasks: vec![task] }
+    }
+
+    /// Posts to the API on `port`.
+    fn through_api(port: u16) -> Load {
+        let (stop, committed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI64::new(0)));
+        let client = |client: i64| {
+            let (stop, committed) = (Arc::clone(&stop), Arc::clone(&committed));
+            tokio::spawn(async move {
+                let mut tick =
+                    tokio::time::interval(Duration::from_micros((CLIENTS * 1_000_000 / RATE) as u64));
+                let mut connection = None;
+                for number in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    tick.tick().await;
+                    while !post(&mut connection, port, &format!("{client}-{number}")).await {
+                        tick.tick().await;
+                    }
+                    committed.fetch_add(1, Ordering::Relaxed);
+                }
+            })
+        };
+        let tasks = (0..CLIENTS).map(client).collect();
+        Load { stop, committed, tasks }
     }
 
     pub fn committed(&self) -> i64 {
@@ -58,8 +94,37 @@ impl Load {
 
     pub async fn finish(self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.task.await.unwrap();
+        for task in self.tasks {
+            task.await.unwrap();
+        }
     }
+}
+
+/// Posts one message under this key; `false`: nobody knows whether it was stored.
+async fn post(connection: &mut Option<SendRequest<Full<Bytes>>>, port: u16, key: &str) -> bool {
+    if connection.as_ref().is_none_or(SendRequest::is_closed) {
+        let Ok(stream) = tokio::net::TcpStream::connect(("127.0.0.1", port)).await else { return false };
+        let Ok((sender, driver)) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await else {
+            return false;
+        };
+        tokio::spawn(driver);
+        *connection = Some(sender);
+    }
+    let sender = connection.as_mut().unwrap();
+    let request = hyper::Request::post("/v1/messages")
+        .header("host", "127.0.0.1")
+        .header("content-type", "application/json")
+        .header("idempotency-key", key)
+        .body(Full::new(Bytes::from(r#"{"recipient":"+90","content":"Hello"}"#)))
+        .unwrap();
+    let answered = async {
+        sender.ready().await?;
+        let answer = sender.send_request(request).await?;
+        let status = answer.status();
+        http_body_util::BodyExt::collect(answer.into_body()).await?;
+        Ok::<_, hyper::Error>(status.is_success())
+    };
+    answered.await.unwrap_or(false)
 }
 
 /// How many rows exist: a commit whose answer was lost counts too.
@@ -85,8 +150,11 @@ async fn kill(verb: &'static str, others: &[&str]) -> Line {
     .await;
     let stack = Stack::new("kills", &receiver).await;
     let _others: Vec<_> = others.iter().map(|other| stack.start(other, &[])).collect();
-    let mut service = stack.start(verb, &[]);
-    let load = Load::start(&stack);
+    let port = free_port().await;
+    let port_text = port.to_string();
+    let settings: &[(&str, &str)] = if verb == "api" { &[("PORT", &port_text)] } else { &[] };
+    let mut service = stack.start(verb, settings);
+    let load = if verb == "api" { Load::through_api(port) } else { Load::start(&stack) };
     until("it runs", Duration::from_secs(30), async || receiver.arrivals() > 500).await;
     let mut line =
         Line { verb, kills: kills(), lost: 0, duplicates: 0, in_flight: 0, resumed_max: Duration::ZERO };
@@ -99,15 +167,24 @@ async fn kill(verb: &'static str, others: &[&str]) -> Line {
         // Rows of before the kill may still arrive from elsewhere; what counts is one committed after it.
         let newest: i64 =
             stack.sql().await.query_one("select max(id) from messages", &[]).await.unwrap().get(0);
-        service = stack.start(verb, &[]);
+        service = stack.start(verb, settings);
         until("a row committed after the kill arrives", Duration::from_secs(30), async || {
-            receiver.accepted().range(newest + 1..).next().is_some()
+            receiver.accepted_from(newest + 1)
         })
         .await;
         line.resumed_max = line.resumed_max.max(watch.elapsed());
+        // The next kill meets a steady load again, not what is left of this one.
+        until("it has caught up", Duration::from_secs(120), async || {
+            receiver.arrivals() + 1_000 > usize::try_from(load.committed()).unwrap()
+        })
+        .await;
     }
+    let committed = Arc::clone(&load.committed);
     load.finish().await;
     let count = rows(&stack).await;
+    if verb == "api" {
+        assert_eq!(count, committed.load(Ordering::Relaxed), "one message for each key that was answered");
+    }
     let ended = stack.all_final(count, Duration::from_secs(60)).await;
     assert_eq!(ended.get("sent"), Some(&count), "{verb}: {ended:?}");
     receiver.assert_ids_are_stable();

@@ -14,6 +14,7 @@ mod hostile;
 mod kills;
 mod lanes;
 mod neighbours;
+mod observed;
 mod proxy;
 mod quickstart;
 mod upgrade;

@@ -129,6 +129,29 @@ async fn plain_http_to_a_tls_port_is_no_success() {
     assert!(matches!(outcome.class, Class::BadAnswer | Class::Reset), "{outcome:?}");
 }
 
+#[tokio::test]
+async fn a_receiver_is_reached_without_a_request() {
+    let authority = authority();
+    let (port, mut greeted) = authority.serve("localhost").await;
+    let delivery = with_options(Clock::system(), authority.options());
+    let url = format!("https://localhost:{port}/hook");
+    delivery.reach(&url, 10 * SLACK).await.unwrap();
+    greeted.wait_for(|count| *count == 1).await.unwrap();
+    let silent = Receiver::start(|mut wire| async move { wire.until_closed().await }).await;
+    let plain = format!("127.0.0.1:{}", silent.port);
+    delivery.reach(&format!("http://{plain}/"), 10 * SLACK).await.unwrap();
+    for (url, within, why) in [
+        (url.replace("localhost", "127.0.0.1"), 10 * SLACK, "TLS failed"),
+        (format!("https://{plain}/"), DEADLINE, "no connection within 300ms"),
+        ("ftp://example.org/".to_owned(), DEADLINE, "scheme"),
+        ("http://127.0.0.1:1/".to_owned(), 10 * SLACK, "connection refused"),
+    ] {
+        let error = delivery.reach(&url, within).await.unwrap_err();
+        assert!(error.contains(why), "{url}: {error}");
+    }
+    silent.until_open(0).await;
+}
+
 #[test]
 fn a_bad_file_of_authorities_stops_the_start() {
     let empty = tempfile::NamedTempFile::new().unwrap();

@@ -21,7 +21,7 @@ use tokio::sync::oneshot;
 
 use super::log::LogContext;
 use super::refused;
-use crate::clock::{Clock, Stopwatch};
+use crate::clock::{Clock, Stopwatch, Timestamp};
 use crate::queue::{QueueError, Receipt, Result, Subscription, Taken, Watermark};
 
 /// Records given at once, at most.
@@ -292,6 +292,7 @@ impl Trackers {
         tracker.watermark.take(offset);
         Taken {
             receipt: Receipt { partition, generation: tracker.generation, offset },
+            published_at: Timestamp::from_micros(message.timestamp().to_millis().unwrap_or(0) * 1_000),
             key: Bytes::copy_from_slice(message.key().unwrap_or_default()),
             value: Bytes::copy_from_slice(message.payload().unwrap_or_default()),
         }

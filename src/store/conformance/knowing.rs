@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Bench, RETRY, pairs, text};
+use crate::clock::Clock;
 use crate::message::{Class, MessageId, NewMessage, Status};
 use crate::retry::Lane;
 use crate::store::{Endpoint, Store};
@@ -173,6 +174,23 @@ pub(crate) async fn the_overview_knows_the_oldest_due_row(store: Arc<dyn Store>)
     bench.claim_timed(RETRY).await;
     let fresh = bench.fill(1).await[0];
     assert_eq!(oldest().await, Some(bench.message(fresh).await.created_at));
+}
+
+pub(crate) async fn the_database_describes_itself(store: Arc<dyn Store>) {
+    let about = store.about().await.unwrap();
+    assert!(about.version.starts_with(|c: char| c.is_ascii_digit()), "{}", about.version);
+    // Less than an hour: no time zone has slipped in.
+    let apart = Clock::system().now().as_micros().abs_diff(about.now.as_micros());
+    assert!(apart < 3_000_000_000, "{} is {apart} us away", about.now);
+    let setting = |name: &str| about.settings.get(name).map(String::as_str);
+    match store.kind() {
+        "sqlite" => assert!(matches!(setting("journal_mode"), Some("wal" | "memory")), "{about:?}"),
+        _ => {
+            assert!(matches!(setting("fsync"), Some("on" | "off")), "{about:?}");
+            assert!(setting("max_connections").is_some_and(|text| text.parse::<u64>().is_ok()));
+            assert!(about.connections > 0);
+        }
+    }
 }
 
 pub(crate) async fn partitions_can_be_made_at_any_time(store: Arc<dyn Store>) {

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{optional_time, time, written};
 use crate::clock::Timestamp;
 use crate::retry::Lane;
-use crate::store::{Bid, Endpoint, InstanceId, Leadership, Pacing, Result};
+use crate::store::{About, Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError};
 
 /// The random number of this store.
 pub(super) async fn installation(db: &Object) -> Result<Uuid> {
@@ -20,6 +20,24 @@ pub(super) async fn make_partitions(db: &Object) -> Result<()> {
     let statement = db.prepare_cached("/* ams:make_partitions */ select make_partitions()").await?;
     db.execute(&statement, &[]).await?;
     Ok(())
+}
+
+/// What the server says of itself. One that does not know a setting has nothing to say of it.
+pub(super) async fn about(db: &Object) -> Result<About> {
+    let statement = "/* ams:about */ select current_setting('server_version'), clock_timestamp(), \
+                     (select count(*) from pg_stat_activity where backend_type = 'client backend'), \
+                     (select coalesce(jsonb_object_agg(name, setting), '{}')::text from pg_settings where name in \
+                     ('fsync', 'synchronous_commit', 'full_page_writes', 'max_connections', \
+                     'superuser_reserved_connections', 'transaction_read_only'))";
+    let row = db.query_one(statement, &[]).await?;
+    let settings = serde_json::from_str(row.get(3))
+        .map_err(|error| StoreError::Internal(format!("its settings can't be read: {error}")))?;
+    Ok(About {
+        version: row.get(0),
+        now: time(&row, 1),
+        connections: row.get::<_, i64>(2).unsigned_abs(),
+        settings,
+    })
 }
 
 /// Registers a process.

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{json, list, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
 use crate::retry::Lane;
-use crate::store::{Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError};
+use crate::store::{About, Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError};
 
 /// The random number of this store.
 pub(super) fn installation(db: &Connection) -> Result<Uuid> {
@@ -17,6 +17,19 @@ pub(super) fn installation(db: &Connection) -> Result<Uuid> {
         .query_row([], |row| text(row, 0))?;
     Uuid::parse_str(&id)
         .map_err(|error| StoreError::Internal(format!("`{id}` is no installation id: {error}")))
+}
+
+/// What the library says of itself and the file.
+pub(super) fn about(db: &Connection) -> Result<About> {
+    let now =
+        "/* ams:about */ select cast(round((julianday('now') - 2440587.5) * 86400000.0) as integer) * 1000";
+    let journal: String = db.query_row("pragma journal_mode", [], |row| row.get(0))?;
+    Ok(About {
+        version: rusqlite::version().to_owned(),
+        now: db.query_row(now, [], |row| our_time(row, 0))?,
+        settings: [("journal_mode".to_owned(), journal)].into(),
+        connections: 0,
+    })
 }
 
 /// Registers a process.
