@@ -34,6 +34,7 @@ use crate::intake::Intake;
 use crate::service::Parts;
 
 pub use guard::Guard;
+pub use messages::SendMessage;
 use metrics::Survey;
 pub use problem::errors_page;
 use problem::{Code, Problem};

@@ -4,8 +4,11 @@ mod bench;
 mod client;
 mod completions;
 mod dlq;
+mod doctor;
 mod endpoints;
 mod filter;
+mod import;
+mod keys;
 mod messages;
 mod migrate;
 mod operator;
@@ -69,6 +72,7 @@ pub fn command() -> Command {
         .subcommand(endpoints::command())
         .subcommand(status::command())
         .subcommand(tail::command())
+        .subcommands([keys::command(), doctor::command(), import::command()])
         .subcommand(completions::command())
 }
 
@@ -92,7 +96,11 @@ async fn run(verb: &str, matches: &ArgMatches) -> app::Result<ExitCode> {
         "completions" => return completions::run(matches),
         _ => {}
     }
-    let raw = Raw::read(&flags(matches)).map_err(|error| AppError(error.to_string()))?;
+    let raw = Raw::read(&flags(matches)).map_err(|error| AppError(error.to_string()));
+    if verb == "doctor" {
+        return doctor::run(raw, matches).await;
+    }
+    let raw = raw?;
     if verb == "config" {
         return settings::run(&raw, matches);
     }
@@ -109,6 +117,8 @@ async fn run(verb: &str, matches: &ArgMatches) -> app::Result<ExitCode> {
         "dlq" => dlq::run(&operator()?, matches).await,
         "messages" => messages::run(&operator()?, matches).await,
         "endpoints" => endpoints::run(&operator()?, matches).await,
+        "keys" => keys::run(&config, matches).await,
+        "import" => import::run(&operator()?, matches).await,
         "status" => status::run(&operator()?, matches).await,
         "producer" if matches.subcommand().is_some() => status::control(&operator()?, matches).await,
         "demo" => services::demo(config, &raw, matches, stop).await,

@@ -12,14 +12,14 @@ use super::words::{Surroundings, why};
 use super::{ApiState, endpoint_exists};
 use crate::cache::Response;
 use crate::clock::Timestamp;
-use crate::intake::{self, BATCH_MAX, Fault};
+use crate::intake::{self, BATCH_MAX, Fault, IntakeError};
 use crate::message::{Attempt, Message, MessageId, NewMessage, Status};
 use crate::store::Inserted;
 
 /// A message to send.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct SendMessage {
+pub struct SendMessage {
     /// To whom: 1 to 1024 characters.
     #[schema(example = "+905551111111")]
     recipient: String,
@@ -385,6 +385,12 @@ pub(super) async fn send_batch(
         return Err(Problem::faults(faults.into_iter().map(|(index, fault)| (Some(index), fault)).collect()));
     }
     let inserted = state.intake.submit(messages).await?;
+    let conflicts: Vec<_> =
+        (0..inserted.len()).filter(|at| matches!(inserted[*at], Inserted::Conflict(_))).collect();
+    if !conflicts.is_empty() {
+        // A batch of one: it has shared its transaction with others.
+        return Err(IntakeError::Conflicts(conflicts).into());
+    }
     let existing = inserted.iter().filter(|inserted| !matches!(inserted, Inserted::New { .. })).count();
     let ids = inserted
         .into_iter()

@@ -144,7 +144,15 @@ async fn a_batch_is_stored_whole_or_not_at_all() {
     let (status, problem) = api.post("/v1/messages/batch", conflict).await;
     assert_eq!((status, &problem["errors"][0]["index"]), (StatusCode::UNPROCESSABLE_ENTITY, &json!(3)));
     assert_eq!(problem["errors"][0]["field"], "idempotency_key");
-    assert_eq!(api.get("/v1/messages/6").await.0, StatusCode::NOT_FOUND);
+    let (status, problem) = api.post("/v1/messages/batch", json!({"messages": [keyed("Hello")]})).await;
+    assert_eq!((status, &problem["ids"]), (StatusCode::ACCEPTED, &json!([6])));
+    let (status, problem) = api.post("/v1/messages/batch", json!({"messages": [keyed("Other")]})).await;
+    assert_eq!(
+        (status, &problem["errors"][0]["index"]),
+        (StatusCode::UNPROCESSABLE_ENTITY, &json!(0)),
+        "{problem}"
+    );
+    assert_eq!(api.get("/v1/messages/7").await.0, StatusCode::NOT_FOUND);
     assert_eq!(
         api.post("/v1/messages/batch", json!({"messages": []})).await.0,
         StatusCode::UNPROCESSABLE_ENTITY

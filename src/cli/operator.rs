@@ -1,5 +1,6 @@
 //! What the operators' verbs share: the API, the screen, and the flags that go with both.
 
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Arg, ArgMatches, Command};
@@ -76,6 +77,12 @@ pub(super) fn option(name: &'static str, value: &'static str, help: &'static str
 /// The text of a flag or argument.
 pub(super) fn text<'a>(matches: &'a ArgMatches, name: &str) -> Option<&'a str> {
     matches.get_one::<String>(name).map(String::as_str)
+}
+
+/// Tells what is wrong with how a verb was called.
+pub(super) fn wrong_use(sentence: &str) -> ExitCode {
+    eprintln!("ams: {sentence}");
+    ExitCode::from(2)
 }
 
 /// What of an answer is needed.

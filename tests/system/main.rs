@@ -15,6 +15,7 @@ mod kills;
 mod lanes;
 mod neighbours;
 mod observed;
+mod operator;
 mod proxy;
 mod quickstart;
 mod upgrade;

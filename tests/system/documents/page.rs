@@ -93,6 +93,6 @@ fn by_sql(block: &str) -> String {
     format!(
         "cat >.statements.sql <<'STATEMENTS'\n{block}STATEMENTS\n\
          if [[ -n ${{DATABASE_URL:-}} ]]; then psql -v ON_ERROR_STOP=1 \"$DATABASE_URL\" -f .statements.sql\n\
-         else sqlite3 -bail ams-data/ams.db <.statements.sql; fi\n"
+         else sqlite3 -bail -cmd '.timeout 5000' ams-data/ams.db <.statements.sql; fi\n"
     )
 }
