@@ -269,3 +269,38 @@ fn every_file_named_in_the_documents_exists() {
         }
     }
 }
+
+/// A service of the compose file that runs `ams`, as far as it can be wrong without Docker saying so.
+#[test]
+fn the_compose_file_speaks_of_verbs_settings_and_files_that_exist() {
+    let text = std::fs::read_to_string("deploy/docker-compose.yml").unwrap();
+    let services = &text[text.find("\n  migrate:\n").unwrap()..text.find("\nvolumes:\n").unwrap()];
+    let parts = &text[text.find("x-parts:").unwrap()..text.find("x-after:").unwrap()];
+    let settings: BTreeSet<&str> = ams::config::SETTINGS.iter().map(|setting| setting.name).collect();
+    let mut verbs = BTreeSet::new();
+    for line in parts.lines().chain(services.lines()).map(str::trim) {
+        let (name, value) = line.split_once(':').unwrap_or_default();
+        if !name.is_empty() && name.chars().all(|c| c.is_ascii_uppercase() || c == '_') {
+            assert!(settings.contains(name), "deploy/docker-compose.yml sets {name}, which is no setting");
+            // What the environment may set has the same name there, and a default.
+            let asked = value.trim().trim_matches('"').strip_prefix("${").unwrap_or(name);
+            assert!(asked.starts_with(name), "deploy/docker-compose.yml fills {name} from {value}");
+        }
+        if name == "command" {
+            verbs.insert(value.trim().trim_matches(['[', ']']).to_owned());
+        }
+    }
+    let wanted = ["api", "consumer", "migrate", "producer", "retry-consumer", "testclient"];
+    assert_eq!(verbs, wanted.map(str::to_owned).into());
+    for verb in verbs {
+        let help =
+            std::process::Command::new(env!("CARGO_BIN_EXE_ams")).args([&verb, "--help"]).output().unwrap();
+        assert!(help.status.success(), "ams {verb} is no verb");
+    }
+    let image = std::fs::read_to_string("deploy/Dockerfile").unwrap();
+    for copied in image.lines().filter(|line| line.starts_with("COPY") && !line.contains("--from")) {
+        let from = copied.split_whitespace().filter(|word| !word.starts_with("--")).nth(1).unwrap();
+        assert!(Path::new(from).exists(), "deploy/Dockerfile copies {from}, which does not exist");
+    }
+    assert!(std::fs::read_to_string("compose.yaml").unwrap().contains("- deploy/docker-compose.yml"));
+}
