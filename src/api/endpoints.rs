@@ -72,38 +72,57 @@ pub(super) struct EndpointList {
     next_cursor: Option<String>,
 }
 
-/// What of an endpoint is to be set; what is left out stays, or is the default of a new one.
+/// What of an endpoint is to be changed; what is left out stays.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct EndpointBody {
-    /// Where requests go; needed for a new one.
+    /// Where requests go.
     #[schema(example = "https://example.org/hook")]
     url: Option<String>,
     /// One deadline over connect, head and body of a try, in milliseconds: 1 to 600,000.
-    #[schema(example = 15000)]
+    #[schema(example = 15000, minimum = 1, maximum = 600_000)]
     timeout_ms: Option<u64>,
     /// Tries in flight at once, in each consumer process: 1 to 100,000.
-    #[schema(example = 1024)]
+    #[schema(example = 1024, minimum = 1, maximum = 100_000)]
     in_flight_max: Option<u32>,
     /// Statuses after which a message is dead at once: from 300 to 599.
-    #[schema(example = json!([410]))]
+    #[schema(example = json!([410]), max_items = 100)]
     final_statuses: Option<Vec<u16>>,
     /// Whether it takes messages; those of a disabled one are held.
     #[schema(example = true)]
     enabled: Option<bool>,
     /// Standard Webhooks secret, `whsec_` and base64, to sign requests with; empty: they are not signed.
-    #[schema(example = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")]
+    #[schema(example = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", pattern = "^(whsec_[A-Za-z0-9+/]+=*)?$")]
     secret: Option<String>,
 }
 
 /// A new endpoint.
+///
+/// Its fields are spelled out: a document that joins two closed objects describes what nothing can match.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub(super) struct NewEndpoint {
     /// Its name: 1 to 255 letters, digits, `-`, `_` and `.`.
-    #[schema(example = "sms")]
+    #[schema(example = "sms", min_length = 1, max_length = 255, pattern = "^[A-Za-z0-9_.-]+$")]
     name: String,
-    #[serde(flatten)]
-    body: EndpointBody,
+    /// Where requests go.
+    #[schema(example = "https://example.org/hook")]
+    url: String,
+    /// One deadline over connect, head and body of a try, in milliseconds: 1 to 600,000.
+    #[schema(example = 15000, minimum = 1, maximum = 600_000)]
+    timeout_ms: Option<u64>,
+    /// Tries in flight at once, in each consumer process: 1 to 100,000.
+    #[schema(example = 1024, minimum = 1, maximum = 100_000)]
+    in_flight_max: Option<u32>,
+    /// Statuses after which a message is dead at once: from 300 to 599.
+    #[schema(example = json!([410]), max_items = 100)]
+    final_statuses: Option<Vec<u16>>,
+    /// Whether it takes messages; those of a disabled one are held.
+    #[schema(example = true)]
+    enabled: Option<bool>,
+    /// Standard Webhooks secret, `whsec_` and base64, to sign requests with; empty: they are not signed.
+    #[schema(example = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", pattern = "^(whsec_[A-Za-z0-9+/]+=*)?$")]
+    secret: Option<String>,
 }
 
 /// List all endpoints
@@ -157,7 +176,8 @@ pub(super) async fn create(
     State(state): State<ApiState>,
     body: Result<Json<NewEndpoint>, JsonRejection>,
 ) -> Result<(StatusCode, Json<EndpointView>), Problem> {
-    let NewEndpoint { name, body } = body?.0;
+    let NewEndpoint { name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret } = body?.0;
+    let body = EndpointBody { url: Some(url), timeout_ms, in_flight_max, final_statuses, enabled, secret };
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(legal) {
         let detail = "must have from 1 to 255 letters, digits, `-`, `_` and `.`".to_owned();

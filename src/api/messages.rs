@@ -21,26 +21,26 @@ use crate::store::Inserted;
 #[serde(deny_unknown_fields)]
 pub(super) struct SendMessage {
     /// To whom: 1 to 1024 characters.
-    #[schema(example = "+905551111111")]
+    #[schema(example = "+905551111111", min_length = 1, max_length = 1024)]
     recipient: String,
     /// What: at most 1 MiB.
-    #[schema(example = "Hello")]
+    #[schema(example = "Hello", max_length = 1_048_576)]
     content: String,
     /// The endpoint it goes to; `default` when left out.
     #[schema(example = "default")]
     endpoint: Option<String>,
     /// Left out: the standard JSON envelope is sent. Else the content itself is the body, with this type.
-    #[schema(example = "text/plain")]
+    #[schema(example = "text/plain", min_length = 1, max_length = 255)]
     content_type: Option<String>,
     /// Further request headers: an object of texts.
     #[schema(value_type = Option<Object>, example = json!({"x-tenant": "7"}))]
     headers: Option<serde_json::Value>,
     /// Messages of one key belong together.
-    #[schema(example = "order-4711")]
+    #[schema(example = "order-4711", min_length = 1, max_length = 255)]
     ordering_key: Option<String>,
     /// From -100 to 100.
     #[serde(default)]
-    #[schema(example = 0)]
+    #[schema(example = 0, minimum = -100, maximum = 100)]
     priority: i16,
     /// Not before this time.
     #[schema(value_type = Option<String>, format = DateTime, example = "2030-01-01T09:00:00Z")]
@@ -50,7 +50,7 @@ pub(super) struct SendMessage {
     expires_at: Option<Timestamp>,
     /// A key of the sender's: the same key and message again is the first message. The header
     /// `Idempotency-Key` says the same.
-    #[schema(example = "order-4711-paid")]
+    #[schema(example = "order-4711-paid", min_length = 1, max_length = 255)]
     idempotency_key: Option<String>,
     /// An object of the sender's, for finding messages again.
     #[schema(value_type = Option<Object>, example = json!({"campaign": "spring"}))]
@@ -82,7 +82,7 @@ pub(super) struct MessageView {
     #[schema(example = 1)]
     id: i64,
     /// Where it stands: pending, queued, processing, sent, retrying, dead, cancelled or expired.
-    #[schema(example = "retrying")]
+    #[schema(schema_with = super::document::status)]
     status: String,
     /// What it waits for and until when, or why it ended as it did.
     #[schema(example = "due at 2030-01-01T09:00:03Z; last: status 500")]
@@ -164,6 +164,7 @@ impl MessageView {
 #[serde(deny_unknown_fields)]
 pub(super) struct SendBatch {
     /// The messages, at least one.
+    #[schema(min_items = 1, max_items = 10_000)]
     messages: Vec<SendMessage>,
 }
 

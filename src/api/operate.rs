@@ -18,8 +18,8 @@ use crate::janitor::JOB_PIECE;
 use crate::message::{MessageId, Status};
 use crate::store::operate::{Change, Control, Cursor, Filter, Job, JobId};
 
-/// How long a call works at its job itself; the janitor finishes what is left.
-const AT_IT: Duration = Duration::from_secs(10);
+/// How long a call works at its job itself, which no client should give up on; the janitor does the rest.
+const AT_IT: Duration = Duration::from_secs(5);
 /// Where a dry run stops counting.
 const COUNT_MAX: u64 = 10_000;
 
@@ -29,7 +29,7 @@ const COUNT_MAX: u64 = 10_000;
 pub(super) struct FilterBody {
     /// Their status. To redrive: dead (when left out), cancelled or expired. To cancel it must be named:
     /// pending, queued, processing or retrying.
-    #[schema(value_type = Option<String>, example = "dead")]
+    #[schema(schema_with = super::document::status_or_null)]
     status: Option<Status>,
     /// Their endpoint.
     #[schema(example = "default")]
@@ -216,7 +216,7 @@ async fn change_one(state: &ApiState, change: Change, id: MessageId) -> Result<J
 #[utoipa::path(
     post, path = "/v1/messages/redrive", tag = "messages", request_body = ChangeMany,
     responses(
-        (status = 200, description = "What it came to within ten seconds; the job goes on", body = RedriveView),
+        (status = 200, description = "What it came to within five seconds; the job goes on", body = RedriveView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Too large", body = Problem, content_type = "application/problem+json"),
@@ -237,7 +237,7 @@ pub(super) async fn redrive_many(
 #[utoipa::path(
     post, path = "/v1/messages/cancel", tag = "messages", request_body = ChangeMany,
     responses(
-        (status = 200, description = "What it came to within ten seconds; the job goes on", body = CancelView),
+        (status = 200, description = "What it came to within five seconds; the job goes on", body = CancelView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Too large", body = Problem, content_type = "application/problem+json"),
