@@ -127,7 +127,7 @@ pub(super) struct NewEndpoint {
 
 /// List all endpoints
 #[utoipa::path(
-    get, path = "/v1/endpoints", tag = "endpoints",
+    get, path = "/v1/endpoints", operation_id = "list_endpoints", tag = "endpoints",
     responses(
         (status = 200, description = "All endpoints, by name", body = EndpointList),
         (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
@@ -141,7 +141,7 @@ pub(super) async fn list(State(state): State<ApiState>) -> Result<Json<EndpointL
 
 /// Show an endpoint
 #[utoipa::path(
-    get, path = "/v1/endpoints/{name}", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "default")),
+    get, path = "/v1/endpoints/{name}", operation_id = "show_endpoint", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "default")),
     responses(
         (status = 200, description = "The endpoint", body = EndpointView),
         (status = 400, description = "The name is no text", body = Problem, content_type = "application/problem+json"),
@@ -160,7 +160,7 @@ pub(super) async fn show(
 
 /// Create an endpoint
 #[utoipa::path(
-    post, path = "/v1/endpoints", tag = "endpoints", request_body = NewEndpoint,
+    post, path = "/v1/endpoints", operation_id = "create_endpoint", tag = "endpoints", request_body = NewEndpoint,
     responses(
         (status = 201, description = "The endpoint", body = EndpointView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
@@ -196,7 +196,7 @@ pub(super) async fn create(
 ///
 /// It takes up to two seconds to be heard by every process.
 #[utoipa::path(
-    patch, path = "/v1/endpoints/{name}", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "default")),
+    patch, path = "/v1/endpoints/{name}", operation_id = "change_endpoint", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "default")),
     request_body = EndpointBody,
     responses(
         (status = 200, description = "The endpoint as it is now", body = EndpointView),
@@ -222,7 +222,7 @@ pub(super) async fn change(
 
 /// Delete an endpoint that no message names
 #[utoipa::path(
-    delete, path = "/v1/endpoints/{name}", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "sms")),
+    delete, path = "/v1/endpoints/{name}", operation_id = "delete_endpoint", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "sms")),
     responses(
         (status = 204, description = "It is gone"),
         (status = 400, description = "The name is no text", body = Problem, content_type = "application/problem+json"),

@@ -278,7 +278,7 @@ impl From<Response> for ResponseView {
 
 /// Send one message
 #[utoipa::path(
-    post, path = "/v1/messages", tag = "messages", request_body = SendMessage,
+    post, path = "/v1/messages", operation_id = "send_message", tag = "messages", request_body = SendMessage,
     params(("Idempotency-Key" = Option<String>, Header, description = "as the field idempotency_key")),
     responses(
         (status = 202, description = "Stored: it will be sent", body = MessageView),
@@ -358,7 +358,7 @@ fn key_fault(detail: &str) -> Problem {
 
 /// Send up to 10,000 messages, all or none
 #[utoipa::path(
-    post, path = "/v1/messages/batch", tag = "messages", request_body = SendBatch,
+    post, path = "/v1/messages/batch", operation_id = "send_messages", tag = "messages", request_body = SendBatch,
     responses(
         (status = 202, description = "Stored: they will be sent", body = BatchView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
@@ -407,7 +407,7 @@ async fn faults(state: &ApiState, messages: &[NewMessage]) -> Vec<(usize, Fault)
 
 /// Show a message, and what it waits for
 #[utoipa::path(
-    get, path = "/v1/messages/{id}", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
+    get, path = "/v1/messages/{id}", operation_id = "show_message", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
     responses(
         (status = 200, description = "The message", body = MessageView),
         (status = 400, description = "No number", body = Problem, content_type = "application/problem+json"),
@@ -424,7 +424,7 @@ pub(super) async fn show(
 
 /// Show a message's tries, oldest first
 #[utoipa::path(
-    get, path = "/v1/messages/{id}/attempts", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
+    get, path = "/v1/messages/{id}/attempts", operation_id = "list_attempts", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
     responses(
         (status = 200, description = "Its tries", body = AttemptList),
         (status = 400, description = "No number", body = Problem, content_type = "application/problem+json"),
@@ -443,7 +443,7 @@ pub(super) async fn attempts(
 
 /// Show the receiver's answer
 #[utoipa::path(
-    get, path = "/v1/messages/{id}/response", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
+    get, path = "/v1/messages/{id}/response", operation_id = "show_response", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
     responses(
         (status = 200, description = "The cached answer, else the stored one", body = ResponseView),
         (status = 400, description = "No number", body = Problem, content_type = "application/problem+json"),

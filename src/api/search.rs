@@ -107,7 +107,7 @@ fn read(text: &str) -> Option<Cursor> {
 
 /// List messages, newest first
 #[utoipa::path(
-    get, path = "/v1/messages", tag = "messages", params(ListQuery),
+    get, path = "/v1/messages", operation_id = "list_messages", tag = "messages", params(ListQuery),
     responses(
         (status = 200, description = "A page of messages", body = MessageList),
         (status = 400, description = "A parameter is wrong", body = Problem, content_type = "application/problem+json"),
@@ -184,7 +184,7 @@ fn shorten(content: &mut String) {
 
 /// Show why messages are dead, the most frequent reason first
 #[utoipa::path(
-    get, path = "/v1/dead-reasons", tag = "messages",
+    get, path = "/v1/dead-reasons", operation_id = "list_dead_reasons", tag = "messages",
     responses(
         (status = 200, description = "The reasons of the newest 10,000 dead messages", body = DeadReasonList),
         (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
