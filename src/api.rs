@@ -1,5 +1,6 @@
 //! The HTTP API: routes, and the OpenAPI document that is generated from their types.
 
+mod document;
 mod endpoints;
 mod guard;
 mod messages;
@@ -25,7 +26,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
-use utoipa::OpenApi;
+use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 use utoipa_swagger_ui::SwaggerUi;
@@ -87,6 +88,12 @@ impl ApiState {
 struct Document;
 
 fn documented() -> OpenApiRouter<ApiState> {
+    let mut router = routes_of_the_document();
+    document::Keys.modify(router.get_openapi_mut());
+    router
+}
+
+fn routes_of_the_document() -> OpenApiRouter<ApiState> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(messages::send))
         .routes(routes!(messages::send_batch).layer(DefaultBodyLimit::max(BATCH_BODY_MAX)))
@@ -163,7 +170,7 @@ async fn in_time(
 
 async fn front_page() -> Html<&'static str> {
     Html(
-        "<!doctype html><html lang=en><meta charset=utf-8><title>AMS</title>\
+        "<!doctype html><html lang=en><meta charset=utf-8><title>AMS</title><link rel=icon href=data:,>\
          <style>body{font:16px/1.6 system-ui;margin:4rem auto;max-width:40rem;padding:0 1rem}</style>\
          <h1>AMS, the automatic message system</h1><p>An <code>INSERT</code> is a send.</p>\
          <ul><li><a href=/swagger/index.html>Swagger UI</a>: try the API\

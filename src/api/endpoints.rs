@@ -72,43 +72,62 @@ pub(super) struct EndpointList {
     next_cursor: Option<String>,
 }
 
-/// What of an endpoint is to be set; what is left out stays, or is the default of a new one.
+/// What of an endpoint is to be changed; what is left out stays.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct EndpointBody {
-    /// Where requests go; needed for a new one.
+    /// Where requests go.
     #[schema(example = "https://example.org/hook")]
     url: Option<String>,
     /// One deadline over connect, head and body of a try, in milliseconds: 1 to 600,000.
-    #[schema(example = 15000)]
+    #[schema(example = 15000, minimum = 1, maximum = 600_000)]
     timeout_ms: Option<u64>,
     /// Tries in flight at once, in each consumer process: 1 to 100,000.
-    #[schema(example = 1024)]
+    #[schema(example = 1024, minimum = 1, maximum = 100_000)]
     in_flight_max: Option<u32>,
     /// Statuses after which a message is dead at once: from 300 to 599.
-    #[schema(example = json!([410]))]
+    #[schema(example = json!([410]), max_items = 100)]
     final_statuses: Option<Vec<u16>>,
     /// Whether it takes messages; those of a disabled one are held.
     #[schema(example = true)]
     enabled: Option<bool>,
     /// Standard Webhooks secret, `whsec_` and base64, to sign requests with; empty: they are not signed.
-    #[schema(example = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")]
+    #[schema(example = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", pattern = "^(whsec_[A-Za-z0-9+/]+=*)?$")]
     secret: Option<String>,
 }
 
 /// A new endpoint.
+///
+/// Its fields are spelled out: a document that joins two closed objects describes what nothing can match.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub(super) struct NewEndpoint {
     /// Its name: 1 to 255 letters, digits, `-`, `_` and `.`.
-    #[schema(example = "sms")]
+    #[schema(example = "sms", min_length = 1, max_length = 255, pattern = "^[A-Za-z0-9_.-]+$")]
     name: String,
-    #[serde(flatten)]
-    body: EndpointBody,
+    /// Where requests go.
+    #[schema(example = "https://example.org/hook")]
+    url: String,
+    /// One deadline over connect, head and body of a try, in milliseconds: 1 to 600,000.
+    #[schema(example = 15000, minimum = 1, maximum = 600_000)]
+    timeout_ms: Option<u64>,
+    /// Tries in flight at once, in each consumer process: 1 to 100,000.
+    #[schema(example = 1024, minimum = 1, maximum = 100_000)]
+    in_flight_max: Option<u32>,
+    /// Statuses after which a message is dead at once: from 300 to 599.
+    #[schema(example = json!([410]), max_items = 100)]
+    final_statuses: Option<Vec<u16>>,
+    /// Whether it takes messages; those of a disabled one are held.
+    #[schema(example = true)]
+    enabled: Option<bool>,
+    /// Standard Webhooks secret, `whsec_` and base64, to sign requests with; empty: they are not signed.
+    #[schema(example = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", pattern = "^(whsec_[A-Za-z0-9+/]+=*)?$")]
+    secret: Option<String>,
 }
 
 /// List all endpoints
 #[utoipa::path(
-    get, path = "/v1/endpoints", tag = "endpoints",
+    get, path = "/v1/endpoints", operation_id = "list_endpoints", tag = "endpoints",
     responses(
         (status = 200, description = "All endpoints, by name", body = EndpointList),
         (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
@@ -122,7 +141,7 @@ pub(super) async fn list(State(state): State<ApiState>) -> Result<Json<EndpointL
 
 /// Show an endpoint
 #[utoipa::path(
-    get, path = "/v1/endpoints/{name}", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "default")),
+    get, path = "/v1/endpoints/{name}", operation_id = "show_endpoint", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "default")),
     responses(
         (status = 200, description = "The endpoint", body = EndpointView),
         (status = 400, description = "The name is no text", body = Problem, content_type = "application/problem+json"),
@@ -141,7 +160,7 @@ pub(super) async fn show(
 
 /// Create an endpoint
 #[utoipa::path(
-    post, path = "/v1/endpoints", tag = "endpoints", request_body = NewEndpoint,
+    post, path = "/v1/endpoints", operation_id = "create_endpoint", tag = "endpoints", request_body = NewEndpoint,
     responses(
         (status = 201, description = "The endpoint", body = EndpointView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
@@ -157,7 +176,8 @@ pub(super) async fn create(
     State(state): State<ApiState>,
     body: Result<Json<NewEndpoint>, JsonRejection>,
 ) -> Result<(StatusCode, Json<EndpointView>), Problem> {
-    let NewEndpoint { name, body } = body?.0;
+    let NewEndpoint { name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret } = body?.0;
+    let body = EndpointBody { url: Some(url), timeout_ms, in_flight_max, final_statuses, enabled, secret };
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(legal) {
         let detail = "must have from 1 to 255 letters, digits, `-`, `_` and `.`".to_owned();
@@ -176,7 +196,7 @@ pub(super) async fn create(
 ///
 /// It takes up to two seconds to be heard by every process.
 #[utoipa::path(
-    patch, path = "/v1/endpoints/{name}", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "default")),
+    patch, path = "/v1/endpoints/{name}", operation_id = "change_endpoint", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "default")),
     request_body = EndpointBody,
     responses(
         (status = 200, description = "The endpoint as it is now", body = EndpointView),
@@ -202,7 +222,7 @@ pub(super) async fn change(
 
 /// Delete an endpoint that no message names
 #[utoipa::path(
-    delete, path = "/v1/endpoints/{name}", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "sms")),
+    delete, path = "/v1/endpoints/{name}", operation_id = "delete_endpoint", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "sms")),
     responses(
         (status = 204, description = "It is gone"),
         (status = 400, description = "The name is no text", body = Problem, content_type = "application/problem+json"),

@@ -21,26 +21,26 @@ use crate::store::Inserted;
 #[serde(deny_unknown_fields)]
 pub struct SendMessage {
     /// To whom: 1 to 1024 characters.
-    #[schema(example = "+905551111111")]
+    #[schema(example = "+905551111111", min_length = 1, max_length = 1024)]
     recipient: String,
     /// What: at most 1 MiB.
-    #[schema(example = "Hello")]
+    #[schema(example = "Hello", max_length = 1_048_576)]
     content: String,
     /// The endpoint it goes to; `default` when left out.
     #[schema(example = "default")]
     endpoint: Option<String>,
     /// Left out: the standard JSON envelope is sent. Else the content itself is the body, with this type.
-    #[schema(example = "text/plain")]
+    #[schema(example = "text/plain", min_length = 1, max_length = 255)]
     content_type: Option<String>,
     /// Further request headers: an object of texts.
     #[schema(value_type = Option<Object>, example = json!({"x-tenant": "7"}))]
     headers: Option<serde_json::Value>,
     /// Messages of one key belong together.
-    #[schema(example = "order-4711")]
+    #[schema(example = "order-4711", min_length = 1, max_length = 255)]
     ordering_key: Option<String>,
     /// From -100 to 100.
     #[serde(default)]
-    #[schema(example = 0)]
+    #[schema(example = 0, minimum = -100, maximum = 100)]
     priority: i16,
     /// Not before this time.
     #[schema(value_type = Option<String>, format = DateTime, example = "2030-01-01T09:00:00Z")]
@@ -50,7 +50,7 @@ pub struct SendMessage {
     expires_at: Option<Timestamp>,
     /// A key of the sender's: the same key and message again is the first message. The header
     /// `Idempotency-Key` says the same.
-    #[schema(example = "order-4711-paid")]
+    #[schema(example = "order-4711-paid", min_length = 1, max_length = 255)]
     idempotency_key: Option<String>,
     /// An object of the sender's, for finding messages again.
     #[schema(value_type = Option<Object>, example = json!({"campaign": "spring"}))]
@@ -82,7 +82,7 @@ pub(super) struct MessageView {
     #[schema(example = 1)]
     id: i64,
     /// Where it stands: pending, queued, processing, sent, retrying, dead, cancelled or expired.
-    #[schema(example = "retrying")]
+    #[schema(schema_with = super::document::status)]
     status: String,
     /// What it waits for and until when, or why it ended as it did.
     #[schema(example = "due at 2030-01-01T09:00:03Z; last: status 500")]
@@ -164,6 +164,7 @@ impl MessageView {
 #[serde(deny_unknown_fields)]
 pub(super) struct SendBatch {
     /// The messages, at least one.
+    #[schema(min_items = 1, max_items = 10_000)]
     messages: Vec<SendMessage>,
 }
 
@@ -280,7 +281,7 @@ impl From<Response> for ResponseView {
 
 /// Send one message
 #[utoipa::path(
-    post, path = "/v1/messages", tag = "messages", request_body = SendMessage,
+    post, path = "/v1/messages", operation_id = "send_message", tag = "messages", request_body = SendMessage,
     params(("Idempotency-Key" = Option<String>, Header, description = "as the field idempotency_key")),
     responses(
         (status = 202, description = "Stored: it will be sent", body = MessageView),
@@ -360,7 +361,7 @@ fn key_fault(detail: &str) -> Problem {
 
 /// Send up to 10,000 messages, all or none
 #[utoipa::path(
-    post, path = "/v1/messages/batch", tag = "messages", request_body = SendBatch,
+    post, path = "/v1/messages/batch", operation_id = "send_messages", tag = "messages", request_body = SendBatch,
     responses(
         (status = 202, description = "Stored: they will be sent", body = BatchView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
@@ -416,7 +417,7 @@ async fn faults(state: &ApiState, messages: &[NewMessage]) -> Vec<(usize, Fault)
 
 /// Show a message, and what it waits for
 #[utoipa::path(
-    get, path = "/v1/messages/{id}", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
+    get, path = "/v1/messages/{id}", operation_id = "show_message", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
     responses(
         (status = 200, description = "The message", body = MessageView),
         (status = 400, description = "No number", body = Problem, content_type = "application/problem+json"),
@@ -433,7 +434,7 @@ pub(super) async fn show(
 
 /// Show a message's tries, oldest first
 #[utoipa::path(
-    get, path = "/v1/messages/{id}/attempts", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
+    get, path = "/v1/messages/{id}/attempts", operation_id = "list_attempts", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
     responses(
         (status = 200, description = "Its tries", body = AttemptList),
         (status = 400, description = "No number", body = Problem, content_type = "application/problem+json"),
@@ -452,7 +453,7 @@ pub(super) async fn attempts(
 
 /// Show the receiver's answer
 #[utoipa::path(
-    get, path = "/v1/messages/{id}/response", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
+    get, path = "/v1/messages/{id}/response", operation_id = "show_response", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
     responses(
         (status = 200, description = "The cached answer, else the stored one", body = ResponseView),
         (status = 400, description = "No number", body = Problem, content_type = "application/problem+json"),

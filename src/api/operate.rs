@@ -18,8 +18,8 @@ use crate::janitor::JOB_PIECE;
 use crate::message::{MessageId, Status};
 use crate::store::operate::{Change, Control, Cursor, Filter, Job, JobId};
 
-/// How long a call works at its job itself; the janitor finishes what is left.
-const AT_IT: Duration = Duration::from_secs(10);
+/// How long a call works at its job itself, which no client should give up on; the janitor does the rest.
+const AT_IT: Duration = Duration::from_secs(5);
 /// Where a dry run stops counting.
 const COUNT_MAX: u64 = 10_000;
 
@@ -29,7 +29,7 @@ const COUNT_MAX: u64 = 10_000;
 pub(super) struct FilterBody {
     /// Their status. To redrive: dead (when left out), cancelled or expired. To cancel it must be named:
     /// pending, queued, processing or retrying.
-    #[schema(value_type = Option<String>, example = "dead")]
+    #[schema(schema_with = super::document::status_or_null)]
     status: Option<Status>,
     /// Their endpoint.
     #[schema(example = "default")]
@@ -161,7 +161,7 @@ impl From<Control> for ProducerView {
 ///
 /// A try that is under way may still succeed; then the message is `sent`.
 #[utoipa::path(
-    post, path = "/v1/messages/{id}/cancel", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
+    post, path = "/v1/messages/{id}/cancel", operation_id = "cancel_message", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
     responses(
         (status = 200, description = "The message, cancelled", body = MessageView),
         (status = 400, description = "No number", body = Problem, content_type = "application/problem+json"),
@@ -179,7 +179,7 @@ pub(super) async fn cancel(
 
 /// Send a dead, cancelled or expired message again
 #[utoipa::path(
-    post, path = "/v1/messages/{id}/redrive", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
+    post, path = "/v1/messages/{id}/redrive", operation_id = "redrive_message", tag = "messages", params(("id" = i64, Path, description = "The message's number", example = 1)),
     responses(
         (status = 200, description = "The message, pending again", body = MessageView),
         (status = 400, description = "No number", body = Problem, content_type = "application/problem+json"),
@@ -214,9 +214,9 @@ async fn change_one(state: &ApiState, change: Change, id: MessageId) -> Result<J
 
 /// Send many dead, cancelled or expired messages again
 #[utoipa::path(
-    post, path = "/v1/messages/redrive", tag = "messages", request_body = ChangeMany,
+    post, path = "/v1/messages/redrive", operation_id = "redrive_messages", tag = "messages", request_body = ChangeMany,
     responses(
-        (status = 200, description = "What it came to within ten seconds; the job goes on", body = RedriveView),
+        (status = 200, description = "What it came to within five seconds; the job goes on", body = RedriveView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Too large", body = Problem, content_type = "application/problem+json"),
@@ -235,9 +235,9 @@ pub(super) async fn redrive_many(
 
 /// Cancel many messages
 #[utoipa::path(
-    post, path = "/v1/messages/cancel", tag = "messages", request_body = ChangeMany,
+    post, path = "/v1/messages/cancel", operation_id = "cancel_messages", tag = "messages", request_body = ChangeMany,
     responses(
-        (status = 200, description = "What it came to within ten seconds; the job goes on", body = CancelView),
+        (status = 200, description = "What it came to within five seconds; the job goes on", body = CancelView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Too large", body = Problem, content_type = "application/problem+json"),
@@ -310,7 +310,7 @@ async fn count(state: &ApiState, filter: &Filter) -> Result<u64, Problem> {
 
 /// Show how far a change of many messages has come
 #[utoipa::path(
-    get, path = "/v1/jobs/{id}", tag = "messages", params(("id" = i64, Path, description = "The job's number", example = 7)),
+    get, path = "/v1/jobs/{id}", operation_id = "show_job", tag = "messages", params(("id" = i64, Path, description = "The job's number", example = 7)),
     responses(
         (status = 200, description = "The job", body = JobView),
         (status = 400, description = "No number", body = Problem, content_type = "application/problem+json"),
@@ -332,7 +332,7 @@ pub(super) async fn job(
 
 /// Show what the producers do
 #[utoipa::path(
-    get, path = "/v1/producer", tag = "system",
+    get, path = "/v1/producer", operation_id = "show_producer", tag = "system",
     responses(
         (status = 200, description = "Running or paused, and the pacing", body = ProducerView),
         (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
@@ -347,7 +347,7 @@ pub(super) async fn producer(State(state): State<ApiState>) -> Result<Json<Produ
 ///
 /// What is on a lane already is still delivered. It takes up to two seconds to be heard.
 #[utoipa::path(
-    post, path = "/v1/producer/pause", tag = "system",
+    post, path = "/v1/producer/pause", operation_id = "pause_producer", tag = "system",
     responses(
         (status = 200, description = "They are paused", body = ProducerView),
         (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
@@ -360,7 +360,7 @@ pub(super) async fn pause(State(state): State<ApiState>) -> Result<Json<Producer
 
 /// Let the producers go on
 #[utoipa::path(
-    post, path = "/v1/producer/resume", tag = "system",
+    post, path = "/v1/producer/resume", operation_id = "resume_producer", tag = "system",
     responses(
         (status = 200, description = "They run", body = ProducerView),
         (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),

@@ -1,5 +1,7 @@
 //! Lists of messages: filters, pages, and why messages are dead.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
@@ -21,6 +23,8 @@ const PAGE_MAX: usize = 100;
 const PAGE: usize = 20;
 /// Bounded searches that one page may take before it is answered short.
 const SEARCHES: usize = 5;
+/// How long they may take together before no other is begun.
+const SEARCHING: Duration = Duration::from_millis(15);
 /// Characters of a content that a list shows.
 const CONTENT: usize = 1_000;
 
@@ -30,7 +34,7 @@ const CONTENT: usize = 1_000;
 #[into_params(parameter_in = Query)]
 pub(super) struct ListQuery {
     /// Only messages of this status.
-    #[param(value_type = Option<String>, example = "dead")]
+    #[param(schema_with = super::document::status)]
     status: Option<Status>,
     /// Only messages to this endpoint.
     #[param(example = "default")]
@@ -103,7 +107,7 @@ fn read(text: &str) -> Option<Cursor> {
 
 /// List messages, newest first
 #[utoipa::path(
-    get, path = "/v1/messages", tag = "messages", params(ListQuery),
+    get, path = "/v1/messages", operation_id = "list_messages", tag = "messages", params(ListQuery),
     responses(
         (status = 200, description = "A page of messages", body = MessageList),
         (status = 400, description = "A parameter is wrong", body = Problem, content_type = "application/problem+json"),
@@ -159,7 +163,11 @@ pub(super) fn refuse_nul(filter: &Filter) -> Result<(), Problem> {
 /// Searches until the page is full, or has cost enough.
 async fn page(state: &ApiState, filter: &Filter, from: Cursor, limit: usize) -> Result<Found, Problem> {
     let mut page = Found { ids: Vec::new(), next: Some(from) };
-    for _ in 0..SEARCHES {
+    let watch = state.parts.clock.stopwatch();
+    for search in 0..SEARCHES {
+        if search > 0 && watch.elapsed() >= SEARCHING {
+            break;
+        }
         let Some(from) = page.next.filter(|_| page.ids.len() < limit) else { break };
         let found = state.parts.store.search(filter, from, limit - page.ids.len()).await?;
         page.ids.extend(found.ids);
@@ -176,7 +184,7 @@ fn shorten(content: &mut String) {
 
 /// Show why messages are dead, the most frequent reason first
 #[utoipa::path(
-    get, path = "/v1/dead-reasons", tag = "messages",
+    get, path = "/v1/dead-reasons", operation_id = "list_dead_reasons", tag = "messages",
     responses(
         (status = 200, description = "The reasons of the newest 10,000 dead messages", body = DeadReasonList),
         (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),

@@ -105,7 +105,7 @@ pub(super) struct ReadyView {
 
 /// Services, counts, ages, lag and health
 #[utoipa::path(
-    get, path = "/v1/status", tag = "system",
+    get, path = "/v1/status", operation_id = "show_status", tag = "system",
     responses(
         (status = 200, description = "The whole system at a glance", body = StatusView),
         (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),

@@ -331,6 +331,25 @@ fn the_openapi_document_is_the_committed_one() {
     assert_committed("docs/openapi.json", &openapi());
 }
 
+/// Swagger UI runs another call than the one that is shown when two go by one name.
+#[test]
+fn each_call_of_the_document_has_a_name_of_its_own_and_says_who_may_call() {
+    let document: Value = serde_json::from_str(&openapi()).unwrap();
+    let mut names = std::collections::BTreeSet::new();
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for call in item.as_object().unwrap().values() {
+            assert!(names.insert(call["operationId"].as_str().unwrap()), "{}", call["operationId"]);
+            let keyed = path.starts_with("/v1/") || path == "/metrics";
+            assert_eq!(call["responses"].get("401").is_some(), keyed, "{path}");
+            assert_eq!(call.get("security").is_some(), keyed, "{path}");
+        }
+    }
+    assert_eq!(document["components"]["securitySchemes"]["key"]["scheme"], "bearer");
+    // An object that is joined of closed ones is matched by nothing.
+    let endpoint = &document["components"]["schemas"]["NewEndpoint"];
+    assert!(endpoint["allOf"].is_null() && !endpoint["properties"]["name"].is_null());
+}
+
 #[test]
 fn the_page_on_errors_is_the_committed_one() {
     assert_committed("docs/errors.md", &errors_page());

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::store::conformance::{newer, store_conformance};
+use crate::store::operate::WALK;
 
 #[expect(clippy::disallowed_methods, reason = "tests are told by the environment where PostgreSQL is")]
 fn server() -> String {
@@ -162,6 +163,55 @@ async fn plans_made_on_empty_partitions_use_the_indexes() {
         let plan = db.query(&format!("explain execute {name} ({values})"), &[]).await.unwrap();
         let plan: Vec<String> = plan.iter().map(|row| row.get(0)).collect();
         assert!(!plan.iter().any(|line| line.contains("Seq Scan on messages")), "{name}: {plan:#?}");
+    }
+}
+
+/// Statistics that say "all messages go to one endpoint" must not let a search for another one read them all.
+#[tokio::test]
+async fn a_search_reads_few_rows_whatever_the_statistics_say() {
+    let scratch = scratch().await;
+    let store = open(scratch.url());
+    store.migrate().await.unwrap();
+    client(scratch.url())
+        .await
+        .batch_execute(
+            "insert into messages (recipient, content) select '+90', 'Hello' from generate_series(1, 30000); \
+             update messages set status = 'sent'; update messages set status = 'dead' where id > 1000; \
+             insert into attempts select id, 1, 1, now(), 0, 0, 0, 200, '', 'accepted', '', null, null, '' \
+             from messages; analyze",
+        )
+        .await
+        .unwrap();
+    let at = Some(Timestamp::from_micros(1));
+    let filter = Filter::default;
+    let text = |text: &str| Some(text.to_owned());
+    let mut filters = vec![
+        filter(),
+        Filter { endpoint: text("default"), ..filter() },
+        Filter { endpoint: text("rare"), ..filter() },
+        Filter { recipient: text("+90"), ..filter() },
+        Filter { recipient: text("+91"), ..filter() },
+        Filter { created_after: at, ..filter() },
+        Filter { created_before: at, ..filter() },
+        Filter { reason: text("status 500"), ..filter() },
+        Filter { endpoint: text("rare"), status: Some(Status::Sent), ..filter() },
+        Filter { recipient: text("+91"), endpoint: text("rare"), created_after: at, ..filter() },
+    ];
+    filters.extend(Status::ALL.map(|status| Filter { status: Some(status), ..filter() }));
+    let mut db = store.connection().await.unwrap();
+    // Counts go on over transactions until the server has published them, so it is asked before and after.
+    let read = "select coalesce(sum(seq_tup_read), 0)::bigint, coalesce(sum(idx_tup_fetch), 0)::bigint \
+                from pg_stat_xact_user_tables where relname like 'messages%'";
+    for filter in filters {
+        let transaction = db.transaction().await.unwrap();
+        let before = transaction.query_one(read, &[]).await.unwrap();
+        let found = search::search(&transaction, &filter, Cursor::start(&filter), 20).await.unwrap();
+        let after = transaction.query_one(read, &[]).await.unwrap();
+        let [scanned, fetched] = [0, 1].map(|i| after.get::<_, i64>(i) - before.get::<_, i64>(i));
+        assert_eq!(scanned, 0, "{filter:?} reads a table from its start");
+        // The walk, and once more to see where it ended; when the page is full, hardly more than the page.
+        let most = if found.ids.len() == 20 { 100 } else { 2 * limit(WALK) + 100 };
+        assert!(fetched <= most, "{filter:?} reads {fetched} rows for {}", found.ids.len());
     }
 }
 

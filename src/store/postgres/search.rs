@@ -12,7 +12,7 @@ use crate::store::Result;
 use crate::store::operate::{Cursor, DeadReason, Filter, Found, WALK, Walk};
 
 /// The columns that a filter may ask for.
-const COLUMNS: &str = "id, status, endpoint, recipient, created_at, reason";
+const COLUMNS: &str = "id, status, endpoint, recipient, created_at, reason, unsent";
 
 /// A statement that is put together with its values.
 #[derive(Default)]
@@ -42,7 +42,14 @@ pub(super) async fn search(
     let by_age = filter.walk() == Walk::Created;
     let mut sql = Sql::default();
     let walk = walk(&mut sql, filter, from);
-    let order = if by_age { "created_at desc, id desc" } else { "id desc" };
+    // The order of the walk, column by column, so that no more of it is read than the page needs.
+    let order = match filter.walk() {
+        Walk::Created => "created_at desc, id desc",
+        Walk::Recipient(_) => "recipient desc, id desc",
+        Walk::Endpoint(_) => "endpoint desc, id desc",
+        Walk::Unsent(_) => "unsent desc, id desc",
+        _ => "id desc",
+    };
     let wanted = wanted(&mut sql, filter);
     let most = sql.value(limit(count + 1));
     let text = format!(
@@ -81,26 +88,30 @@ fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
     let rows = |condition: String| {
         format!("select {COLUMNS} from messages where {condition}id < {id} order by id desc limit {WALK}")
     };
+    // Not `column = value order by id`: the planner may then read all messages by id until it has found
+    // enough, which for a rare value is all of them. This order only the index of the column has.
+    let among = |column: &str, value: String| {
+        format!(
+            "select {COLUMNS} from messages where ({column}, id) < ({value}, {id}) and {column} >= {value} \
+             order by {column} desc, id desc limit {WALK}"
+        )
+    };
     // Each row is looked up by its id: a join would let the planner read all messages for the order.
     let listed = |ids: String| {
         format!(
-            "select m.* from ({ids} order by id desc limit {WALK}) l cross join lateral \
-             (select {COLUMNS} from messages where messages.id = l.id limit 1) m"
+            "select l.id, m.* from ({ids} order by id desc limit {WALK}) l cross join lateral \
+             (select {} from messages where messages.id = l.id limit 1) m",
+            COLUMNS.trim_start_matches("id, ")
         )
     };
     match filter.walk() {
         Walk::All => rows(String::new()),
         Walk::Recipient(recipient) => {
-            let recipient = sql.value(recipient.to_owned());
-            rows(format!("recipient = {recipient} and "))
+            among("recipient", format!("{}::text", sql.value(recipient.to_owned())))
         }
-        Walk::Endpoint(endpoint) => {
-            let endpoint = sql.value(endpoint.to_owned());
-            rows(format!("endpoint = {endpoint} and "))
-        }
+        Walk::Endpoint(endpoint) => among("endpoint", format!("{}::text", sql.value(endpoint.to_owned()))),
         Walk::Unsent(status) => {
-            let status = sql.value(status.as_str());
-            rows(format!("unsent is not null and unsent = {status}::text::message_state and "))
+            among("unsent", format!("{}::text::message_state", sql.value(status.as_str())))
         }
         Walk::Waiting => rows("(timed_at is not null or held is not null) and ".to_owned()),
         Walk::Pending => {
