@@ -304,3 +304,37 @@ fn the_compose_file_speaks_of_verbs_settings_and_files_that_exist() {
     }
     assert!(std::fs::read_to_string("compose.yaml").unwrap().contains("- deploy/docker-compose.yml"));
 }
+
+/// A newer program may have added a column.
+#[test]
+fn statements_name_their_columns() {
+    let mut tables = BTreeSet::new();
+    for path in files("migrations", ".sql") {
+        let text = std::fs::read_to_string(path).unwrap();
+        let made = text.lines().filter_map(|line| line.strip_prefix("create table "));
+        tables.extend(made.map(|rest| rest.split_whitespace().next().unwrap().to_owned()));
+    }
+    assert!(tables.contains("messages") && tables.contains("api_keys"));
+    let nameless = |line: &str| {
+        let of_table = |before: &str| {
+            let names = line.split(before).skip(1).filter_map(|rest| rest.split([' ', '"', ';', ')']).next());
+            names.into_iter().any(|name| tables.contains(name))
+        };
+        let bare_insert = |table: &String| {
+            let insert = format!("insert into {table} ");
+            line.split(insert.as_str()).skip(1).any(|rest| !rest.starts_with(['(', '\\']))
+        };
+        of_table("select * from ") || line.contains("returning *") || tables.iter().any(bare_insert)
+    };
+    assert!(nameless("select * from messages") && nameless("insert into lanes values (1)"));
+    let mut broken = Vec::new();
+    for (path, text) in sources().iter().filter(|(path, _)| path.starts_with("src/store/")) {
+        if path.ends_with("/real.rs") || path.ends_with("/tests.rs") {
+            continue;
+        }
+        for (number, line) in text.lines().enumerate().filter(|(_, line)| nameless(line)) {
+            broken.push(format!("{path}:{}: {}", number + 1, line.trim()));
+        }
+    }
+    assert_none("statements name their columns", &broken);
+}
