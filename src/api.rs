@@ -46,6 +46,8 @@ const BODY_MAX: usize = 2 << 20;
 const BATCH_BODY_MAX: usize = 64 << 20;
 /// Connections at once.
 const CONNECTIONS: usize = 4_096;
+/// About how many bytes a request's head may have; a longer one is answered 431.
+const HEAD_MAX: usize = 64 << 10;
 /// How long a client may take over a request's head.
 const HEAD: Duration = Duration::from_secs(10);
 /// How long a whole call may take, the arrival of its body with it: longer than the store's own bounds,
@@ -225,6 +227,7 @@ async fn converse(stream: tokio::net::TcpStream, router: Router, stop: Cancellat
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
+        .max_buf_size(HEAD_MAX)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     let ended = tokio::select! {

@@ -214,6 +214,19 @@ async fn what_is_wrong_with_a_request_is_a_problem_with_a_code() {
     assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE, "{text}");
 }
 
+#[tokio::test]
+async fn a_head_and_a_depth_have_bounds() {
+    let api = Api::start().await;
+    let long = "x".repeat(2 * HEAD_MAX);
+    let (status, _, _) = api.call(Method::GET, "/livez", &[("x-long", long.as_str())], String::new()).await;
+    assert_eq!(status, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
+    let deep = format!("{}1{}", "{\"a\":".repeat(300), "}".repeat(300));
+    let body = format!("{{\"recipient\":\"+90\",\"content\":\"Hello\",\"tags\":{deep}}}");
+    let headers = [("content-type", "application/json")];
+    let (status, _, text) = api.call(Method::POST, "/v1/messages", &headers, body).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST, "{text}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_call_that_takes_too_long_is_ended() {
     use tower_service::Service;
