@@ -107,6 +107,13 @@ impl KafkaQueue {
         })
         .await
     }
+
+    /// Whether these lanes are there and every partition of theirs is led.
+    async fn answer(&self, lanes: &[String]) -> bool {
+        let asked = lanes.iter().map(|lane| self.depth(lane, "ams"));
+        let depths = futures_util::future::join_all(asked).await;
+        depths.iter().all(|depth| depth.as_ref().is_ok_and(|depth| !depth.is_empty()))
+    }
 }
 
 #[async_trait]
@@ -144,9 +151,9 @@ impl Queue for KafkaQueue {
             }
         }
         self.publisher.forget(lanes);
-        // The brokers tell one another in their own time.
+        // The brokers tell one another in their own time, and one that is to lead a partition may not do so yet.
         for _ in 0..50 {
-            if self.missing(lanes).await?.is_empty() {
+            if self.answer(lanes).await {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
