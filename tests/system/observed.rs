@@ -246,8 +246,8 @@ async fn nor_is_it_on_the_real_parts() {
     assert_eq!(text.lines().find(|line| line.contains("Hello ") || line.contains("Accepted")), None);
 }
 
-#[test]
-fn passwords_of_parts_that_are_away_or_misnamed_are_not_told() {
+#[tokio::test]
+async fn passwords_of_parts_that_are_away_or_misnamed_are_not_told() {
     let store = tempfile::tempdir().unwrap();
     let store = format!("sqlite://{}/ams.db", store.path().display());
     let away = [
@@ -260,21 +260,26 @@ fn passwords_of_parts_that_are_away_or_misnamed_are_not_told() {
         ("KAFKA_SASL_PASSWORD", "planted-password"),
         ("AMS_KEY", "planted-password"),
     ];
-    for (other, says) in [
-        (&[][..], "the store is unavailable"),
+    for (other, says, ends) in [
+        (&[][..], "the store is unavailable", false),
         // The store is there, so that the others are asked.
-        (&[("DATABASE_URL", store.as_str())], "consumer of"),
-        (&[("DATABASE_URL", "mysql://ams:planted-password@host/db")], "DATABASE_URL"),
-        (&[("DATABASE_URL", "postgres://ams:planted-password?x@host/db")], "store"),
-        (&[("REDIS_URL", "http://:planted-password@host")], "REDIS_URL"),
-        (&[("REQUEST_URL", "ftp://ams:planted-password@host/")], "REQUEST_URL"),
+        (&[("DATABASE_URL", store.as_str())], "consumer of", false),
+        (&[("DATABASE_URL", "mysql://ams:planted-password@host/db")], "DATABASE_URL", true),
+        (&[("DATABASE_URL", "postgres://ams:planted-password?x@host/db")], "the store is unavailable", false),
+        (&[("REDIS_URL", "http://:planted-password@host")], "REDIS_URL", true),
+        (&[("REQUEST_URL", "ftp://ams:planted-password@host/")], "REQUEST_URL", true),
     ] {
         let folder = tempfile::tempdir().unwrap();
-        let mut command = Command::new("timeout");
-        command.args(["3", env!("CARGO_BIN_EXE_ams"), "up", "--port", "0"]).current_dir(folder.path());
-        command.env("LOG_LEVEL", "trace").envs(away).envs(other.iter().copied());
-        let told = String::from_utf8(command.stdin(Stdio::null()).output().unwrap().stderr).unwrap();
-        assert!(told.contains(says), "{other:?}: {told}");
-        assert_eq!(told.lines().find(|line| line.contains("planted")), None, "{other:?}");
+        let log = folder.path().join("log");
+        let environment: Vec<_> =
+            [("LOG_LEVEL", "trace")].iter().chain(&away).chain(other).copied().collect();
+        let mut running = up(folder.path(), 0, &environment, &log);
+        let told = || std::fs::read_to_string(&log).unwrap();
+        until(&format!("{other:?}: says {says}"), Duration::from_secs(60), async || {
+            told().contains(says) && (!ends || running.0.try_wait().unwrap().is_some())
+        })
+        .await;
+        drop(running);
+        assert_eq!(told().lines().find(|line| line.contains("planted")), None, "{other:?}");
     }
 }
