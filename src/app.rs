@@ -7,7 +7,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::{LocalBoxFuture, join_all};
+use futures_util::future::LocalBoxFuture;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -160,7 +161,9 @@ impl App {
         let services = self.services(stop).await?;
         let keep = async { tokio::join!(self.parts.presence.run(&alive), self.parts.directory.run(&alive)) };
         let work = async {
-            join_all(services).await;
+            // Each has a waker of its own: what wakes one does not have the others look.
+            let mut services: FuturesUnordered<_> = services.into_iter().collect();
+            while services.next().await.is_some() {}
             alive.cancel();
         };
         tokio::join!(keep, work);
@@ -212,7 +215,7 @@ impl App {
 
     fn producer_options(&self) -> ProducerOptions {
         // The embedded store tells cheaply whether anything changed, so it is asked more often.
-        let poll = if self.parts.store.kind() == "sqlite" { 5 } else { 40 };
+        let poll = if self.parts.store.kind() == "sqlite" { 7 } else { 40 };
         ProducerOptions {
             fresh_lane: self.config.lane.topic.clone(),
             batch: CLAIM,

@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use rusqlite::Connection;
+use rusqlite::config::DbConfig;
 use rusqlite::types::ValueRef;
 use uuid::Uuid;
 
@@ -447,6 +448,9 @@ impl From<rusqlite::Error> for StoreError {
 fn set_up(connection: &Connection) -> rusqlite::Result<()> {
     connection.busy_timeout(LOCK_WAIT)?;
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    // Else each new value of a parameter has the statement parsed and planned anew: two thirds of the time
+    // of a producer at rest.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     connection.execute_batch("pragma foreign_keys = off; pragma temp_store = memory")
 }
 

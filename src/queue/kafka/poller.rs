@@ -27,6 +27,8 @@ use crate::queue::{QueueError, Receipt, Result, Subscription, Taken, Watermark};
 /// Records given at once, at most.
 const BATCH: usize = 1_000;
 const POLL: Duration = Duration::from_millis(10);
+/// How long to wait for the client when nothing is out that could be done meanwhile.
+const REST: Duration = Duration::from_millis(100);
 /// How long to rest while the reader is busy.
 const FULL: Duration = Duration::from_millis(1);
 /// A reader that is busy for longer is waited for with the partitions paused, because the client must be polled.
@@ -149,7 +151,11 @@ impl Poller {
 
     /// Takes what the client has, up to a batch; waits a moment when it has nothing.
     fn poll(&mut self) {
-        let mut wait = if self.pending.is_empty() { POLL } else { Duration::ZERO };
+        let mut wait = match self.client.context().trackers().out() {
+            0 => REST,
+            _ if self.pending.is_empty() => POLL,
+            _ => Duration::ZERO,
+        };
         while self.pending.len() < BATCH {
             let taken = match self.client.poll(wait) {
                 None => return,

@@ -89,6 +89,14 @@ macro_rules! fields {
 
 /// Whether any new row, or any timed row of these lanes, is due.
 pub(super) fn any_of(db: &Connection, lanes: &[&str], now: Timestamp) -> Result<bool> {
+    // One transaction takes the file's locks once for all that is asked.
+    db.prepare_cached("begin")?.execute([])?;
+    let looked = any_within(db, lanes, now);
+    db.prepare_cached("commit")?.execute([])?;
+    looked
+}
+
+fn any_within(db: &Connection, lanes: &[&str], now: Timestamp) -> Result<bool> {
     if any(db, &OwnedDue::Fresh(MessageId(0)), now)? {
         return Ok(true);
     }

@@ -30,6 +30,24 @@ mod file {
     store_conformance!(make);
 }
 
+/// SQLite would plan a statement anew for other values of its parameters.
+#[test]
+fn a_statement_is_planned_once() {
+    let store = SqliteStore::in_memory().unwrap();
+    let Backend::Inline(connection) = &*store.backend else { panic!("in_memory has no threads") };
+    let connection = lock(connection);
+    let mut due = connection
+        .prepare(
+            "select 1 from messages indexed by messages_timed \
+             where lane = ?1 and timed_at is not null and timed_at <= ?3 order by timed_at, id limit ?2",
+        )
+        .unwrap();
+    for now in 0..3 {
+        assert!(!due.exists(("", 1, now)).unwrap());
+    }
+    assert_eq!(due.get_status(rusqlite::StatementStatus::RePrepare), 0);
+}
+
 /// What other programs may do with the file, and what this one makes of files.
 mod shell {
     use std::path::PathBuf;
