@@ -10,26 +10,39 @@ use crate::clock::Timestamp;
 use crate::message::{Epoch, MessageId, Ticket};
 use crate::store::{Batch, BatchId, Claim, Claimed, Due, InstanceId, Place, Result};
 
+/// Why a row can't go on a lane now; no value when it can.
+macro_rules! held {
+    () => {
+        "case when m.endpoint <> all($4) then 'endpoint_closed' when m.endpoint = any($7) then 'endpoint_busy' end"
+    };
+}
+
 /// A claim: the text of the three differs only in which rows they look at. `materialized` keeps the
 /// planner from taking more than the limit; the bounds prune partitions; `skip locked` passes by rows
-/// that a person's transaction holds.
+/// that a person's transaction holds. The rows are updated by an array of their ids, not by a join: a planner
+/// that expects one row would read all between the bounds for each (measured: 5.3 s for 995 rows).
 macro_rules! claim {
     ($name:literal, $rows:literal) => {
         concat!(
             "/* ams:claim_",
             $name,
-            " */ with c as materialized (select id, case when endpoint <> all($4) then 'endpoint_closed' \
-                 when endpoint = any($7) then 'endpoint_busy' end as held from messages where ",
+            " */ with c as materialized (select id from messages where ",
             $rows,
             " limit $2 for update skip locked), \
              u as (update messages m set \
-                 status = case when m.expires_at <= $3 then 'expired' when c.held is null then 'queued' \
-                     else m.status end, \
-                 epoch = case when m.expires_at <= $3 or c.held is not null then m.epoch else m.epoch + 1 end, \
-                 held = case when m.expires_at <= $3 then null else c.held end, \
+                 status = case when m.expires_at <= $3 then 'expired' when ",
+            held!(),
+            " is null then 'queued' else m.status end, \
+                 epoch = case when m.expires_at <= $3 or ",
+            held!(),
+            " is not null then m.epoch else m.epoch + 1 end, \
+                 held = case when m.expires_at <= $3 then null else ",
+            held!(),
+            " end, \
                  due_at = case when m.expires_at <= $3 then null else m.due_at end, \
                  finished_at = case when m.expires_at <= $3 then $3 end \
-             from c where m.id = c.id and m.id between (select min(id) from c) and (select max(id) from c) \
+             where m.id = any(array(select id from c)) \
+                 and m.id between (select min(id) from c) and (select max(id) from c) \
              returning m.id, m.epoch, m.attempts + 1, m.endpoint, m.created_at, m.recipient, m.content, \
                  m.content_type, m.headers, m.ordering_key, m.status = 'queued' as queued), \
              l as (insert into batches (lane, owner, ids, epochs, created_at) \

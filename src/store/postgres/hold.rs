@@ -63,7 +63,8 @@ pub(super) async fn unhold(
                  where held is not null and endpoint = $1 and held = $2 order by id limit $3 for update skip locked) \
              update messages m set held = null, \
                  due_at = case when m.status = 'retrying' then $4::timestamptz end \
-             from c where m.id = c.id and m.id between (select min(id) from c) and (select max(id) from c)",
+             where m.id = any(array(select id from c)) \
+                 and m.id between (select min(id) from c) and (select max(id) from c)",
         )
         .await?;
     Ok(db.execute(&statement, &[&endpoint, &held.as_str(), &limit(count), &written(now)]).await?)

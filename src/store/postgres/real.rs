@@ -166,6 +166,79 @@ async fn plans_made_on_empty_partitions_use_the_indexes() {
     }
 }
 
+/// A plan made while a partition is empty expects one row. Its batches must not read what lies between their
+/// rows: these are far apart, as retries of old and new messages are.
+#[tokio::test]
+async fn plans_made_on_empty_partitions_read_only_the_rows_of_a_batch() {
+    let scratch = scratch().await;
+    let store = open(scratch.url());
+    store.migrate().await.unwrap();
+    let db = client(scratch.url()).await;
+    // Every hundredth of 100,000.
+    let each = |value: &str| format!("(select array_agg({value}) from generate_series(100, 100000, 100) i)");
+    let literal = async |value: &str, kind: &str| -> String {
+        let text: String = db.query_one(&format!("select {}::text", each(value)), &[]).await.unwrap().get(0);
+        format!("'{text}'::{kind}")
+    };
+    let (ids, reasons) = (literal("i", "bigint[]").await, literal("'x'::text", "text[]").await);
+    let (lanes, zeros) = (literal("'retry'::text", "text[]").await, literal("0", "int[]").await);
+    let (times, statuses) = (literal("now()", "timestamptz[]").await, literal("500", "smallint[]").await);
+    let epochs = [literal("1", "int[]").await, literal("2", "int[]").await, literal("3", "int[]").await];
+    let begin = |epoch: usize| format!("execute begin ({ids}, {epoch}, 100, 100000, now(), {epoch}, 1)");
+    let timed = "execute timed ('retry', 1000, now(), '{default}', 'retry', 1, '{}')".to_owned();
+    let [first, second, third] = &epochs;
+    let steps = [
+        ("claim", timed.clone()),
+        ("begin", begin(1)),
+        (
+            "retry",
+            format!("execute retry ({ids}, {first}, {lanes}, {zeros}, {times}, {reasons}, 100, 100000)"),
+        ),
+        ("claim", timed.clone()),
+        ("begin", begin(2)),
+        ("release", format!("execute release ({ids}, {second}, 100, 100000, now())")),
+        ("claim", timed),
+        ("begin", begin(3)),
+        (
+            "dead",
+            format!(
+                "execute dead ({ids}, {third}, {lanes}, {reasons}, {statuses}, {reasons}, 100, 100000, now())"
+            ),
+        ),
+    ];
+    db.batch_execute("set plan_cache_mode = force_generic_plan").await.unwrap();
+    for (name, kinds, text) in [
+        ("timed", "text, bigint, timestamptz, text[], text, bigint, text[]", claim::TIMED),
+        ("begin", "bigint[], int, bigint, bigint, timestamptz, bigint, bigint", begin::BEGIN),
+        ("retry", "bigint[], int[], text[], int[], timestamptz[], text[], bigint, bigint", record::RETRY),
+        ("release", "bigint[], int[], bigint, bigint, timestamptz", record::RELEASE),
+        (
+            "dead",
+            "bigint[], int[], text[], text[], smallint[], text[], bigint, bigint, timestamptz",
+            record::DEAD,
+        ),
+    ] {
+        db.batch_execute(&format!("prepare {name} ({kinds}) as {text}")).await.unwrap();
+    }
+    for (_, statement) in &steps {
+        db.query(statement, &[]).await.unwrap();
+    }
+    db.batch_execute(
+        "insert into messages (recipient, content) select '+90', 'Hello' from generate_series(1, 100000); \
+         update messages set status = 'retrying', lane = 'retry', attempts = 1, due_at = now() - interval '1 s' \
+         where id % 100 = 0",
+    )
+    .await
+    .unwrap();
+    for (name, statement) in &steps {
+        let touched = pages(&db, statement).await;
+        assert!(touched < 40_000, "{name} touched {touched} pages");
+    }
+    let row =
+        db.query_one("select count(*), min(epoch) from messages where status = 'dead'", &[]).await.unwrap();
+    assert_eq!((row.get::<_, i64>(0), row.get::<_, i32>(1)), (1_000, 3));
+}
+
 /// Statistics that say "all messages go to one endpoint" must not let a search for another one read them all.
 #[tokio::test]
 async fn a_search_reads_few_rows_whatever_the_statistics_say() {

@@ -30,21 +30,22 @@ const SENT: &str = "/* ams:sent */ with s as (update messages set status = 'sent
      on conflict do nothing";
 
 /// Values differ for each row, so this one is joined; the CASE hides the guard from statistics that
-/// would say "no such row" and make the plan quadratic.
+/// would say "no such row" and make the plan quadratic. The array has it read these rows, and not all that lie
+/// between an old message and a new one.
 pub(super) const RETRY: &str = "/* ams:retry */ update messages m set status = 'retrying', attempts = m.attempts + 1, \
          lane = v.lane, lane_tries = v.lane_tries, due_at = v.due_at, reason = v.reason \
      from unnest($1::bigint[], $2::int[], $3::text[], $4::int[], $5::timestamptz[], $6::text[]) \
          as v (id, epoch, lane, lane_tries, due_at, reason) \
-     where m.id = v.id and m.id between $7 and $8 \
+     where m.id = any($1) and m.id = v.id and m.id between $7 and $8 \
          and case when m.epoch = v.epoch and m.status = 'processing' then true else false end \
      returning m.id";
 
-const DEAD: &str = "/* ams:dead */ with v as materialized (select * from \
+pub(super) const DEAD: &str = "/* ams:dead */ with v as materialized (select * from \
          unnest($1::bigint[], $2::int[], $3::text[], $4::text[], $5::smallint[], $6::text[]) \
          as v (id, epoch, lane, reason, last_status, last_error)), \
      u as (update messages m set status = 'dead', attempts = m.attempts + 1, due_at = null, finished_at = $9, \
              reason = v.reason \
-         from v where m.id = v.id and m.id between $7 and $8 \
+         from v where m.id = any($1) and m.id = v.id and m.id between $7 and $8 \
              and case when m.epoch = v.epoch and m.status = 'processing' then true else false end \
          returning m.id, m.attempts) \
      insert into dead_letters (message_id, lane, reason, attempts, last_status, last_error, dead_at) \
@@ -54,11 +55,11 @@ const DEAD: &str = "/* ams:dead */ with v as materialized (select * from \
          dead_at = excluded.dead_at \
      returning message_id";
 
-const RELEASE: &str = "/* ams:release */ update messages m set \
+pub(super) const RELEASE: &str = "/* ams:release */ update messages m set \
          status = case when m.attempts = 0 then 'pending'::message_state else 'retrying' end, \
          due_at = case when m.attempts = 0 then null else $5::timestamptz end \
      from unnest($1::bigint[], $2::int[]) as v (id, epoch) \
-     where m.id = v.id and m.id between $3 and $4 \
+     where m.id = any($1) and m.id = v.id and m.id between $3 and $4 \
          and case when m.epoch = v.epoch and m.status = 'processing' then true else false end \
      returning m.id";
 
