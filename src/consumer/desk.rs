@@ -28,6 +28,9 @@ const TICK: Duration = Duration::from_millis(100);
 const HELD: Duration = Duration::from_secs(1);
 /// After this, rows that were made due and did not come here are believed to have gone to another consumer.
 const EXPECTED: Duration = Duration::from_secs(2);
+/// So many held rows are made due at first; one more for each that comes. Those of another lane never come here:
+/// its own consumer knows whether it has room for them.
+const TRIAL: usize = 32;
 
 /// How long an endpoint counts as busy after it was last seen to be slow: one that hangs answers nothing
 /// for the whole of its deadline, then all of its attempts end at once.
@@ -72,8 +75,33 @@ struct Busy {
     /// Rows made due that have not come back as tickets.
     expected: usize,
     since: Timestamp,
+    /// How many of those there may be.
+    trial: usize,
     /// When it was last seen to be slow.
     slow_at: Timestamp,
+}
+
+impl Busy {
+    fn new(now: Timestamp, slow_at: Timestamp) -> Busy {
+        Busy { expected: 0, since: now, trial: TRIAL, slow_at }
+    }
+
+    /// Notes that a ticket came.
+    fn came(&mut self) {
+        if self.expected > 0 {
+            self.expected -= 1;
+            self.trial = (self.trial + 1).min(BATCH);
+        }
+    }
+
+    /// Rows to make due now, when there is room for this many more.
+    fn wanted(&mut self, room: usize, now: Timestamp) -> usize {
+        if self.expected > 0 && now.since(self.since) > EXPECTED {
+            self.expected = 0;
+            self.trial = TRIAL;
+        }
+        room.min(self.trial).saturating_sub(self.expected)
+    }
 }
 
 /// Which endpoints an instance has said to be busy.
@@ -190,7 +218,7 @@ impl Desk {
             match begin::parse(&taken) {
                 Ok(ticket) => {
                     if let Some(busy) = self.busy.get_mut(&ticket.endpoint) {
-                        busy.expected = busy.expected.saturating_sub(1);
+                        busy.came();
                     }
                     let (receipt, published_at) = (taken.receipt, taken.published_at);
                     self.door.push_back(Arrival { ticket, published_at, receipt });
@@ -242,7 +270,7 @@ impl Desk {
     /// Notes that a ticket was refused, and says so at once when its endpoint has just become busy.
     fn refused(&mut self, endpoint: String, now: Timestamp) {
         let new = !self.busy.contains_key(&endpoint);
-        let busy = self.busy.entry(endpoint).or_insert(Busy { expected: 0, since: now, slow_at: now });
+        let busy = self.busy.entry(endpoint).or_insert(Busy::new(now, now));
         busy.slow_at = now;
         if new {
             self.say(now);
@@ -399,13 +427,10 @@ impl Desk {
             if self.limits.is_slow(name, endpoint.in_flight_max, now) {
                 busy.slow_at = now;
             }
-            if now.since(busy.since) > EXPECTED {
-                busy.expected = 0;
-            }
-            let room = self.limits.room(name, endpoint.in_flight_max, now).saturating_sub(busy.expected);
+            let rows = busy.wanted(self.limits.room(name, endpoint.in_flight_max, now), now);
             // Not one by one: a write for each row that ends would cost what holding saves.
-            if room >= endpoint.in_flight_max.min(32) as usize {
-                wanted.push((name.clone(), room.min(BATCH)));
+            if rows >= (endpoint.in_flight_max as usize).min(TRIAL) {
+                wanted.push((name.clone(), rows));
             }
         }
         self.say(now);
@@ -430,7 +455,7 @@ impl Desk {
             }
         }
         for name in freed.found {
-            self.busy.entry(name).or_insert(Busy { expected: 0, since: now, slow_at: Timestamp::EPOCH });
+            self.busy.entry(name).or_insert(Busy::new(now, Timestamp::EPOCH));
         }
     }
 
@@ -503,4 +528,29 @@ async fn free(parts: Parts, wanted: Vec<(String, usize)>, look: bool) -> Freed {
         }
     }
     freed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_never_come_are_made_due_a_few_at_a_time() {
+        let start = Timestamp::EPOCH.after(EXPECTED);
+        let mut busy = Busy::new(start, start);
+        assert_eq!((busy.wanted(10, start), busy.wanted(1_000, start)), (10, TRIAL));
+        // All of them come, round by round.
+        for _ in 0..3 {
+            busy.expected = busy.wanted(1_000, start);
+            (0..busy.expected).for_each(|_| busy.came());
+        }
+        assert_eq!((busy.expected, busy.wanted(1_000, start)), (0, TRIAL * 8));
+        // Tickets that were not made due by us tell nothing.
+        busy.came();
+        assert_eq!(busy.wanted(1_000, start), TRIAL * 8);
+        // None comes any more.
+        busy.expected = TRIAL * 8;
+        assert_eq!(busy.wanted(1_000, start.after(EXPECTED)), 0);
+        assert_eq!(busy.wanted(1_000, start.after(EXPECTED * 2)), TRIAL);
+    }
 }
