@@ -149,7 +149,8 @@ async fn the_doctor_finds_what_is_broken() {
 
 /// Kills an import in its middle, runs it again and once more; `count` tells rows and distinct keys.
 async fn import_killed_and_resumed(here: &Here, count: impl AsyncFn() -> String) {
-    const LINES: usize = 20_000;
+    // Several times what is sent before progress is first noted, so that there is a middle to be killed in.
+    const LINES: usize = 100_000;
     let _api = here.api(&[]).await;
     let mut text = String::new();
     for line in 1..=LINES {
@@ -171,26 +172,26 @@ async fn import_killed_and_resumed(here: &Here, count: impl AsyncFn() -> String)
     assert_eq!((code, &answer["bad"], &answer["lines"]), (Some(1), &json!(2), &json!(LINES)), "{answer}");
     assert_eq!(answer["by_an_earlier_run"], settled, "{answer}");
     let numbers = |name: &str| answer[name].as_u64().unwrap();
-    assert_eq!(numbers("sent") + numbers("already_there"), 19_998, "{answer}");
-    assert_eq!(count().await, "19998|19998");
+    assert_eq!(numbers("sent") + numbers("already_there"), 99_998, "{answer}");
+    assert_eq!(count().await, "99998|99998");
     let bad = std::fs::read_to_string(here.path("bad.jsonl")).unwrap();
     let bad: Vec<Value> = bad.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(bad.iter().map(|bad| &bad["line"]).collect::<Vec<_>>(), [&json!(777), &json!(19_000)]);
     assert!(!Path::new(&progress).exists());
 
     let (answer, _) = here.json(&["import", "list.jsonl"]);
-    assert_eq!((&answer["sent"], &answer["already_there"]), (&json!(0), &json!(19_998)), "{answer}");
+    assert_eq!((&answer["sent"], &answer["already_there"]), (&json!(0), &json!(99_998)), "{answer}");
     // The progress of an import into another store says nothing about this one.
-    let stranger = json!({"name": left["name"], "api": left["api"], "settled": 20_000, "from": 19_000,
-        "probe": [19_001, 1], "counts": {"sent": 20_000, "already_there": 0, "bad": 0}});
+    let stranger = json!({"name": left["name"], "api": left["api"], "settled": LINES, "from": 99_000,
+        "probe": [99_001, 1], "counts": {"sent": LINES, "already_there": 0, "bad": 0}});
     std::fs::write(&progress, stranger.to_string()).unwrap();
     let (answer, _) = here.json(&["import", "list.jsonl"]);
     assert_eq!(
         (&answer["already_there"], &answer["by_an_earlier_run"]),
-        (&json!(19_998), &json!(0)),
+        (&json!(99_998), &json!(0)),
         "{answer}"
     );
-    assert_eq!(count().await, "19998|19998");
+    assert_eq!(count().await, "99998|99998");
 }
 
 const COUNT: &str = "select count(*) || '|' || count(distinct idempotency_key) from messages";
