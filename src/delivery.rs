@@ -309,8 +309,12 @@ impl Network {
             progress.retry_after_ms = answer::retry_after_ms(answer.headers(), clock.now());
         }
         let told = answer::keeps_idle_for(answer.headers());
-        progress.whole =
-            read(&mut connection, answer.into_body(), &mut progress.body, answer::BODY_MAX).await;
+        let kept = &mut progress.body;
+        progress.whole = read(&mut connection, answer.into_body(), answer::BODY_MAX, |frame| {
+            kept.extend_from_slice(frame);
+            kept.truncate(answer::useful(kept));
+        })
+        .await;
         if progress.whole {
             self.pool.give_back(host, connection, self.watch.elapsed(), told).await;
         }
@@ -345,19 +349,25 @@ impl Network {
     }
 }
 
-/// Reads a body up to its end, or to `most` bytes; whether it was the end. The bytes are copied, because a slice
-/// would keep the connection's whole read buffer alive for as long as the outcome.
-async fn read(connection: &mut Connection, mut body: Incoming, into: &mut Vec<u8>, most: usize) -> bool {
+/// Reads a body up to its end, or to `most` bytes; whether it was the end. What `keep` wants of a frame it
+/// copies, because a slice would keep the connection's whole read buffer alive for as long as the outcome.
+async fn read(
+    connection: &mut Connection,
+    mut body: Incoming,
+    most: usize,
+    mut keep: impl FnMut(&[u8]),
+) -> bool {
+    let mut unread = most;
     while let Some(frame) = connection.read(&mut body).await {
         let Ok(frame) = frame else { return false };
         // Trailers say nothing to us.
         let Ok(data) = frame.into_data() else { continue };
-        let room = most - into.len();
-        if data.len() > room {
-            into.extend_from_slice(&data[..room]);
+        let room = data.len().min(unread);
+        keep(&data[..room]);
+        unread -= room;
+        if room < data.len() {
             return false;
         }
-        into.extend_from_slice(&data);
     }
     true
 }

@@ -15,6 +15,15 @@ pub(super) const BODY_MAX: usize = 64 * 1024;
 /// As much of a body is kept with the attempt.
 const TEXT_MAX: usize = 4 * 1024;
 
+/// How many bytes of a body that begins so are of use: of an object all, as it may say `messageId`; of
+/// anything else its text, and one more byte to show that it was cut.
+pub(super) fn useful(start: &[u8]) -> usize {
+    match start.iter().find(|byte| !byte.is_ascii_whitespace()) {
+        Some(b'{') | None => BODY_MAX,
+        Some(_) => TEXT_MAX + 1,
+    }
+}
+
 /// A longer `messageId` is no identifier; it is not kept.
 const ID_MAX: usize = 256;
 
@@ -148,6 +157,22 @@ mod tests {
     fn a_body_that_was_cut_is_not_parsed() {
         let answer = Answer::read(br#"{"messageId":"x"}"#.to_vec(), false);
         assert_eq!(answer.id, None);
+    }
+
+    #[test]
+    fn only_an_object_is_kept_whole() {
+        let object = format!(r#"{{"text":"{}","messageId":"x"}}"#, "é".repeat(TEXT_MAX));
+        for (body, kept) in [
+            (object.clone(), object.len()),
+            (format!("\r\n {object}"), object.len() + 3),
+            (" ".repeat(2 * TEXT_MAX), 2 * TEXT_MAX),
+            (format!("x{object}"), TEXT_MAX + 1),
+            ("no".to_owned(), 2),
+        ] {
+            let useful = &body.as_bytes()[..body.len().min(useful(body.as_bytes()))];
+            assert_eq!(useful.len(), kept);
+            assert_eq!(read(useful), read(body.as_bytes()));
+        }
     }
 
     #[test]

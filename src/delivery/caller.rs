@@ -128,7 +128,7 @@ impl Caller {
         };
         let (head, incoming) = answer.into_parts();
         let mut body = Vec::new();
-        if !read(&mut connection, incoming, &mut body, ANSWER_MAX).await {
+        if !read(&mut connection, incoming, ANSWER_MAX, |frame| body.extend_from_slice(frame)).await {
             return Err(CallError::Broken("the answer ended in the middle".to_owned()));
         }
         self.pool.give_back(&self.host, connection, self.watch.elapsed(), None).await;

@@ -20,8 +20,9 @@ use tokio_rustls::client::TlsStream;
 /// The body of a request.
 pub(super) type Body = Full<Bytes>;
 
-/// No larger head is read.
-pub(super) const HEAD_MAX: usize = 64 * 1024;
+/// No larger head is read. Twice of what Node.js takes as a client (16 KiB); the library's buffer is up to half
+/// as large again, for each connection whose receiver sends heads without end.
+pub(super) const HEAD_MAX: usize = 32 * 1024;
 
 /// A connection that requests can be sent on, one after the other.
 pub(super) struct Connection {
