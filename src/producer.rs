@@ -7,6 +7,7 @@
 //! epoch is stale by then.
 
 mod pacing;
+mod passing;
 mod rooms;
 mod ticket;
 
@@ -24,6 +25,7 @@ use crate::store::{BatchId, Bid, Claim, Claimed, Due, InstanceId, Pacing, StoreE
 pub use ticket::{dead_letter_record, lane_record};
 
 use pacing::Pacer;
+use passing::{LEFT_MAX, Passing};
 use rooms::Rooms;
 
 /// How a producer works.
@@ -48,12 +50,14 @@ const LEADERSHIP: Duration = Duration::from_secs(4);
 const BID: Duration = Duration::from_millis(1_500);
 /// How often the range behind the cursor is searched for rows that committed late or were given back.
 const SWEEP: Duration = Duration::from_millis(200);
+/// How many rows of busy endpoints that were passed by are held in each of these searches.
+const HOLD: usize = 200;
 /// How often timed rows are looked for while some have lately been due: delays are exact to about this.
 const TIMED: Duration = Duration::from_millis(10);
 /// Rows come due in bursts, as their tries failed in bursts; for so long after one the looks stay frequent.
 const BURST: Duration = Duration::from_secs(1);
 /// How often consumers are asked, while rows are claimed, which endpoints are busy.
-const BUSY: Duration = Duration::from_millis(50);
+const BUSY: Duration = Duration::from_millis(20);
 /// How often held rows of endpoints that are open again are looked for.
 const UNHOLD: Duration = Duration::from_secs(1);
 /// Batches waiting for the broker at once.
@@ -91,6 +95,7 @@ pub struct Producer {
     /// Endpoints whose new rows would only wait on the lane; nothing is known of them at rest.
     busy: Vec<String>,
     next_busy: Timestamp,
+    passing: Passing,
     gap: Duration,
 }
 
@@ -117,6 +122,7 @@ impl Producer {
             next_unhold: Timestamp::EPOCH,
             busy: Vec::new(),
             next_busy: Timestamp::EPOCH,
+            passing: Passing::default(),
             gap: GAP_MIN,
         }
     }
@@ -229,30 +235,51 @@ impl Producer {
         if now < self.next_sweep {
             return Ok(false);
         }
-        let taken = self.claim(instance, Due::Late { up_to: self.cursor }, now).await?;
-        if matches!(taken, Taken::Some | Taken::Nothing) {
-            self.next_sweep = now.after(SWEEP);
+        let (due, pass_busy) = (Due::up_to(self.cursor), self.passing.has_left());
+        let taken = self.claim(instance, Look { due, most: self.options.batch, pass_busy }, now).await?;
+        match taken {
+            Taken::Full(_) => return Ok(true),
+            Taken::NoRoom => return Ok(false),
+            Taken::Some(_) | Taken::Nothing => self.next_sweep = now.after(SWEEP),
         }
-        Ok(matches!(taken, Taken::Full))
+        if pass_busy {
+            match self.claim(instance, Look { due, most: HOLD, pass_busy: false }, now).await? {
+                Taken::Full(rows) => self.passing.held(Some(rows.seen)),
+                Taken::Some(_) | Taken::Nothing => self.passing.held(None),
+                Taken::NoRoom => {}
+            }
+        }
+        Ok(false)
     }
 
     /// Claims new rows after the cursor.
     async fn claim_fresh(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, ProducerError> {
-        let taken = self.claim(instance, Due::Fresh { after: self.cursor }, now).await?;
+        let (after, pass_busy) = (self.cursor, self.passing.passes());
+        let up_to = if pass_busy { after.0.saturating_add(LEFT_MAX) } else { i64::MAX };
+        let due = Due::New { after, up_to: MessageId(up_to) };
+        let taken = self.claim(instance, Look { due, most: self.options.batch, pass_busy }, now).await?;
+        match taken {
+            Taken::Full(rows) | Taken::Some(rows) => {
+                let gone_past = usize::try_from(rows.last.0.abs_diff(after.0)).unwrap_or(usize::MAX);
+                let left = if pass_busy { gone_past.saturating_sub(rows.seen) } else { 0 };
+                self.passing.claimed(matches!(taken, Taken::Full(_)), left);
+                self.cursor = rows.last;
+            }
+            Taken::Nothing => self.passing.claimed(false, 0),
+            Taken::NoRoom => {}
+        }
         self.learn_busy(taken, now).await?;
-        Ok(matches!(taken, Taken::Full | Taken::Some))
+        Ok(matches!(taken, Taken::Full(_) | Taken::Some(_)))
     }
 
     /// Asks which endpoints are busy while there is work, and forgets it at rest: what was true before a
     /// pause would only delay the first rows after it.
     async fn learn_busy(&mut self, taken: Taken, now: Timestamp) -> Result<(), ProducerError> {
-        match taken {
-            Taken::Nothing => self.busy.clear(),
-            Taken::Full | Taken::Some | Taken::NoRoom if now >= self.next_busy => {
-                self.busy = self.parts.store.busy().await?;
-                self.next_busy = now.after(BUSY);
-            }
-            Taken::Full | Taken::Some | Taken::NoRoom => {}
+        if matches!(taken, Taken::Nothing) && !self.passing.has_left() {
+            self.busy.clear();
+        } else if now >= self.next_busy {
+            self.busy = self.parts.store.busy().await?;
+            self.next_busy = now.after(BUSY);
         }
         Ok(())
     }
@@ -263,9 +290,10 @@ impl Producer {
         let lanes = self.parts.directory.snapshot();
         let topics = lanes.lanes.iter().map(|lane| lane.topic.as_str());
         for lane in std::iter::once("").chain(topics) {
-            let taken = self.claim(instance, Due::Timed { lane }, now).await?;
-            full |= matches!(taken, Taken::Full);
-            if matches!(taken, Taken::Full | Taken::Some) {
+            let look = Look { due: Due::Timed { lane }, most: self.options.batch, pass_busy: false };
+            let taken = self.claim(instance, look, now).await?;
+            full |= matches!(taken, Taken::Full(_));
+            if matches!(taken, Taken::Full(_) | Taken::Some(_)) {
                 self.burst_until = now.after(BURST);
             }
         }
@@ -279,14 +307,15 @@ impl Producer {
     async fn claim(
         &mut self,
         owner: InstanceId,
-        due: Due<'_>,
+        look: Look<'_>,
         now: Timestamp,
     ) -> Result<Taken, ProducerError> {
+        let Look { due, most, pass_busy } = look;
         let (lane, first_tries) = match due {
             Due::Timed { lane } if !lane.is_empty() => (lane, false),
             _ => (self.options.fresh_lane.as_str(), true),
         };
-        let mut limit = self.rooms.room(lane).min(self.options.batch);
+        let mut limit = self.rooms.room(lane).min(most);
         if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
             limit = limit.min(pacer.allowance(now));
             if limit > 0 && pacer.opens_window(now) {
@@ -309,19 +338,14 @@ impl Producer {
             return Ok(Taken::NoRoom);
         }
         let directory = self.parts.directory.snapshot();
-        // Only new rows: the others have been held before, and were freed because there is room.
-        let busy = if matches!(due, Due::Fresh { .. }) { self.busy.as_slice() } else { &[] };
-        let claim = Claim { due, limit, lane, open: &directory.open, busy, owner, now };
+        let (open, busy) = (&directory.open, &self.busy);
+        let claim = Claim { due, limit, lane, open, busy, pass_busy, owner, now };
         let watch = self.parts.clock.stopwatch();
         let claimed = self.parts.store.claim(&claim).await.inspect_err(|_| self.unsure = true)?;
-        if claimed.seen == 0 {
-            return Ok(Taken::Nothing);
-        }
+        let Some(last) = claimed.last else { return Ok(Taken::Nothing) };
         self.parts.metrics.batch("claim", claimed.tickets.len(), watch.elapsed());
-        let taken = if claimed.seen >= limit { Taken::Full } else { Taken::Some };
-        if let (Due::Fresh { .. }, Some(last)) = (due, claimed.last) {
-            self.cursor = self.cursor.max(last);
-        }
+        let rows = Rows { seen: claimed.seen, last };
+        let taken = if claimed.seen >= limit { Taken::Full(rows) } else { Taken::Some(rows) };
         if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
             pacer.used(claimed.tickets.len());
         }
@@ -382,14 +406,28 @@ impl Producer {
 const GAP_MIN: Duration = Duration::from_millis(2);
 const GAP_MAX: Duration = Duration::from_millis(100);
 
+/// What one claim is to look at: [`Claim`] without what all have in common.
+#[derive(Clone, Copy)]
+struct Look<'a> {
+    due: Due<'a>,
+    most: usize,
+    pass_busy: bool,
+}
+
 #[derive(Clone, Copy)]
 enum Taken {
     /// As many as were asked for: there may be more.
-    Full,
-    Some,
+    Full(Rows),
+    Some(Rows),
     Nothing,
     /// Nothing was asked for.
     NoRoom,
+}
+
+#[derive(Clone, Copy)]
+struct Rows {
+    seen: usize,
+    last: MessageId,
 }
 
 /// Why a step failed. All of it passes by waiting.

@@ -184,12 +184,22 @@ pub struct Leadership {
 /// Which rows a claim looks at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Due<'a> {
-    /// `pending` rows without `send_at`, in id order, after this id.
-    Fresh { after: MessageId },
-    /// The same up to and including this id: finds what committed late behind the cursor.
-    Late { up_to: MessageId },
+    /// `pending` rows without `send_at`, in id order, after the first of these ids, up to and including the second.
+    New { after: MessageId, up_to: MessageId },
     /// `retrying` and scheduled `pending` rows of this lane (empty: the fresh lane) whose time has come.
     Timed { lane: &'a str },
+}
+
+impl Due<'static> {
+    /// New rows after this id.
+    pub fn after(after: MessageId) -> Self {
+        Due::New { after, up_to: MessageId(i64::MAX) }
+    }
+
+    /// New rows up to and including this id: finds what committed late behind the cursor.
+    pub fn up_to(up_to: MessageId) -> Self {
+        Due::New { after: MessageId(0), up_to }
+    }
 }
 
 /// One claim: at most `limit` due rows become `queued` for `lane`, with one ledger row for all.
@@ -201,8 +211,11 @@ pub struct Claim<'a> {
     pub lane: &'a str,
     /// Endpoints that take messages. Rows of any other are held as [`Held::EndpointClosed`] instead.
     pub open: &'a [String],
-    /// Endpoints whose rows are held as [`Held::EndpointBusy`] instead: they would only wait on the lane.
+    /// Endpoints whose new rows are held as [`Held::EndpointBusy`] instead: they would only wait on the lane.
+    /// A row that was held or claimed before is not new: it was freed because there is room.
     pub busy: &'a [String],
+    /// Leaves these rows as they are, and takes others in their place; not those of [`Due::Timed`].
+    pub pass_busy: bool,
     pub owner: InstanceId,
     pub now: Timestamp,
 }

@@ -75,8 +75,9 @@ async fn store(
     let (mut after, mut groups) = (MessageId(0), Vec::new());
     let before = machine_us();
     loop {
-        let due = Due::Fresh { after };
-        let claim = Claim { due, limit: BATCH, lane: "bench", open: &open, busy: &[], owner, now };
+        let due = Due::after(after);
+        let claim =
+            Claim { due, limit: BATCH, lane: "bench", open: &open, busy: &[], pass_busy: false, owner, now };
         let claimed = store.claim(&claim).await.map_err(|error| wrong(&error))?;
         let Some(last) = claimed.last else { break };
         after = last;

@@ -24,6 +24,8 @@ use crate::telemetry::LaneMetrics;
 /// Tickets begun in one call, at most.
 const BATCH: usize = 2_000;
 const TICK: Duration = Duration::from_millis(100);
+/// How long refused tickets wait before their rows are held: nobody waits for it, and many at once cost less.
+const HOLD_AFTER: Duration = Duration::from_secs(1);
 /// How often the store is asked which endpoints have held rows that we don't know of.
 const HELD: Duration = Duration::from_secs(1);
 /// After this, rows that were made due and did not come here are believed to have gone to another consumer.
@@ -54,6 +56,7 @@ pub(super) struct Desk {
     /// The begin call under way: one at a time, so that what arrives meanwhile goes together.
     beginning: Option<Call<Started>>,
     refused: Refused,
+    hold_at: Timestamp,
     /// The call under way that holds rows: apart from the other, which must not wait for it.
     holding: Option<Call<Vec<Receipt>>>,
     waiting: BTreeMap<String, VecDeque<Job>>,
@@ -149,6 +152,7 @@ impl Desk {
             arrivals: Arrivals::default(),
             beginning: None,
             refused: Refused::default(),
+            hold_at: Timestamp::EPOCH,
             holding: None,
             waiting: BTreeMap::new(),
             finished: mpsc::unbounded_channel(),
@@ -259,6 +263,9 @@ impl Desk {
                     }
                 },
             };
+            if self.refused.rows.is_empty() {
+                self.hold_at = now.after(HOLD_AFTER);
+            }
             self.refused.receipts.push(receipt);
             self.refused.rows.push((arrival.ticket.id, arrival.ticket.epoch, held));
         }
@@ -413,11 +420,13 @@ impl Desk {
     fn tick(&mut self) {
         self.metrics.in_flight(self.limits.in_flight());
         self.limits.forget_idle();
-        self.hold();
+        let now = self.parts.clock.now();
+        if now >= self.hold_at {
+            self.hold();
+        }
         if self.freeing.is_some() {
             return;
         }
-        let now = self.parts.clock.now();
         let directory = self.parts.directory.snapshot();
         let mut wanted = Vec::new();
         for (name, busy) in &mut self.busy {

@@ -30,9 +30,11 @@ const FALL: Duration = Duration::from_millis(100);
 /// How many messages may wait here for an endpoint beyond those in flight.
 const WAITING_MAX: usize = 4_096;
 
-/// An endpoint that ends no attempt for this long is silent, and one whose last message here would have
-/// to wait for longer than [`WAIT_MAX`] is full. Others must not wait behind either.
+/// An endpoint that ends no attempt for this long is silent, sooner when it has never ended one here; and one
+/// whose last message here would have to wait for longer than [`WAIT_MAX`] is full. Others must not wait behind
+/// either.
 const SILENCE_MAX: Duration = Duration::from_millis(100);
+const FIRST_SILENCE_MAX: Duration = Duration::from_millis(50);
 const WAIT_MAX: Duration = Duration::from_millis(500);
 
 /// The loads of all endpoints in this process's lane.
@@ -197,7 +199,8 @@ impl Load {
     }
 
     fn is_silent(&self, now: Timestamp) -> bool {
-        self.in_flight > 0 && now.since(self.last_progress) > SILENCE_MAX
+        let most = if self.latency_s > 0.0 { SILENCE_MAX } else { FIRST_SILENCE_MAX };
+        self.in_flight > 0 && now.since(self.last_progress) > most
     }
 
     fn is_slow(&self, in_flight_max: u32, now: Timestamp) -> bool {
@@ -243,15 +246,19 @@ mod tests {
     #[test]
     fn a_silent_endpoint_is_given_only_what_it_can_have_in_flight() {
         let mut limits = Limits::new(8_000);
-        let late = NOW.after(Duration::from_millis(110));
+        let late = NOW.after(Duration::from_millis(60));
         assert_eq!(limits.admit("a", 64, NOW), Admission::Admitted);
         assert!(limits.start("a", 64, NOW));
         assert_eq!(limits.room("a", 64, NOW), 3_999, "half of the window, while it may yet answer");
         assert_eq!(limits.room("a", 64, late), 63, "the other connections, once it is silent");
         assert_eq!(limits.room("b", 64, late), 3_999 + 1, "which is nothing to another");
-        let other = NOW.after(Duration::from_millis(120));
-        limits.finish("a", Duration::from_millis(110), other);
+        let other = NOW.after(Duration::from_millis(70));
+        limits.finish("a", Duration::from_millis(70), other);
         assert!(limits.room("a", 64, other) > 2_000, "it has answered");
+        assert!(limits.start("a", 64, other));
+        let late = other.after(Duration::from_millis(90));
+        assert!(!limits.is_slow("a", 64, late), "one that has answered is believed for longer");
+        assert!(limits.is_slow("a", 64, late.after(Duration::from_millis(20))));
     }
 
     #[test]
@@ -259,11 +266,11 @@ mod tests {
         let mut limits = Limits::new(100);
         assert_eq!(fill(&mut limits, "a", 64), 50);
         assert!(limits.start("a", 64, NOW));
-        let soon = NOW.after(Duration::from_millis(90));
+        let soon = NOW.after(Duration::from_millis(40));
         assert_eq!(limits.admit("a", 64, soon), Admission::Wait, "it may yet answer");
-        let late = NOW.after(Duration::from_millis(110));
+        let late = NOW.after(Duration::from_millis(60));
         assert_eq!(limits.admit("a", 64, late), Admission::Hold, "it has fallen silent");
-        limits.finish("a", Duration::from_millis(110), late);
+        limits.finish("a", Duration::from_millis(60), late);
         fill(&mut limits, "a", 64);
         assert_eq!(limits.admit("a", 64, late), Admission::Wait, "it gets on again");
     }

@@ -65,6 +65,7 @@ macro_rules! store_conformance {
             trying::one_write_takes_every_kind_of_verdict,
             holding::a_held_ticket_is_not_claimable,
             holding::rows_of_a_busy_endpoint_are_held_by_the_claim,
+            holding::new_rows_of_a_busy_endpoint_are_passed_by,
             holding::what_instances_say_to_be_busy_is_known_while_they_live,
             holding::only_tickets_of_the_epoch_are_held,
             holding::held_rows_are_freed_oldest_first,
@@ -178,7 +179,7 @@ impl Bench {
             _ => FRESH,
         };
         let open = &["default".to_owned()];
-        let claim = Claim { due, limit, lane, open, busy: &[], owner, now: self.now() };
+        let claim = Claim { due, limit, lane, open, busy: &[], pass_busy: false, owner, now: self.now() };
         self.store.claim(&claim).await.unwrap()
     }
 
@@ -188,7 +189,7 @@ impl Bench {
 
     /// Claims every fresh row there is.
     async fn claim_fresh(&self) -> Claimed {
-        self.claim(Due::Fresh { after: MessageId(0) }, 1_000).await
+        self.claim(Due::after(MessageId(0)), 1_000).await
     }
 
     async fn claim_timed(&self, lane: &str) -> Claimed {

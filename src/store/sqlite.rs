@@ -32,8 +32,8 @@ use uuid::Uuid;
 
 use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
 use super::{
-    About, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, Due, Endpoint, Inserted,
-    InstanceId, Leadership, Overview, Place, Records, Recovered, Result, Standing, Store, StoreError, Whole,
+    About, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, Endpoint, Inserted, InstanceId,
+    Leadership, Overview, Place, Records, Recovered, Result, Standing, Store, StoreError, Whole,
 };
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
@@ -242,12 +242,10 @@ impl Store for SqliteStore {
 
     async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {
         let owned = claim::Owned::from(claim);
-        if !matches!(claim.due, Due::Fresh { .. }) {
-            // These are asked for many times a second, mostly in vain: a look costs no lock.
-            let (due, now) = (owned.due.clone(), owned.now);
-            if !self.read(move |db| claim::any(db, &due, now)).await? {
-                return Ok(Claimed::default());
-            }
+        // Asked for many times a second, mostly in vain: a look costs no lock.
+        let (due, now) = (owned.due.clone(), owned.now);
+        if !self.read(move |db| claim::any(db, &due, now)).await? {
+            return Ok(Claimed::default());
         }
         self.write(move |db| claim::claim(db, &owned)).await
     }

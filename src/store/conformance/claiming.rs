@@ -10,7 +10,7 @@ use crate::store::{Claim, Due, Store};
 pub(crate) async fn a_claim_takes_fresh_rows_in_id_order(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let all = bench.fill(5).await;
-    let claimed = bench.claim(Due::Fresh { after: all[1] }, 10).await;
+    let claimed = bench.claim(Due::after(all[1]), 10).await;
     assert_eq!(ids(&claimed), all[2..]);
     assert_eq!((claimed.seen, claimed.last), (3, Some(all[4])));
     assert!(claimed.batch.is_some());
@@ -22,9 +22,9 @@ pub(crate) async fn a_claim_takes_fresh_rows_in_id_order(store: Arc<dyn Store>) 
 pub(crate) async fn a_claim_takes_no_more_than_its_limit(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let all = bench.fill(7).await;
-    let first = bench.claim(Due::Fresh { after: MessageId(0) }, 4).await;
+    let first = bench.claim(Due::after(MessageId(0)), 4).await;
     assert_eq!((ids(&first), first.seen, first.last), (all[..4].to_vec(), 4, Some(all[3])));
-    let second = bench.claim(Due::Fresh { after: MessageId(0) }, 4).await;
+    let second = bench.claim(Due::after(MessageId(0)), 4).await;
     assert_eq!((ids(&second), second.seen), (all[4..].to_vec(), 3));
 }
 
@@ -33,7 +33,7 @@ pub(crate) async fn a_claimed_row_is_not_claimed_again(store: Arc<dyn Store>) {
     let all = bench.fill(3).await;
     assert_eq!(bench.claim_fresh().await.tickets.len(), 3);
     assert_eq!(bench.claim_fresh().await.seen, 0);
-    assert_eq!(bench.claim(Due::Late { up_to: all[2] }, 10).await.seen, 0);
+    assert_eq!(bench.claim(Due::up_to(all[2]), 10).await.seen, 0);
     bench.pass(3_600);
     assert_eq!(bench.claim_timed("").await.seen, 0);
 }
@@ -41,10 +41,10 @@ pub(crate) async fn a_claimed_row_is_not_claimed_again(store: Arc<dyn Store>) {
 pub(crate) async fn late_rows_are_found_behind_the_cursor(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let all = bench.fill(4).await;
-    assert_eq!(bench.claim(Due::Fresh { after: all[1] }, 1).await.last, Some(all[2]));
-    let late = bench.claim(Due::Late { up_to: all[2] }, 10).await;
+    assert_eq!(bench.claim(Due::after(all[1]), 1).await.last, Some(all[2]));
+    let late = bench.claim(Due::up_to(all[2]), 10).await;
     assert_eq!(ids(&late), all[..2]);
-    assert_eq!(ids(&bench.claim(Due::Fresh { after: all[2] }, 10).await), all[3..]);
+    assert_eq!(ids(&bench.claim(Due::after(all[2]), 10).await), all[3..]);
 }
 
 pub(crate) async fn a_scheduled_row_waits_for_its_time(store: Arc<dyn Store>) {
@@ -119,14 +119,15 @@ pub(crate) async fn rows_of_a_closed_endpoint_are_held_by_the_claim(store: Arc<d
     let claimed = bench.claim_fresh().await;
     assert_eq!((ids(&claimed), claimed.seen, claimed.last), (vec![all[1]], 3, Some(all[2])));
     let row = bench.message(all[0]).await;
-    assert_eq!((row.status, row.held, row.epoch), (Status::Pending, Some(Held::EndpointClosed), 0));
+    assert_eq!((row.status, row.held, row.epoch), (Status::Pending, Some(Held::EndpointClosed), 1));
     assert_eq!(bench.claim_fresh().await.seen, 0);
     assert_eq!(bench.store.held().await.unwrap(), [("closed".to_owned(), Held::EndpointClosed)]);
     let open = &["closed".to_owned()];
     let freed = bench.store.unhold("closed", Held::EndpointClosed, 10, bench.now()).await.unwrap();
     assert_eq!(freed, 2);
-    let due = Due::Late { up_to: all[2] };
-    let claim = Claim { due, limit: 10, lane: FRESH, open, busy: &[], owner: bench.owner, now: bench.now() };
+    let due = Due::up_to(all[2]);
+    let (owner, now) = (bench.owner, bench.now());
+    let claim = Claim { due, limit: 10, lane: FRESH, open, busy: &[], pass_busy: false, owner, now };
     assert_eq!(ids(&bench.store.claim(&claim).await.unwrap()), [all[0], all[2]]);
 }
 
@@ -183,7 +184,7 @@ pub(crate) async fn concurrent_claims_never_take_a_row_twice(store: Arc<dyn Stor
             tokio::spawn(async move {
                 let mut mine = Vec::new();
                 loop {
-                    let claimed = bench.claim(Due::Fresh { after: MessageId(0) }, 7).await;
+                    let claimed = bench.claim(Due::after(MessageId(0)), 7).await;
                     if claimed.seen == 0 {
                         return mine;
                     }
@@ -211,7 +212,7 @@ pub(crate) async fn a_store_says_when_something_is_due(store: Arc<dyn Store>) {
     assert!(due(&[""]).await, "after an insert");
     // A question is no answer: until a claim has seen everything, there is something.
     assert!(due(&[""]).await, "after an insert, asked again");
-    let some = bench.claim(Due::Fresh { after: MessageId(0) }, 2).await;
+    let some = bench.claim(Due::after(MessageId(0)), 2).await;
     assert!(due(&[""]).await, "after a claim that left something");
     bench.claim_fresh().await;
     assert!(!due(&["", "messages-retry"]).await, "after a claim that left nothing");

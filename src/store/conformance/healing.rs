@@ -32,7 +32,7 @@ pub(crate) async fn the_ledger_gives_the_oldest_first(store: Arc<dyn Store>) {
     bench.fill(4).await;
     let mut made = Vec::new();
     for _ in 0..4 {
-        made.push(bench.claim(Due::Fresh { after: MessageId(0) }, 1).await.batch.expect("a batch"));
+        made.push(bench.claim(Due::after(MessageId(0)), 1).await.batch.expect("a batch"));
         bench.pass(1);
     }
     let ledger = bench.store.batches(bench.now(), 3).await.unwrap();

@@ -24,7 +24,7 @@ pub(crate) async fn a_held_ticket_is_not_claimable(store: Arc<dyn Store>) {
     assert_eq!(store.unhold("default", Held::EndpointClosed, 10, now).await.unwrap(), 0);
     assert_eq!(store.unhold("other", BUSY, 10, now).await.unwrap(), 0);
     assert_eq!(store.unhold("default", BUSY, 10, now).await.unwrap(), 2);
-    let claimed = bench.claim(Due::Late { up_to: tickets[2].0 }, 10).await;
+    let claimed = bench.claim(Due::up_to(tickets[2].0), 10).await;
     assert_eq!(pairs(&claimed), [(tickets[0].0, 2), (tickets[1].0, 2)]);
     assert!(store.held().await.unwrap().is_empty());
 }
@@ -34,17 +34,43 @@ pub(crate) async fn rows_of_a_busy_endpoint_are_held_by_the_claim(store: Arc<dyn
     let message = |endpoint: &str| NewMessage { endpoint: Some(endpoint.to_owned()), ..text("Hello") };
     let all = bench.insert(&["busy", "default", "closed", "busy"].map(message)).await;
     let (open, busy) = (&["default", "busy"].map(str::to_owned), &["busy", "closed"].map(str::to_owned));
-    let (due, owner) = (Due::Fresh { after: MessageId(0) }, bench.owner);
-    let claim = Claim { due, limit: 10, lane: FRESH, open, busy, owner, now: bench.now() };
+    let (due, owner) = (Due::after(MessageId(0)), bench.owner);
+    let claim = Claim { due, limit: 10, lane: FRESH, open, busy, pass_busy: false, owner, now: bench.now() };
     let claimed = bench.store.claim(&claim).await.unwrap();
     assert_eq!((ids(&claimed), claimed.seen, claimed.last), (vec![all[1]], 4, Some(all[3])));
     let row = bench.message(all[0]).await;
-    assert_eq!((row.status, row.held, row.epoch), (Status::Pending, Some(BUSY), 0));
+    assert_eq!((row.status, row.held, row.epoch), (Status::Pending, Some(BUSY), 1));
     let held = bench.store.held().await.unwrap();
     assert_eq!(held, [("busy".to_owned(), BUSY), ("closed".to_owned(), Held::EndpointClosed)]);
     assert_eq!(bench.store.unhold("busy", BUSY, 10, bench.now()).await.unwrap(), 2);
-    let claim = Claim { due: Due::Late { up_to: all[3] }, busy: &[], ..claim };
-    assert_eq!(ids(&bench.store.claim(&claim).await.unwrap()), [all[0], all[3]]);
+    for pass_busy in [false, true] {
+        // They were freed because there is room for them, however busy their endpoint is.
+        let claim = Claim { due: Due::up_to(all[3]), limit: 1, pass_busy, ..claim };
+        assert_eq!(bench.store.claim(&claim).await.unwrap().tickets.len(), 1);
+    }
+    assert_eq!(bench.message(all[3]).await.status, Status::Queued);
+}
+
+pub(crate) async fn new_rows_of_a_busy_endpoint_are_passed_by(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let message = |endpoint: &str| NewMessage { endpoint: Some(endpoint.to_owned()), ..text("Hello") };
+    let all = bench.insert(&["busy", "busy", "default", "busy", "closed", "default"].map(message)).await;
+    let (open, busy) = (&["default", "busy"].map(str::to_owned), &["busy".to_owned()]);
+    let (due, owner) = (Due::after(MessageId(0)), bench.owner);
+    let claim = Claim { due, limit: 2, lane: FRESH, open, busy, pass_busy: true, owner, now: bench.now() };
+    let claimed = bench.store.claim(&claim).await.unwrap();
+    assert_eq!((ids(&claimed), claimed.seen, claimed.last), (vec![all[2]], 2, Some(all[4])));
+    for id in [all[0], all[1], all[3]] {
+        let row = bench.message(id).await;
+        assert_eq!((row.status, row.held, row.epoch), (Status::Pending, None, 0));
+    }
+    let claim = Claim { due: Due::up_to(all[4]), ..claim };
+    assert_eq!(bench.store.claim(&claim).await.unwrap().seen, 0);
+    let claim = Claim { due: Due::after(all[4]), ..claim };
+    assert_eq!(ids(&bench.store.claim(&claim).await.unwrap()), [all[5]]);
+    let claim = Claim { due: Due::up_to(all[4]), pass_busy: false, limit: 10, ..claim };
+    let held = bench.store.claim(&claim).await.unwrap();
+    assert_eq!((held.seen, held.tickets.len(), bench.message(all[3]).await.held), (3, 0, Some(BUSY)));
 }
 
 pub(crate) async fn what_instances_say_to_be_busy_is_known_while_they_live(store: Arc<dyn Store>) {

@@ -63,7 +63,7 @@ pub(crate) async fn each_filter_finds_its_messages(store: Arc<dyn Store>) {
     let later = NewMessage { send_at: Some(bench.in_seconds(60)), ..to("+91") };
     // pending: 5 (held), 6, 7; queued: 4; processing: 3; retrying: 2; dead: 1; sent: 0.
     let first = bench.insert(&vec![to("+90"); 5]).await;
-    let tickets = pairs(&bench.claim(Due::Fresh { after: MessageId(0) }, 5).await);
+    let tickets = pairs(&bench.claim(Due::after(MessageId(0)), 5).await);
     bench.begin(1, &tickets[..4]).await;
     bench.record(&[bench.sent(tickets[0], 1), bench.dead(tickets[1], 1), bench.failed(tickets[2], 1)]).await;
     let held = bench.insert(&[sms]).await[0];
@@ -144,7 +144,7 @@ pub(crate) async fn a_search_goes_on_where_its_walk_met_its_bound(store: Arc<dyn
 pub(crate) async fn a_cancelled_message_is_tried_no_more(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let ids = bench.fill(2).await;
-    let tickets = pairs(&bench.claim(Due::Fresh { after: MessageId(0) }, 1).await);
+    let tickets = pairs(&bench.claim(Due::after(MessageId(0)), 1).await);
     bench.pass(1);
     assert_eq!(bench.change(Change::Cancel, &ids).await, ids);
     assert!(bench.begin(1, &tickets).await.is_empty(), "its ticket is stale");
@@ -185,7 +185,7 @@ pub(crate) async fn a_redriven_message_begins_anew(store: Arc<dyn Store>) {
     let message = bench.message(dead).await;
     assert_eq!((message.status, message.attempts, message.lane.as_str()), (Status::Pending, 1, ""));
     assert_eq!((message.finished_at, message.reason, message.due_at), (None, None, None));
-    let claimed = bench.claim(Due::Late { up_to: MessageId(1 << 40) }, 10).await;
+    let claimed = bench.claim(Due::up_to(MessageId(1 << 40)), 10).await;
     let ticket = &claimed.tickets[0];
     assert_eq!((ticket.id, ticket.epoch, ticket.attempt), (dead, 2, 2));
     let begun = bench.begin(2, &pairs(&claimed)).await;

@@ -212,8 +212,8 @@ impl World {
     async fn claim(&mut self, kind: u8, limit: usize, by: usize) -> Check {
         let middle = self.seen.keys().nth(self.seen.len() / 2).copied().unwrap_or(MessageId(0));
         let due = match kind {
-            0 => Due::Fresh { after: MessageId(0) },
-            1 => Due::Late { up_to: middle },
+            0 => Due::after(MessageId(0)),
+            1 => Due::up_to(middle),
             2 => Due::Timed { lane: "" },
             _ => Due::Timed { lane: RETRY },
         };
@@ -341,8 +341,9 @@ impl World {
             }
             self.inspect().await?;
             let open = &["default".to_owned(), "closed".to_owned()];
-            for due in [Due::Late { up_to: last }, Due::Timed { lane: "" }, Due::Timed { lane: RETRY }] {
-                let claim = Claim { due, limit: 1_000, lane: FRESH, open, busy: &[], owner, now };
+            for due in [Due::up_to(last), Due::Timed { lane: "" }, Due::Timed { lane: RETRY }] {
+                let claim =
+                    Claim { due, limit: 1_000, lane: FRESH, open, busy: &[], pass_busy: false, owner, now };
                 let claimed = store.claim(&claim).await.unwrap();
                 self.took(&claimed, 1_000)?;
                 self.inspect().await?;

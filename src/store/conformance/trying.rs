@@ -194,7 +194,7 @@ pub(crate) async fn a_stale_failure_is_refused_and_its_attempt_kept(store: Arc<d
     bench.pass(30);
     assert_eq!(bench.store.recover(bench.now()).await.unwrap().messages, 2);
     let owner = bench.enroll().await;
-    let second = pairs(&bench.claim_by(owner, crate::store::Due::Fresh { after: MessageId(0) }, 10).await);
+    let second = pairs(&bench.claim_by(owner, crate::store::Due::after(MessageId(0)), 10).await);
     assert_eq!(second.len(), 2);
     let stale = [bench.failed(tickets[0], 1), bench.dead(tickets[1], 1)];
     let mut refused = bench.record(&stale).await;
@@ -217,7 +217,7 @@ pub(crate) async fn a_late_success_is_accepted_from_an_old_epoch(store: Arc<dyn 
     bench.store.recover(bench.now()).await.unwrap();
     let owner = bench.enroll().await;
     // One is due again, one queued again, one under way again.
-    let second = pairs(&bench.claim_by(owner, crate::store::Due::Fresh { after: tickets[0].0 }, 10).await);
+    let second = pairs(&bench.claim_by(owner, crate::store::Due::after(tickets[0].0), 10).await);
     assert_eq!(bench.begin_by(owner, 2, &second[1..]).await.len(), 1);
     let late: Vec<_> = tickets.iter().map(|ticket| bench.sent(*ticket, 1)).collect();
     assert!(bench.record(&late).await.is_empty());

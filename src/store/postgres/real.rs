@@ -142,13 +142,12 @@ async fn plans_made_on_empty_partitions_use_the_indexes() {
     let (db, connection) = options.config.connect(tokio_postgres::NoTls).await.unwrap();
     tokio::spawn(connection);
     db.batch_execute("analyze").await.unwrap();
-    let claim = "bigint, bigint, timestamptz, text[], text, bigint, text[]";
+    let claim = "bigint, bigint, timestamptz, text[], text, bigint, text[], bigint, text[]";
     let timed = "text, bigint, timestamptz, text[], text, bigint, text[]";
     let begin = "bigint[], int, bigint, bigint, timestamptz, bigint, bigint";
     let retry = "bigint[], int[], text[], int[], timestamptz[], text[], bigint, bigint";
     for (name, kinds, values, text) in [
-        ("fresh", claim, "0, 1000, now(), '{default}', 'messages', 1, '{}'", claim::FRESH),
-        ("late", claim, "0, 1000, now(), '{default}', 'messages', 1, '{}'", claim::LATE),
+        ("new", claim, "0, 1000, now(), '{default}', 'messages', 1, '{}', 9, '{}'", claim::NEW),
         (
             "timed",
             timed,
@@ -291,7 +290,7 @@ async fn a_search_reads_few_rows_whatever_the_statistics_say() {
 /// Prepares one round's three statements anew, so that each is planned with the statistics of that round.
 async fn prepare(db: &tokio_postgres::Client, round: i64) {
     for (name, kinds, text) in [
-        ("claim", "bigint, bigint, timestamptz, text[], text, bigint, text[]", claim::FRESH),
+        ("claim", "bigint, bigint, timestamptz, text[], text, bigint, text[], bigint, text[]", claim::NEW),
         ("begin", "bigint[], int, bigint, bigint, timestamptz, bigint, bigint", begin::BEGIN),
         ("retry", "bigint[], int[], text[], int[], timestamptz[], text[], bigint, bigint", record::RETRY),
     ] {
@@ -319,7 +318,7 @@ async fn hostile_statistics_change_nothing() {
         prepare(&db, round).await;
         let first = round * 1_000 + 1;
         let run = format!(
-            "execute claim_{round} ({}, 1000, now(), '{{default}}', 'messages', 1, '{{}}')",
+            "execute claim_{round} ({}, 1000, now(), '{{default}}', 'messages', 1, '{{slow}}', 9999999, '{{slow}}')",
             first - 1
         );
         let claimed = pages(&db, &run).await;

@@ -17,6 +17,7 @@ pub(super) struct Owned {
     lane: String,
     open: HashSet<String>,
     busy: HashSet<String>,
+    pass_busy: bool,
     owner: InstanceId,
     pub(super) now: Timestamp,
 }
@@ -24,8 +25,7 @@ pub(super) struct Owned {
 /// A [`Due`] that can go to another thread.
 #[derive(Clone)]
 pub(super) enum OwnedDue {
-    Fresh(MessageId),
-    Late(MessageId),
+    New(MessageId, MessageId),
     Timed(String),
 }
 
@@ -33,14 +33,14 @@ impl From<&Claim<'_>> for Owned {
     fn from(claim: &Claim<'_>) -> Owned {
         Owned {
             due: match claim.due {
-                Due::Fresh { after } => OwnedDue::Fresh(after),
-                Due::Late { up_to } => OwnedDue::Late(up_to),
+                Due::New { after, up_to } => OwnedDue::New(after, up_to),
                 Due::Timed { lane } => OwnedDue::Timed(lane.to_owned()),
             },
             limit: claim.limit,
             lane: claim.lane.to_owned(),
             open: claim.open.iter().cloned().collect(),
             busy: claim.busy.iter().cloned().collect(),
+            pass_busy: claim.pass_busy,
             owner: claim.owner,
             now: claim.now,
         }
@@ -48,11 +48,11 @@ impl From<&Claim<'_>> for Owned {
 }
 
 impl Owned {
-    /// Why a row of this endpoint is not to be queued.
-    fn held(&self, endpoint: &str) -> Option<Held> {
-        if !self.open.contains(endpoint) {
+    /// Why a row is not to be queued.
+    fn held(&self, ticket: &Ticket) -> Option<Held> {
+        if !self.open.contains(&ticket.endpoint) {
             Some(Held::EndpointClosed)
-        } else if self.busy.contains(endpoint) {
+        } else if ticket.epoch == 0 && self.busy.contains(&ticket.endpoint) {
             Some(Held::EndpointBusy)
         } else {
             None
@@ -62,15 +62,13 @@ impl Owned {
 
 /// The source of due rows, up to its order: the text of each statement here differs only in this.
 macro_rules! due_rows {
-    (fresh) => {
-        " from messages indexed by messages_fresh \
-         where status = 'pending' and held is null and send_at is null and id > ?1 \
-         order by id limit ?2"
-    };
-    (late) => {
-        " from messages indexed by messages_fresh \
-         where status = 'pending' and held is null and send_at is null and id <= ?1 \
-         order by id limit ?2"
+    (new $(, $passed:literal)?) => {
+        concat!(
+            " from messages indexed by messages_fresh \
+             where status = 'pending' and held is null and send_at is null and id > ?1 and id <= ?3",
+            $($passed,)?
+            " order by id limit ?2"
+        )
     };
     (timed) => {
         " from messages indexed by messages_timed \
@@ -83,7 +81,7 @@ macro_rules! fields {
     () => {
         "id, epoch, attempts, endpoint, created_at, recipient, content, content_type, headers, ordering_key, \
          expires_at is not null \
-         and cast(round((julianday(expires_at) - 2440587.5) * 86400000.0) as integer) * 1000 <= ?3"
+         and cast(round((julianday(expires_at) - 2440587.5) * 86400000.0) as integer) * 1000 <= ?4"
     };
 }
 
@@ -97,7 +95,7 @@ pub(super) fn any_of(db: &Connection, lanes: &[&str], now: Timestamp) -> Result<
 }
 
 fn any_within(db: &Connection, lanes: &[&str], now: Timestamp) -> Result<bool> {
-    if any(db, &OwnedDue::Fresh(MessageId(0)), now)? {
+    if any(db, &OwnedDue::New(MessageId(0), MessageId(i64::MAX)), now)? {
         return Ok(true);
     }
     for lane in lanes {
@@ -112,12 +110,9 @@ fn any_within(db: &Connection, lanes: &[&str], now: Timestamp) -> Result<bool> {
 pub(super) fn any(db: &Connection, due: &OwnedDue, now: Timestamp) -> Result<bool> {
     let now = now.as_micros();
     Ok(match due {
-        OwnedDue::Fresh(after) => db
-            .prepare_cached(concat!("/* ams:any_fresh */ select 1", due_rows!(fresh)))?
-            .exists(params![after.0, 1])?,
-        OwnedDue::Late(up_to) => db
-            .prepare_cached(concat!("/* ams:any_late */ select 1", due_rows!(late)))?
-            .exists(params![up_to.0, 1])?,
+        OwnedDue::New(after, up_to) => db
+            .prepare_cached(concat!("/* ams:any_new */ select 1", due_rows!(new)))?
+            .exists(params![after.0, 1, up_to.0])?,
         OwnedDue::Timed(lane) => db
             .prepare_cached(concat!("/* ams:any_timed */ select 1", due_rows!(timed)))?
             .exists(params![lane, 1, now])?,
@@ -131,18 +126,20 @@ fn due_rows(db: &Connection, claim: &Owned) -> Result<Vec<Row>> {
     let limit = i64::try_from(claim.limit).unwrap_or(i64::MAX);
     let now = claim.now.as_micros();
     let read = |row: &rusqlite::Row<'_>| ticket(db, row).and_then(|ticket| Ok((ticket, row.get(10)?)));
+    let none = HashSet::new();
+    let passed = json(if claim.pass_busy { &claim.busy } else { &none })?;
     let rows = match &claim.due {
-        OwnedDue::Fresh(after) => db
-            .prepare_cached(concat!("/* ams:claim_fresh */ select ", fields!(), due_rows!(fresh)))?
-            .query_map(params![after.0, limit, now], read)?
-            .collect(),
-        OwnedDue::Late(up_to) => db
-            .prepare_cached(concat!("/* ams:claim_late */ select ", fields!(), due_rows!(late)))?
-            .query_map(params![up_to.0, limit, now], read)?
+        OwnedDue::New(after, up_to) => db
+            .prepare_cached(concat!(
+                "/* ams:claim_new */ select ",
+                fields!(),
+                due_rows!(new, " and (epoch > 0 or endpoint not in (select value from json_each(?5)))")
+            ))?
+            .query_map(params![after.0, limit, up_to.0, now, passed], read)?
             .collect(),
         OwnedDue::Timed(lane) => db
             .prepare_cached(concat!("/* ams:claim_timed */ select ", fields!(), due_rows!(timed)))?
-            .query_map(params![lane, limit, now], read)?
+            .query_map(params![lane, limit, now, now], read)?
             .collect::<rusqlite::Result<Vec<Row>>>(),
     };
     Ok(rows?)
@@ -181,9 +178,11 @@ pub(super) fn claim(db: &Connection, claim: &Owned) -> Result<Claimed> {
     for (mut ticket, expired) in rows {
         if expired {
             expire(db, ticket.id, claim.now)?;
-        } else if let Some(held) = claim.held(&ticket.endpoint) {
-            db.prepare_cached("/* ams:claim_hold */ update messages set held = ?2 where id = ?1")?
-                .execute(params![ticket.id.0, held.as_str()])?;
+        } else if let Some(held) = claim.held(&ticket) {
+            db.prepare_cached(
+                "/* ams:claim_hold */ update messages set held = ?2, epoch = epoch + 1 where id = ?1",
+            )?
+            .execute(params![ticket.id.0, held.as_str()])?;
         } else {
             queue.execute([ticket.id.0])?;
             ticket.epoch += 1;

@@ -55,6 +55,7 @@ mod shell {
 
     use super::*;
     use crate::message::Ticket;
+    use crate::store::Due;
     use crate::store::conformance::newer;
 
     struct File {
@@ -92,9 +93,9 @@ mod shell {
             let open = &["default".to_owned()];
             let now = now();
             let mut tickets = Vec::new();
-            for due in [Due::Fresh { after: MessageId(0) }, Due::Timed { lane: "" }] {
+            for due in [Due::after(MessageId(0)), Due::Timed { lane: "" }] {
                 let (lane, owner) = ("messages", InstanceId(1));
-                let claim = Claim { due, limit: 100, lane, open, busy: &[], owner, now };
+                let claim = Claim { due, limit: 100, lane, open, busy: &[], pass_busy: false, owner, now };
                 tickets.extend(self.store.claim(&claim).await.unwrap().tickets);
             }
             tickets
