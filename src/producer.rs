@@ -252,7 +252,7 @@ impl Producer {
         Ok(false)
     }
 
-    /// Claims new rows after the cursor.
+    /// Claims new rows after the cursor. Asks which endpoints are busy while there are any.
     async fn claim_fresh(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, ProducerError> {
         let (after, pass_busy) = (self.cursor, self.passing.passes());
         let up_to = if pass_busy { after.0.saturating_add(LEFT_MAX) } else { i64::MAX };
@@ -268,20 +268,14 @@ impl Producer {
             Taken::Nothing => self.passing.claimed(false, 0),
             Taken::NoRoom => {}
         }
-        self.learn_busy(taken, now).await?;
-        Ok(matches!(taken, Taken::Full(_) | Taken::Some(_)))
-    }
-
-    /// Asks which endpoints are busy while there is work, and forgets it at rest: what was true before a
-    /// pause would only delay the first rows after it.
-    async fn learn_busy(&mut self, taken: Taken, now: Timestamp) -> Result<(), ProducerError> {
-        if matches!(taken, Taken::Nothing) && !self.passing.has_left() {
+        if matches!(taken, Taken::Nothing) && !pass_busy && !self.passing.has_left() {
+            // At rest: what was true before a pause would only delay the first rows after it.
             self.busy.clear();
         } else if now >= self.next_busy {
             self.busy = self.parts.store.busy().await?;
             self.next_busy = now.after(BUSY);
         }
-        Ok(())
+        Ok(matches!(taken, Taken::Full(_) | Taken::Some(_)))
     }
 
     /// Claims rows whose time has come, lane by lane.
@@ -464,3 +458,6 @@ async fn publish(parts: &Parts, lane: &str, batch: BatchId, claimed: Claimed) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,121 @@
+//! A producer's steps on embedded parts and a manual clock, beside an endpoint that is busy.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::*;
+use crate::cache::memory::MemoryCache;
+use crate::clock::Clock;
+use crate::message::NewMessage;
+use crate::queue::embedded::EmbeddedQueue;
+use crate::service::{Directory, Presence};
+use crate::store::sqlite::SqliteStore;
+use crate::store::{Endpoint, Store};
+use crate::telemetry::Metrics;
+
+struct Bench {
+    parts: Parts,
+    producer: Producer,
+}
+
+impl Bench {
+    /// A producer that has claimed one message, so that it knows that `slow` is busy, and these messages to come.
+    async fn new(endpoints: impl Iterator<Item = &str>) -> Bench {
+        let clock = Clock::manual(Timestamp::from_micros(1_800_000_000_000_000));
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
+        for name in ["default", "slow"] {
+            store.put_endpoint(&Endpoint::new(name, "http://localhost:3000")).await.unwrap();
+        }
+        let parts = Parts {
+            presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "here")),
+            directory: Arc::new(Directory::new(Arc::clone(&store))),
+            queue: Arc::new(EmbeddedQueue::new(3, clock.clone())),
+            cache: Arc::new(MemoryCache::new()),
+            metrics: Arc::new(Metrics::default()),
+            clock,
+            store,
+        };
+        parts.presence.step().await.unwrap();
+        parts.directory.refresh().await.unwrap();
+        parts.store.say_busy(parts.presence.instance().unwrap(), &["slow".to_owned()]).await.unwrap();
+        let options = ProducerOptions {
+            fresh_lane: "messages".into(),
+            batch: 100,
+            room: 100_000,
+            poll: Duration::from_millis(20),
+            pacing: None,
+        };
+        let mut bench = Bench { producer: Producer::new(parts.clone(), options), parts };
+        bench.insert(["default"].into_iter()).await;
+        while bench.producer.busy.is_empty() {
+            bench.step().await;
+        }
+        bench.insert(endpoints).await;
+        bench
+    }
+
+    async fn insert(&self, endpoints: impl Iterator<Item = &str>) {
+        let message = |endpoint: &str| NewMessage {
+            recipient: "+90".into(),
+            content: "Hello".into(),
+            endpoint: Some(endpoint.into()),
+            ..NewMessage::default()
+        };
+        let messages: Vec<_> = endpoints.map(message).collect();
+        self.parts.store.insert(&messages, self.parts.clock.now()).await.unwrap();
+    }
+
+    /// One step, and the time that it says to rest.
+    async fn step(&mut self) {
+        let step = self.producer.step().await.unwrap();
+        self.parts.clock.advance(match step {
+            Step::Worked => Duration::from_millis(1),
+            Step::Idle(rest) => rest,
+        });
+        // What is being published goes on meanwhile.
+        tokio::task::yield_now().await;
+        self.parts.presence.step().await.unwrap();
+    }
+
+    /// How many messages of each endpoint have each status, with a mark for those that are held.
+    async fn counts(&self) -> BTreeMap<String, usize> {
+        let mut counts = BTreeMap::new();
+        for id in 1.. {
+            let Some(found) = self.parts.store.message(MessageId(id)).await.unwrap() else { break };
+            let held = if found.held.is_some() { " held" } else { "" };
+            *counts.entry(format!("{} {}{held}", found.endpoint, found.status)).or_insert(0) += 1;
+        }
+        counts
+    }
+
+    /// Steps until so many messages have this status.
+    async fn until(&mut self, what: &str, count: usize) -> BTreeMap<String, usize> {
+        for _ in 0..2_000 {
+            let counts = self.counts().await;
+            if counts.get(what) == Some(&count) {
+                return counts;
+            }
+            self.step().await;
+        }
+        panic!("still not {count} {what}: {:?}", self.counts().await);
+    }
+}
+
+#[tokio::test]
+async fn others_go_before_the_rows_of_a_busy_endpoint_are_held() {
+    let mut bench = Bench::new(["slow", "default"].into_iter().cycle().take(1_600)).await;
+    let counts = bench.until("default queued", 801).await;
+    assert!(counts.get("slow pending held").is_none_or(|held| *held <= 200), "{counts:?}");
+    assert_eq!(counts.get("slow queued"), None, "{counts:?}");
+    bench.until("slow pending held", 800).await;
+}
+
+#[tokio::test]
+async fn rows_of_a_busy_endpoint_alone_are_held_and_go_when_they_are_freed() {
+    let mut bench = Bench::new(["slow"; 700].into_iter()).await;
+    bench.until("slow pending held", 700).await;
+    let (store, now) = (&bench.parts.store, bench.parts.clock.now());
+    store.unhold("slow", Held::EndpointBusy, 40, now).await.unwrap();
+    let counts = bench.until("slow queued", 40).await;
+    assert_eq!(counts.get("slow pending held"), Some(&660), "{counts:?}");
+}
