@@ -1,3 +1,5 @@
+//! Settings from flags, environment and file: which one wins, and what is said of a wrong one.
+
 use std::ffi::OsString;
 
 use super::*;

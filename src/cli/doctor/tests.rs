@@ -1,3 +1,5 @@
+//! The report as people and machines read it.
+
 use super::*;
 
 #[test]

@@ -1,3 +1,5 @@
+//! Names of files, their bad lines, and what an import says at its end.
+
 use super::*;
 use std::io::Write;
 

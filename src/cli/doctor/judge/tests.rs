@@ -1,3 +1,5 @@
+//! What the doctor makes of settings, stores, clocks, endpoints, keys and work, by tables.
+
 use super::*;
 use crate::config::Role;
 use crate::message::Status;

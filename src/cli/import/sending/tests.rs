@@ -1,3 +1,5 @@
+//! What becomes of the lines of a batch that was answered, refused or lost.
+
 use super::*;
 use crate::cli::client::Fault;
 
