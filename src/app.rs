@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::LocalBoxFuture;
+use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
@@ -139,8 +139,8 @@ impl App {
             }
             Some(_) => {}
         }
-        self.parts.presence.step().await?;
-        self.parts.directory.refresh().await.map(drop)
+        self.parts.presence.renew().await?;
+        self.parts.directory.refresh().await
     }
 
     /// Prepares, then serves.
@@ -171,8 +171,8 @@ impl App {
         Ok(())
     }
 
-    async fn services<'a>(&'a self, stop: &'a CancellationToken) -> Result<Vec<LocalBoxFuture<'a, ()>>> {
-        let mut services: Vec<LocalBoxFuture<'a, ()>> = Vec::new();
+    async fn services<'a>(&'a self, stop: &'a CancellationToken) -> Result<Vec<BoxFuture<'a, ()>>> {
+        let mut services: Vec<BoxFuture<'a, ()>> = Vec::new();
         let role = self.config.role;
         if matches!(role, Role::Api | Role::Up) {
             let listener = listen(&self.config.host, self.config.port, "PORT").await?;

@@ -128,7 +128,7 @@ async fn run(verb: &str, matches: &ArgMatches) -> app::Result<ExitCode> {
         "status" => status::run(&operator()?, matches).await,
         "producer" if matches.subcommand().is_some() => status::control(&operator()?, matches).await,
         "demo" => services::demo(config, &raw, matches, stop).await,
-        _ => services::run(config, &stop).await,
+        _ => services::run(config, stop).await,
     }
 }
 

@@ -16,7 +16,7 @@ use crate::clock::Timestamp;
 use crate::consumer::publish_dead_letters;
 use crate::producer::Reign;
 use crate::queue::Depth;
-use crate::service::{self, LEASE, Parts, Step};
+use crate::service::{self, LEASE, Parts, Service, Step};
 use crate::store::{Batch, BatchId, StoreError};
 
 const ROUND: Duration = Duration::from_secs(1);
@@ -45,6 +45,25 @@ pub struct Janitor {
     rounds: u64,
 }
 
+impl Service for Janitor {
+    const NAME: &'static str = "janitor";
+    type Error = StoreError;
+
+    /// One round.
+    ///
+    /// # Errors
+    /// Those of the store. The broker's are taken as "not now": its positions are only hints.
+    async fn step(&mut self) -> Result<Step, StoreError> {
+        let now = self.parts.clock.now();
+        let reign = *self.leading.borrow();
+        // After an outage the first bid says how long the store was away; nobody is judged before it.
+        if let Some(reign) = reign.filter(|reign| now < reign.until) {
+            self.round(reign.steady_since, now).await?;
+        }
+        Ok(Step::Idle(ROUND))
+    }
+}
+
 impl Janitor {
     /// A janitor that works while the producer beside it is the active one, which `leading` says.
     pub fn new(parts: Parts, leading: watch::Receiver<Option<Reign>>) -> Janitor {
@@ -56,21 +75,7 @@ impl Janitor {
 
     /// Works until `stop`.
     pub async fn run(mut self, stop: &CancellationToken) {
-        service::run("janitor", stop, &Notify::new(), async || self.step().await).await;
-    }
-
-    /// One round.
-    ///
-    /// # Errors
-    /// Those of the store. The broker's are taken as "not now": its positions are only hints.
-    pub async fn step(&mut self) -> Result<Step, StoreError> {
-        let now = self.parts.clock.now();
-        let reign = *self.leading.borrow();
-        // After an outage the first bid says how long the store was away; nobody is judged before it.
-        if let Some(reign) = reign.filter(|reign| now < reign.until) {
-            self.round(reign.steady_since, now).await?;
-        }
-        Ok(Step::Idle(ROUND))
+        service::run(&mut self, stop, &Notify::new()).await;
     }
 
     async fn round(&mut self, steady_since: Timestamp, now: Timestamp) -> Result<(), StoreError> {
@@ -251,7 +256,7 @@ mod tests {
     async fn nobody_is_taken_for_dead_before_the_producer_has_bid_again() {
         let clock = Clock::virtual_from(Timestamp::EPOCH);
         let parts = parts(&clock);
-        parts.presence.step().await.unwrap();
+        parts.presence.renew().await.unwrap();
         let instance = parts.presence.instance().unwrap();
         let reign =
             Reign { steady_since: Timestamp::EPOCH, until: Timestamp::EPOCH.after(Duration::from_secs(4)) };

@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::Timestamp;
 use crate::message::{Held, MessageId};
-use crate::service::{self, Parts, Step};
-use crate::store::{BatchId, Bid, Claim, Claimed, Due, InstanceId, Pacing, StoreError};
+use crate::service::{self, Parts, Service, Step};
+use crate::store::{BatchId, Bid, Claim, Claimed, Due, DueNow, InstanceId, Pacing, StoreError};
 
 pub use ticket::{dead_letter_record, lane_record};
 
@@ -99,6 +99,50 @@ pub struct Producer {
     gap: Duration,
 }
 
+impl Service for Producer {
+    const NAME: &'static str = "producer";
+    type Error = ProducerError;
+
+    /// One look for due rows: claims and publishes what there is.
+    ///
+    /// # Errors
+    /// Those of store and queue; nothing is lost by any of them.
+    async fn step(&mut self) -> Result<Step, ProducerError> {
+        while self.publishing.try_join_next().is_some() {}
+        let now = self.parts.clock.now();
+        let Some(instance) = self.parts.presence.instance() else {
+            return Ok(Step::Idle(GAP_MAX));
+        };
+        if !self.lead(instance, now).await? {
+            return Ok(Step::Idle(BID));
+        }
+        if self.paused {
+            return Ok(Step::Idle(GAP_MAX.max(self.options.poll)));
+        }
+        self.rooms.refresh(&self.options.fresh_lane, now).await?;
+        if self.unsure {
+            self.give_back_unknown(instance).await?;
+        }
+        if now >= self.next_unhold {
+            self.unhold(now).await?;
+        }
+        let DueNow { new, lanes } = self.due(now).await?;
+        let mut worked = false;
+        if new {
+            worked |= self.claim_late(instance, now).await?;
+            worked |= self.claim_fresh(instance, now).await?;
+        } else {
+            // What was true before a pause would only delay the first rows after it.
+            self.passing = Passing::default();
+            self.busy.clear();
+        }
+        if now >= self.next_timed {
+            worked |= self.claim_timed(&lanes, instance, now).await?;
+        }
+        Ok(self.rest(worked, now))
+    }
+}
+
 impl Producer {
     /// A producer that has not bid for leadership yet.
     pub fn new(parts: Parts, options: ProducerOptions) -> Producer {
@@ -135,54 +179,24 @@ impl Producer {
     /// Works until `stop`; then waits for what is being published, so that a clean stop leaves no
     /// batch in doubt. `wake` cuts an idle wait short.
     pub async fn run(mut self, stop: &CancellationToken, wake: &Notify) {
-        service::run("producer", stop, wake, async || self.step().await).await;
+        service::run(&mut self, stop, wake).await;
         while self.publishing.join_next().await.is_some() {}
         self.leading.send_replace(None);
         self.parts.metrics.is_active_producer(false);
     }
 
-    /// One look for due rows: claims and publishes what there is.
-    ///
-    /// # Errors
-    /// Those of store and queue; nothing is lost by any of them.
-    pub async fn step(&mut self) -> Result<Step, ProducerError> {
-        while self.publishing.try_join_next().is_some() {}
-        let now = self.parts.clock.now();
-        let Some(instance) = self.parts.presence.instance() else {
-            return Ok(Step::Idle(GAP_MAX));
-        };
-        if !self.lead(instance, now).await? {
-            return Ok(Step::Idle(BID));
-        }
-        if self.paused {
-            return Ok(Step::Idle(GAP_MAX.max(self.options.poll)));
-        }
-        self.rooms.refresh(&self.options.fresh_lane, now).await?;
-        if self.unsure {
-            self.give_back_unknown(instance).await?;
-        }
-        if now >= self.next_unhold {
-            self.unhold(now).await?;
-        }
-        let mut worked = self.claim_late(instance, now).await?;
-        if self.may_be_due(now).await? {
-            worked |= self.claim_fresh(instance, now).await?;
-            if now >= self.next_timed {
-                worked |= self.claim_timed(instance, now).await?;
-            }
-        }
-        Ok(self.rest(worked, now))
-    }
-
-    /// After work the next look follows at once; then the gap doubles up to the poll interval.
+    /// After work the next look follows at once; then the gap doubles up to the poll interval. In a burst the
+    /// looks begin at even times, however long each takes.
     fn rest(&mut self, worked: bool, now: Timestamp) -> Step {
         if worked {
             self.gap = GAP_MIN;
             return Step::Worked;
         }
-        let longest = if now < self.burst_until { TIMED } else { self.options.poll };
-        let gap = self.gap.min(longest);
-        self.gap = (self.gap * 2).min(longest);
+        let gap = self.gap.min(self.options.poll);
+        self.gap = (self.gap * 2).min(self.options.poll);
+        if now < self.burst_until {
+            return Step::Idle(gap.min(self.next_timed.since(self.parts.clock.now())).max(GAP_MIN));
+        }
         Step::Idle(gap)
     }
 
@@ -218,11 +232,11 @@ impl Producer {
         Ok(won.is_some())
     }
 
-    /// Whether claiming is worth it: after work always, and at rest when the store says so. One question
-    /// in place of a claim for each lane keeps a producer at rest below 1 % of a core.
-    async fn may_be_due(&self, now: Timestamp) -> Result<bool, ProducerError> {
-        if self.gap == GAP_MIN {
-            return Ok(true);
+    /// What is worth claiming: after work new rows, without a question, and else what the store says. One
+    /// question in place of a claim for each lane keeps a producer at rest below 1 % of a core.
+    async fn due(&self, now: Timestamp) -> Result<DueNow, ProducerError> {
+        if self.gap == GAP_MIN && now < self.next_timed {
+            return Ok(DueNow { new: true, lanes: Vec::new() });
         }
         let directory = self.parts.directory.snapshot();
         let topics = directory.lanes.iter().map(|lane| lane.topic.as_str());
@@ -268,10 +282,7 @@ impl Producer {
             Taken::Nothing => self.passing.claimed(false, 0),
             Taken::NoRoom => {}
         }
-        if matches!(taken, Taken::Nothing) && !pass_busy && !self.passing.has_left() {
-            // At rest: what was true before a pause would only delay the first rows after it.
-            self.busy.clear();
-        } else if now >= self.next_busy {
+        if now >= self.next_busy {
             self.busy = self.parts.store.busy().await?;
             self.next_busy = now.after(BUSY);
         }
@@ -279,11 +290,14 @@ impl Producer {
     }
 
     /// Claims rows whose time has come, lane by lane.
-    async fn claim_timed(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, ProducerError> {
+    async fn claim_timed(
+        &mut self,
+        lanes: &[String],
+        instance: InstanceId,
+        now: Timestamp,
+    ) -> Result<bool, ProducerError> {
         let mut full = false;
-        let lanes = self.parts.directory.snapshot();
-        let topics = lanes.lanes.iter().map(|lane| lane.topic.as_str());
-        for lane in std::iter::once("").chain(topics) {
+        for lane in lanes {
             let look = Look { due: Due::Timed { lane }, most: self.options.batch, pass_busy: false };
             let taken = self.claim(instance, look, now).await?;
             full |= matches!(taken, Taken::Full(_));
@@ -397,6 +411,7 @@ impl Producer {
     }
 }
 
+/// A gap grows from here: after work there may be more.
 const GAP_MIN: Duration = Duration::from_millis(2);
 const GAP_MAX: Duration = Duration::from_millis(100);
 

@@ -44,18 +44,26 @@ pub enum Step {
     Idle(Duration),
 }
 
-/// Calls `step` until `stop` is cancelled. A step that has begun is always finished.
-pub async fn run<E: Display>(
-    name: &str,
-    stop: &CancellationToken,
-    wake: &Notify,
-    mut step: impl AsyncFnMut() -> Result<Step, E>,
-) {
-    let mut backoff = Backoff::new(name);
+/// What [`run`] calls again and again.
+pub trait Service: Send {
+    /// How it is called in the log.
+    const NAME: &'static str;
+
+    /// Why a step failed. All of it passes by waiting.
+    type Error: Display + Send;
+
+    /// Does one unit of work.
+    fn step(&mut self) -> impl Future<Output = Result<Step, Self::Error>> + Send;
+}
+
+/// Calls `step` until `stop` is cancelled; `wake` cuts an idle wait short. A step that has begun is always
+/// finished.
+pub async fn run<S: Service>(service: &mut S, stop: &CancellationToken, wake: &Notify) {
+    let mut backoff = Backoff::new(S::NAME);
     while !stop.is_cancelled() {
         // Registered before the step looks, so that a wake-up during the step is not missed.
         let woken = wake.notified();
-        let wait = match step().await {
+        let wait = match service.step().await {
             Ok(Step::Worked) => {
                 backoff.succeeded();
                 // A step that found everything ready must still let the other services run.
@@ -147,13 +155,25 @@ impl Backoff {
 mod tests {
     use super::*;
 
+    /// Its steps are the calls of a closure.
+    struct Scripted<F>(F);
+
+    impl<F: FnMut() -> Result<Step, &'static str> + Send> Service for Scripted<F> {
+        const NAME: &'static str = "test";
+        type Error = &'static str;
+
+        async fn step(&mut self) -> Result<Step, &'static str> {
+            (self.0)()
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_failing_step_is_repeated_with_growing_waits_until_stopped() {
         let stop = CancellationToken::new();
         let mut calls = 0;
         let clock = Clock::virtual_from(crate::clock::Timestamp::EPOCH);
         let mut at = Vec::new();
-        run("test", &stop, &Notify::new(), async || {
+        let mut service = Scripted(|| {
             calls += 1;
             at.push(clock.now().as_micros() / 1000);
             match calls {
@@ -165,8 +185,8 @@ mod tests {
                     Err("away again")
                 }
             }
-        })
-        .await;
+        });
+        run(&mut service, &stop, &Notify::new()).await;
         assert_eq!(at, [0, 50, 150, 350, 350, 357]);
     }
 
@@ -175,16 +195,16 @@ mod tests {
         let (stop, wake) = (CancellationToken::new(), Notify::new());
         let clock = Clock::virtual_from(crate::clock::Timestamp::EPOCH);
         let mut calls = 0;
-        run("test", &stop, &wake, async || {
+        let mut service = Scripted(|| {
             calls += 1;
             wake.notify_waiters();
             wake.notify_one();
             if calls == 3 {
                 stop.cancel();
             }
-            Ok::<_, String>(Step::Idle(Duration::from_secs(3600)))
-        })
-        .await;
+            Ok(Step::Idle(Duration::from_secs(3600)))
+        });
+        run(&mut service, &stop, &wake).await;
         assert_eq!(clock.now(), crate::clock::Timestamp::EPOCH);
     }
 

@@ -202,6 +202,15 @@ impl Due<'static> {
     }
 }
 
+/// What may be due: see [`Store::due`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DueNow {
+    /// Whether there are new rows.
+    pub new: bool,
+    /// The lanes with timed rows whose time has come, in any order.
+    pub lanes: Vec<String>,
+}
+
 /// One claim: at most `limit` due rows become `queued` for `lane`, with one ledger row for all.
 #[derive(Clone, Debug)]
 pub struct Claim<'a> {
@@ -427,9 +436,9 @@ pub trait Store: Send + Sync + 'static {
     /// Tries to become, or remain, the one active producer. `None`: another is.
     async fn lead(&self, bid: &Bid) -> Result<Option<Leadership>>;
 
-    /// Cheaply tells whether any new row, or any timed row of these lanes, may be due. May say yes in
+    /// Cheaply tells whether any new row, and which of these lanes' timed rows, may be due. May say yes in
     /// vain, never no.
-    async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<bool>;
+    async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<DueNow>;
 
     /// Takes due rows, see [`Claim`]. One statement.
     async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed>;

@@ -39,7 +39,7 @@ impl Api {
             directory,
             store: Arc::clone(&store),
         };
-        parts.presence.step().await.unwrap();
+        parts.presence.renew().await.unwrap();
         let (instance, now) = (parts.presence.instance().unwrap(), clock.now());
         let until = now.after(Duration::from_secs(3600));
         let bid = Bid { instance, now, until, paced_until: None, pacing: None };

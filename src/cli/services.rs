@@ -6,7 +6,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use tokio_util::sync::CancellationToken;
 
 use super::operator;
-use crate::app::{self, App};
+use crate::app::{self, App, AppError};
 use crate::config::{Config, Raw, Role};
 
 /// Every such verb with its help.
@@ -48,7 +48,11 @@ pub(super) async fn demo(
     app::demo::run(config, raw, matches.get_flag("exit-when-done"), stop).await
 }
 
-pub(super) async fn run(config: Config, stop: &CancellationToken) -> app::Result<ExitCode> {
-    App::open(config)?.run(stop).await?;
+pub(super) async fn run(config: Config, stop: CancellationToken) -> app::Result<ExitCode> {
+    let app = App::open(config)?;
+    // As a task of its own: the runtime takes what wakes its first future for an event from outside, and each
+    // look of a service at rest would be three system calls longer (strace).
+    let serving = tokio::spawn(async move { app.run(&stop).await });
+    serving.await.map_err(|error| AppError(format!("the services broke off: {error}")))??;
     Ok(ExitCode::SUCCESS)
 }

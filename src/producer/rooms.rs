@@ -76,12 +76,12 @@ impl Rooms {
             }
         }
         if self.asking.is_none() && now >= self.next_refresh {
-            self.ask();
+            self.ask(now);
         }
         Ok(())
     }
 
-    fn ask(&mut self) {
+    fn ask(&mut self, now: Timestamp) {
         let directory = self.parts.directory.snapshot();
         let mut questions = Vec::new();
         for lane in &directory.lanes {
@@ -91,6 +91,10 @@ impl Rooms {
             if !(room.known && room.lag == 0 && room.since == 0) {
                 questions.push((lane.clone(), room.since));
             }
+        }
+        if questions.is_empty() {
+            self.next_refresh = now.after(REFRESH);
+            return;
         }
         let queue = Arc::clone(&self.parts.queue);
         self.asking = Some(tokio::spawn(async move {

@@ -35,7 +35,7 @@ impl Bench {
             clock,
             store,
         };
-        parts.presence.step().await.unwrap();
+        parts.presence.renew().await.unwrap();
         parts.directory.refresh().await.unwrap();
         parts.store.say_busy(parts.presence.instance().unwrap(), &["slow".to_owned()]).await.unwrap();
         let options = ProducerOptions {
@@ -74,7 +74,7 @@ impl Bench {
         });
         // What is being published goes on meanwhile.
         tokio::task::yield_now().await;
-        self.parts.presence.step().await.unwrap();
+        self.parts.presence.renew().await.unwrap();
     }
 
     /// How many messages of each endpoint have each status, with a mark for those that are held.

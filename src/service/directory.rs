@@ -7,9 +7,9 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use tokio_util::sync::CancellationToken;
 
-use super::Step;
+use super::{Service, Step};
 use crate::retry::{Lane, Policy, dead_letter_of};
-use crate::store::{Endpoint, Result, Store};
+use crate::store::{Endpoint, Result, Store, StoreError};
 
 const REFRESH: Duration = Duration::from_secs(1);
 
@@ -61,17 +61,26 @@ impl Directory {
     ///
     /// # Errors
     /// Those of the store; what was known stays.
-    pub async fn refresh(&self) -> Result<Step> {
+    pub async fn refresh(&self) -> Result<()> {
         let endpoints = self.store.endpoints().await?;
         let lanes = self.store.lanes().await?;
         let open = endpoints.iter().filter(|endpoint| endpoint.enabled).map(|e| e.name.clone()).collect();
         let endpoints = endpoints.into_iter().map(|e| (e.name.clone(), Arc::new(e))).collect();
         self.snapshot.store(Arc::new(Snapshot { endpoints, lanes, open }));
-        Ok(Step::Idle(REFRESH))
+        Ok(())
     }
 
     /// Keeps the directory fresh until `stop`.
     pub async fn run(&self, stop: &CancellationToken) {
-        super::run("directory", stop, &tokio::sync::Notify::new(), async || self.refresh().await).await;
+        super::run(&mut &*self, stop, &tokio::sync::Notify::new()).await;
+    }
+}
+
+impl Service for &Directory {
+    const NAME: &'static str = "directory";
+    type Error = StoreError;
+
+    async fn step(&mut self) -> Result<Step> {
+        self.refresh().await.map(|()| Step::Idle(REFRESH))
     }
 }

@@ -6,9 +6,9 @@ use std::time::Duration;
 use arc_swap::ArcSwapOption;
 use tokio_util::sync::CancellationToken;
 
-use super::{Backoff, Step};
+use super::{Backoff, Service, Step};
 use crate::clock::{Clock, Timestamp};
-use crate::store::{InstanceId, Result, Store};
+use crate::store::{InstanceId, Result, Store, StoreError};
 
 /// How long an instance lives without renewing its lease. After a crash its work is given back this
 /// much later, so it is well under the 30 s in which work must resume.
@@ -53,7 +53,7 @@ impl Presence {
     ///
     /// # Errors
     /// Those of the store; the lease then runs on as it was.
-    pub async fn step(&self) -> Result<Step> {
+    pub async fn renew(&self) -> Result<()> {
         let now = self.clock.now();
         let until = now.after(LEASE);
         let kept = match self.instance() {
@@ -76,12 +76,12 @@ impl Presence {
             }
         };
         self.lease.store(Some(Arc::new((id, until))));
-        Ok(Step::Idle(RENEWAL))
+        Ok(())
     }
 
     /// Keeps the lease renewed until `stop`.
     pub async fn run(&self, stop: &CancellationToken) {
-        super::run("heartbeat", stop, &tokio::sync::Notify::new(), async || self.step().await).await;
+        super::run(&mut &*self, stop, &tokio::sync::Notify::new()).await;
     }
 
     /// Ends the instance in good order, when the store can be reached.
@@ -92,5 +92,14 @@ impl Presence {
         if let Err(error) = self.store.retire(lease.0).await {
             Backoff::new("retire").failed(&error);
         }
+    }
+}
+
+impl Service for &Presence {
+    const NAME: &'static str = "heartbeat";
+    type Error = StoreError;
+
+    async fn step(&mut self) -> Result<Step> {
+        self.renew().await.map(|()| Step::Idle(RENEWAL))
     }
 }

@@ -22,7 +22,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, QueueMode, RecyclingMethod, Runtime};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Config, Row};
 use uuid::Uuid;
@@ -93,6 +93,7 @@ impl PostgresStore {
         let manager = Manager::from_config(options.config.clone(), tls, manager);
         let pool = Pool::builder(manager)
             .max_size(CONNECTIONS)
+            .queue_mode(QueueMode::Lifo)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(CALL))
             .create_timeout(Some(CONNECT))
@@ -255,7 +256,7 @@ impl Store for PostgresStore {
         self.call(async |db| registry::lead(db, bid).await).await
     }
 
-    async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<bool> {
+    async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<DueNow> {
         self.call(async |db| claim::due(db, lanes, now).await).await
     }
 

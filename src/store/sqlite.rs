@@ -32,8 +32,8 @@ use uuid::Uuid;
 
 use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
 use super::{
-    About, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, Endpoint, Inserted, InstanceId,
-    Leadership, Overview, Place, Records, Recovered, Result, Standing, Store, StoreError, Whole,
+    About, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint, Inserted,
+    InstanceId, Leadership, Overview, Place, Records, Recovered, Result, Standing, Store, StoreError, Whole,
 };
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
@@ -229,24 +229,21 @@ impl Store for SqliteStore {
         self.write(move |db| registry::lead(db, &bid)).await
     }
 
-    async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<bool> {
+    async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<DueNow> {
         let looked = match &*self.backend {
-            Backend::Threads { lookout, .. } => claim::any_of(&lock(lookout), lanes, now),
-            Backend::Inline(connection) => claim::any_of(&lock(connection), lanes, now),
+            Backend::Threads { lookout, .. } => claim::due(&lock(lookout), lanes, now),
+            Backend::Inline(connection) => claim::due(&lock(connection), lanes, now),
         };
         match looked {
-            Err(StoreError::Unavailable(_)) => Ok(true),
+            Err(StoreError::Unavailable(_)) => {
+                Ok(DueNow { new: true, lanes: lanes.iter().map(|&lane| lane.to_owned()).collect() })
+            }
             looked => looked,
         }
     }
 
     async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {
         let owned = claim::Owned::from(claim);
-        // Asked for many times a second, mostly in vain: a look costs no lock.
-        let (due, now) = (owned.due.clone(), owned.now);
-        if !self.read(move |db| claim::any(db, &due, now)).await? {
-            return Ok(Claimed::default());
-        }
         self.write(move |db| claim::claim(db, &owned)).await
     }
 

@@ -224,7 +224,7 @@ impl World {
                 .collect();
             store.insert(&messages, parts.clock.now()).await.unwrap();
         }
-        ams::service::persist("presence", &CancellationToken::new(), || parts.presence.step()).await;
+        ams::service::persist("presence", &CancellationToken::new(), || parts.presence.renew()).await;
         ams::service::persist("directory", &CancellationToken::new(), || parts.directory.refresh()).await;
     }
 

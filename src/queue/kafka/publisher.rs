@@ -23,7 +23,7 @@ const FULL: Duration = Duration::from_millis(5);
 
 /// How long a client is polled for at once. An acknowledgement ends the wait, but the last millisecond of an idle
 /// one is spun away: at 100 ms, as the crate's own thread has it, that was half of an idle producer's time.
-const POLL: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_secs(5);
 
 pub(super) type Client = BaseProducer<AckContext>;
 

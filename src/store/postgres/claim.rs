@@ -8,7 +8,7 @@ use tokio_postgres::types::{Json, ToSql};
 use super::{bounds, by_epoch, limit, optional_time, time, written};
 use crate::clock::Timestamp;
 use crate::message::{Epoch, MessageId, Ticket};
-use crate::store::{Batch, BatchId, Claim, Claimed, Due, InstanceId, Place, Result};
+use crate::store::{Batch, BatchId, Claim, Claimed, Due, DueNow, InstanceId, Place, Result};
 
 /// Why a row can't go on a lane now; no value when it can.
 macro_rules! held {
@@ -57,18 +57,19 @@ pub(super) const NEW: &str =
 pub(super) const TIMED: &str =
     claim!("timed", "timed_at is not null and lane = $1 and timed_at <= $3 order by timed_at, id");
 
-/// Whether anything is due, for all claims in one. Ordered as the claims are, so that it walks their indexes
+/// What is due, for all claims in one. Ordered as the claims are, so that it walks their indexes
 /// whatever the statistics say.
 pub(super) const DUE: &str = "/* ams:due */ select \
-     exists (select from (select id from messages where fresh order by id limit 1) f) \
-     or exists (select from unnest($1::text[]) l(lane) cross join lateral ( \
+     exists (select from (select id from messages where fresh order by id limit 1) f), \
+     array(select l.lane from unnest($1::text[]) l(lane) cross join lateral ( \
          select id from messages where timed_at is not null and lane = l.lane and timed_at <= $2 \
          order by timed_at, id limit 1) t)";
 
-/// Whether any row may be due.
-pub(super) async fn due(db: &Object, lanes: &[&str], now: Timestamp) -> Result<bool> {
+/// What may be due.
+pub(super) async fn due(db: &Object, lanes: &[&str], now: Timestamp) -> Result<DueNow> {
     let statement = db.prepare_cached(DUE).await?;
-    Ok(db.query_one(&statement, &[&lanes, &written(now)]).await?.get(0))
+    let row = db.query_one(&statement, &[&lanes, &written(now)]).await?;
+    Ok(DueNow { new: row.get(0), lanes: row.get(1) })
 }
 
 /// Takes due rows: most become `queued`, with one ledger row for all.

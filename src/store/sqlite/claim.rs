@@ -8,23 +8,22 @@ use serde_json::value::RawValue;
 use super::{json, list, optional_text, our_time, text, writers_time};
 use crate::clock::Timestamp;
 use crate::message::{Epoch, Held, MessageId, Ticket};
-use crate::store::{Batch, BatchId, Claim, Claimed, Due, InstanceId, Place, Result};
+use crate::store::{Batch, BatchId, Claim, Claimed, Due, DueNow, InstanceId, Place, Result};
 
 /// A [`Claim`] that can go to another thread.
 pub(super) struct Owned {
-    pub(super) due: OwnedDue,
+    due: OwnedDue,
     limit: usize,
     lane: String,
     open: HashSet<String>,
     busy: HashSet<String>,
     pass_busy: bool,
     owner: InstanceId,
-    pub(super) now: Timestamp,
+    now: Timestamp,
 }
 
 /// A [`Due`] that can go to another thread.
-#[derive(Clone)]
-pub(super) enum OwnedDue {
+enum OwnedDue {
     New(MessageId, MessageId),
     Timed(String),
 }
@@ -85,38 +84,25 @@ macro_rules! fields {
     };
 }
 
-/// Whether any new row, or any timed row of these lanes, is due.
-pub(super) fn any_of(db: &Connection, lanes: &[&str], now: Timestamp) -> Result<bool> {
+/// Whether any new row is due, and which of these lanes' timed rows.
+pub(super) fn due(db: &Connection, lanes: &[&str], now: Timestamp) -> Result<DueNow> {
     // One transaction takes the file's locks once for all that is asked.
     db.prepare_cached("begin")?.execute([])?;
-    let looked = any_within(db, lanes, now);
+    let looked = due_within(db, lanes, now.as_micros());
     db.prepare_cached("commit")?.execute([])?;
     looked
 }
 
-fn any_within(db: &Connection, lanes: &[&str], now: Timestamp) -> Result<bool> {
-    if any(db, &OwnedDue::New(MessageId(0), MessageId(i64::MAX)), now)? {
-        return Ok(true);
-    }
+fn due_within(db: &Connection, lanes: &[&str], now: i64) -> Result<DueNow> {
+    let mut new = db.prepare_cached(concat!("/* ams:any_new */ select 1", due_rows!(new)))?;
+    let mut timed = db.prepare_cached(concat!("/* ams:any_timed */ select 1", due_rows!(timed)))?;
+    let mut due = DueNow { new: new.exists(params![0, 1, i64::MAX])?, lanes: Vec::new() };
     for lane in lanes {
-        if any(db, &OwnedDue::Timed((*lane).to_owned()), now)? {
-            return Ok(true);
+        if timed.exists(params![lane, 1, now])? {
+            due.lanes.push((*lane).to_owned());
         }
     }
-    Ok(false)
-}
-
-/// Whether anything is due.
-pub(super) fn any(db: &Connection, due: &OwnedDue, now: Timestamp) -> Result<bool> {
-    let now = now.as_micros();
-    Ok(match due {
-        OwnedDue::New(after, up_to) => db
-            .prepare_cached(concat!("/* ams:any_new */ select 1", due_rows!(new)))?
-            .exists(params![after.0, 1, up_to.0])?,
-        OwnedDue::Timed(lane) => db
-            .prepare_cached(concat!("/* ams:any_timed */ select 1", due_rows!(timed)))?
-            .exists(params![lane, 1, now])?,
-    })
+    Ok(due)
 }
 
 /// A due row: its ticket, and whether its time is over.

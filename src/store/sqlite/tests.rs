@@ -183,11 +183,11 @@ mod shell {
     #[tokio::test]
     async fn another_programs_commit_is_due_at_once() {
         let file = file().await;
-        assert!(!file.store.due(&[""], now()).await.unwrap());
+        assert!(!file.store.due(&[""], now()).await.unwrap().new);
         file.sqlite3("insert into messages (recipient, content) values ('r', 'c')").unwrap();
-        assert!(file.store.due(&[""], now()).await.unwrap());
+        assert!(file.store.due(&[""], now()).await.unwrap().new);
         assert_eq!(file.claim().await.len(), 1);
-        assert!(!file.store.due(&[""], now()).await.unwrap());
+        assert!(!file.store.due(&[""], now()).await.unwrap().new);
     }
 
     #[tokio::test]
@@ -195,7 +195,7 @@ mod shell {
         let file = file().await;
         let other = Connection::open(&file.path).unwrap();
         other.execute_batch("begin immediate").unwrap();
-        assert!(!file.store.due(&[""], now()).await.unwrap());
+        assert!(!file.store.due(&[""], now()).await.unwrap().new);
     }
 
     #[tokio::test]
