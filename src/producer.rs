@@ -52,8 +52,9 @@ const BID: Duration = Duration::from_millis(1_500);
 const SWEEP: Duration = Duration::from_millis(200);
 /// How many rows of busy endpoints that were passed by are held in each of these searches.
 const HOLD: usize = 200;
-/// How often timed rows are looked for while some have lately been due: delays are exact to about this.
-const TIMED: Duration = Duration::from_millis(10);
+/// How often timed rows are looked for while some have lately been due: delays are exact to about this. Not more
+/// often, because each round takes the store and the broker some 6 ms of work however few rows it has.
+const TIMED: Duration = Duration::from_millis(20);
 /// Rows come due in bursts, as their tries failed in bursts; for so long after one the looks stay frequent.
 const BURST: Duration = Duration::from_secs(1);
 /// How often consumers are asked, while rows are claimed, which endpoints are busy.
