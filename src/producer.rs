@@ -193,10 +193,10 @@ impl Producer {
             self.gap = GAP_MIN;
             return Step::Worked;
         }
-        let gap = self.gap.min(self.options.poll);
-        self.gap = (self.gap * 2).min(self.options.poll);
+        let mut gap = self.gap.min(self.options.poll);
+        self.gap = (gap * 2).min(self.options.poll);
         if now < self.burst_until {
-            return Step::Idle(gap.min(self.next_timed.since(self.parts.clock.now())).max(GAP_MIN));
+            gap = gap.min(self.next_timed.since(self.parts.clock.now())).max(GAP_MIN);
         }
         Step::Idle(gap)
     }
@@ -412,7 +412,7 @@ impl Producer {
     }
 }
 
-/// A gap grows from here: after work there may be more.
+/// The gap after work; it doubles from here.
 const GAP_MIN: Duration = Duration::from_millis(2);
 const GAP_MAX: Duration = Duration::from_millis(100);
 

@@ -50,8 +50,8 @@ pub(super) async fn demo(
 
 pub(super) async fn run(config: Config, stop: CancellationToken) -> app::Result<ExitCode> {
     let app = App::open(config)?;
-    // As a task of its own: the runtime takes what wakes its first future for an event from outside, and each
-    // look of a service at rest would be three system calls longer (strace).
+    // As a task of its own: the runtime takes what wakes its first future for an event from outside, and looks
+    // for more of them. At rest that is one system call in ten (strace).
     let serving = tokio::spawn(async move { app.run(&stop).await });
     serving.await.map_err(|error| AppError(format!("the services broke off: {error}")))??;
     Ok(ExitCode::SUCCESS)

@@ -93,6 +93,7 @@ impl PostgresStore {
         let manager = Manager::from_config(options.config.clone(), tls, manager);
         let pool = Pool::builder(manager)
             .max_size(CONNECTIONS)
+            // Used last, used first: a connection that rests has still to plan its statements.
             .queue_mode(QueueMode::Lifo)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(CALL))
