@@ -1,6 +1,6 @@
 //! Begun, delivered, recorded. The same code serves the fresh lane and every retry lane.
 //!
-//! A ticket comes from the lane, is admitted if its endpoint has room (else its row is held), and is
+//! A ticket comes from the lane, waits for its time if it came ahead of it, is admitted if its endpoint has room (else its row is held), and is
 //! begun with others in one guarded write. From then on the lane's record is done with: the store's
 //! lease remembers the message (see `docs/adr/`), so a slow receiver holds back no position of the
 //! lane. The message waits for a free slot of its endpoint, is delivered and judged, and its record
@@ -8,6 +8,7 @@
 
 mod begin;
 mod desk;
+mod early;
 mod recorder;
 
 use std::time::Duration;

@@ -4,6 +4,7 @@
 //! rules are which words are legal ([`Status::may_become`]) and how a value reads as text.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -217,6 +218,16 @@ pub struct Ticket {
     pub headers: Option<Box<RawValue>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ordering_key: Option<String>,
+    /// When its try is due, in a ticket that was claimed ahead of that; in any other it is due at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub due_at: Option<Timestamp>,
+}
+
+impl Ticket {
+    /// How long before its time a ticket may be claimed and put on its lane: so a burst of them is on its
+    /// consumers' desks when its moment comes, and each is tried in its millisecond (ADR 9). Not longer,
+    /// because a change of the row in the store counts for nothing once its ticket is under way.
+    pub const AHEAD: Duration = Duration::from_millis(500);
 }
 
 /// What kind of end a try came to. The classes are kept apart because they mean different things:
@@ -411,6 +422,7 @@ mod tests {
             content_type: None,
             headers: None,
             ordering_key: None,
+            due_at: None,
         };
         assert_eq!(
             serde_json::to_string(&ticket).unwrap(),

@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Timestamp;
-use crate::message::{Held, MessageId};
+use crate::message::{Held, MessageId, Ticket};
 use crate::service::{self, Parts, Service, Step};
 use crate::store::{BatchId, Bid, Claim, Claimed, Due, DueNow, InstanceId, Pacing, StoreError};
 
@@ -52,9 +52,12 @@ const BID: Duration = Duration::from_millis(1_500);
 const SWEEP: Duration = Duration::from_millis(200);
 /// How many rows of busy endpoints that were passed by are held in each of these searches.
 const HOLD: usize = 200;
-/// How often timed rows are looked for while some have lately been due: delays are exact to about this. Not more
+/// How often timed rows are looked for. They are claimed [`Ticket::AHEAD`] of their time, so no wait that is
+/// longer than both together becomes longer by it.
+const TIMED: Duration = Duration::from_millis(100);
+/// How often, while some came to be claimed after their time: shorter waits are exact to about this. Not more
 /// often, because each round takes the store and the broker some 6 ms of work however few rows it has.
-const TIMED: Duration = Duration::from_millis(20);
+const TIMED_LATE: Duration = Duration::from_millis(20);
 /// Rows come due in bursts, as their tries failed in bursts; for so long after one the looks stay frequent.
 const BURST: Duration = Duration::from_secs(1);
 /// How often consumers are asked, while rows are claimed, which endpoints are busy.
@@ -236,13 +239,16 @@ impl Producer {
     /// What is worth claiming: after work new rows, without a question, and else what the store says. One
     /// question in place of a claim for each lane keeps a producer at rest below 1 % of a core.
     async fn due(&self, now: Timestamp) -> Result<DueNow, ProducerError> {
-        if self.gap == GAP_MIN && now < self.next_timed {
-            return Ok(DueNow { new: true, lanes: Vec::new() });
+        if now < self.next_timed {
+            return match self.gap {
+                GAP_MIN => Ok(DueNow { new: true, lanes: Vec::new() }),
+                _ => Ok(self.parts.store.due(&[], now).await?),
+            };
         }
         let directory = self.parts.directory.snapshot();
         let topics = directory.lanes.iter().map(|lane| lane.topic.as_str());
         let lanes: Vec<&str> = std::iter::once("").chain(topics).collect();
-        Ok(self.parts.store.due(&lanes, now).await?)
+        Ok(self.parts.store.due(&lanes, now.after(Ticket::AHEAD)).await?)
     }
 
     /// Claims new rows that appeared behind the cursor, when it is time to.
@@ -290,7 +296,8 @@ impl Producer {
         Ok(matches!(taken, Taken::Full(_) | Taken::Some(_)))
     }
 
-    /// Claims rows whose time has come, lane by lane.
+    /// Claims rows whose time has almost come, lane by lane. A paced first try takes its place in the window in
+    /// which it goes out, so it is not claimed ahead.
     async fn claim_timed(
         &mut self,
         lanes: &[String],
@@ -299,15 +306,17 @@ impl Producer {
     ) -> Result<bool, ProducerError> {
         let mut full = false;
         for lane in lanes {
-            let look = Look { due: Due::Timed { lane }, most: self.options.batch, pass_busy: false };
+            let paced = lane.is_empty() && self.pacer.is_some();
+            let by = if paced { now } else { now.after(Ticket::AHEAD) };
+            let look = Look { due: Due::Timed { lane, by }, most: self.options.batch, pass_busy: false };
             let taken = self.claim(instance, look, now).await?;
             full |= matches!(taken, Taken::Full(_));
-            if matches!(taken, Taken::Full(_) | Taken::Some(_)) {
+            if matches!(taken, Taken::Full(rows) | Taken::Some(rows) if rows.late) {
                 self.burst_until = now.after(BURST);
             }
         }
         if !full {
-            self.next_timed = now.after(TIMED);
+            self.next_timed = now.after(if now < self.burst_until { TIMED_LATE } else { TIMED });
         }
         Ok(full)
     }
@@ -321,7 +330,7 @@ impl Producer {
     ) -> Result<Taken, ProducerError> {
         let Look { due, most, pass_busy } = look;
         let (lane, first_tries) = match due {
-            Due::Timed { lane } if !lane.is_empty() => (lane, false),
+            Due::Timed { lane, .. } if !lane.is_empty() => (lane, false),
             _ => (self.options.fresh_lane.as_str(), true),
         };
         let mut limit = self.rooms.room(lane).min(most);
@@ -353,7 +362,8 @@ impl Producer {
         let claimed = self.parts.store.claim(&claim).await.inspect_err(|_| self.unsure = true)?;
         let Some(last) = claimed.last else { return Ok(Taken::Nothing) };
         self.parts.metrics.batch("claim", claimed.tickets.len(), watch.elapsed());
-        let rows = Rows { seen: claimed.seen, last };
+        let late = claimed.tickets.iter().any(|ticket| ticket.due_at.is_none());
+        let rows = Rows { seen: claimed.seen, last, late };
         let taken = if claimed.seen >= limit { Taken::Full(rows) } else { Taken::Some(rows) };
         if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
             pacer.used(claimed.tickets.len());
@@ -438,6 +448,8 @@ enum Taken {
 struct Rows {
     seen: usize,
     last: MessageId,
+    /// The time of one of them had come before.
+    late: bool,
 }
 
 /// Why a step failed. All of it passes by waiting.

@@ -15,7 +15,8 @@
 //! | held | due again | [`Store::unhold`] |
 //! | `queued`, `processing` of something that died | due at once | [`Store::recover`], [`Store::requeue`] |
 //!
-//! "Back as it was" means `pending` when no try has been recorded, else `retrying`, due at once.
+//! "Back as it was" means `pending` when no try has been recorded, else `retrying`, due at once, or when it was
+//! due if that is still to come.
 //! Whoever gives a row back raises its epoch by nothing: the next claim does, and until then a
 //! stale ticket finds the row not `queued`.
 
@@ -186,8 +187,9 @@ pub struct Leadership {
 pub enum Due<'a> {
     /// `pending` rows without `send_at`, in id order, after the first of these ids, up to and including the second.
     New { after: MessageId, up_to: MessageId },
-    /// `retrying` and scheduled `pending` rows of this lane (empty: the fresh lane) whose time has come.
-    Timed { lane: &'a str },
+    /// `retrying` and scheduled `pending` rows of this lane (empty: the fresh lane) whose time has come by then.
+    /// The ticket of one whose time has not come now says when it will.
+    Timed { lane: &'a str, by: Timestamp },
 }
 
 impl Due<'static> {
@@ -207,7 +209,7 @@ impl Due<'static> {
 pub struct DueNow {
     /// Whether there are new rows.
     pub new: bool,
-    /// The lanes with timed rows whose time has come, in any order.
+    /// The lanes with timed rows whose time has come by the time asked for, in any order.
     pub lanes: Vec<String>,
 }
 
@@ -436,9 +438,9 @@ pub trait Store: Send + Sync + 'static {
     /// Tries to become, or remain, the one active producer. `None`: another is.
     async fn lead(&self, bid: &Bid) -> Result<Option<Leadership>>;
 
-    /// Cheaply tells whether any new row, and which of these lanes' timed rows, may be due. May say yes in
-    /// vain, never no.
-    async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<DueNow>;
+    /// Cheaply tells whether any new row, and which of these lanes' timed rows, may be due by then. May say
+    /// yes in vain, never no.
+    async fn due(&self, lanes: &[&str], by: Timestamp) -> Result<DueNow>;
 
     /// Takes due rows, see [`Claim`]. One statement.
     async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed>;
@@ -469,7 +471,8 @@ pub trait Store: Send + Sync + 'static {
     /// Which endpoints have rows held, and why.
     async fn held(&self) -> Result<Vec<(String, Held)>>;
 
-    /// Makes at most `limit` held rows of an endpoint due at once, oldest first.
+    /// Frees at most `limit` held rows of an endpoint, oldest first: due at once, or when they were due if that
+    /// is still to come.
     async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64>;
 
     /// Takes away the instances whose lease has run out, and gives back what they, and instances that

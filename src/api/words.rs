@@ -66,21 +66,23 @@ pub(super) fn why(message: &Message, around: &Surroundings) -> Option<String> {
     if let Some(held) = message.held {
         return Some(held_words(held, &message.endpoint, around));
     }
+    let due = message.due_at.or(message.send_at).filter(|at| *at > around.now);
     match message.status {
-        Status::Pending => Some(match message.send_at.filter(|at| *at > around.now) {
+        Status::Pending => Some(match due {
             Some(at) => format!("due at {at}"),
             None => format!("due now: {}", producer_words(message, around)),
         }),
-        Status::Queued => Some(match &around.queue {
-            Queue::Unasked => "its ticket waits on its lane for a consumer".to_owned(),
-            Queue::Away(error) => format!("its ticket is on a lane, and the broker is away: {error}"),
-            Queue::Behind(tickets) => {
+        Status::Queued => Some(match (due, &around.queue) {
+            (Some(at), _) => format!("due at {at}; its ticket is on its lane ahead of that"),
+            (None, Queue::Unasked) => "its ticket waits on its lane for a consumer".to_owned(),
+            (None, Queue::Away(error)) => format!("its ticket is on a lane, and the broker is away: {error}"),
+            (None, Queue::Behind(tickets)) => {
                 format!("its ticket waits on its lane for a consumer, behind at most {tickets} others")
             }
         }),
         Status::Processing => Some("a consumer is delivering it".to_owned()),
         Status::Retrying => {
-            let due = match message.due_at.filter(|at| *at > around.now) {
+            let due = match due {
                 Some(at) => format!("due at {at}"),
                 None => format!("due now: {}", producer_words(message, around)),
             };
@@ -180,7 +182,8 @@ mod tests {
             (Message { held: Some(Held::EndpointBusy), ..message(Status::Retrying) }, "busy"),
             (message(Status::Unknown), "newer version"),
             (Message { held: Some(Held::Unknown), ..message(Status::Pending) }, "a newer one will free it"),
-            (message(Status::Queued), "lane"),
+            (message(Status::Queued), "waits on its lane for a consumer"),
+            (Message { due_at: at, ..message(Status::Queued) }, "due at 1970-01-01T00:00:03Z; its ticket"),
             (message(Status::Processing), "delivering"),
             (
                 Message { due_at: at, reason: reason.clone(), ..message(Status::Retrying) },

@@ -180,6 +180,7 @@ fn ticket(stack: &Stack, i: usize, payload: usize) -> Ticket {
         content_type: None,
         headers: None,
         ordering_key: None,
+        due_at: None,
     }
 }
 

@@ -228,6 +228,7 @@ mod tests {
             content_type: None,
             headers: None,
             ordering_key: None,
+            due_at: None,
         };
         let endpoint = Arc::new(Endpoint::new("default", "http://localhost:3000"));
         Admitted { ticket, endpoint, published_at: Timestamp::EPOCH }

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::ConsumerOptions;
 use super::begin::{self, Admitted, Arrivals, Job, Refused, Started};
+use super::early::Early;
 use super::recorder::Judged;
 use crate::clock::Timestamp;
 use crate::delivery::Delivery;
@@ -50,6 +51,8 @@ pub(super) struct Desk {
     subscription: Subscription,
     records: mpsc::UnboundedSender<Judged>,
     limits: Limits,
+    /// Taken ahead of their time.
+    early: Early<Arrival>,
     /// Taken, and neither admitted nor held yet: their endpoint will have room in a moment.
     door: VecDeque<Arrival>,
     arrivals: Arrivals,
@@ -113,6 +116,7 @@ type Said = (InstanceId, Vec<String>);
 /// A ticket that was taken from the lane.
 struct Arrival {
     ticket: Ticket,
+    /// When it was published, or due if that was later.
     published_at: Timestamp,
     receipt: Receipt,
 }
@@ -148,6 +152,7 @@ impl Desk {
             options,
             subscription,
             records,
+            early: Early::default(),
             door: VecDeque::new(),
             arrivals: Arrivals::default(),
             beginning: None,
@@ -201,6 +206,10 @@ impl Desk {
                     self.saying = None;
                     self.said = said.or(self.said.take());
                 }
+                () = self.early.due(&self.parts.clock) => {
+                    let now = self.parts.clock.now();
+                    self.door.extend(std::iter::from_fn(|| self.early.take(now)));
+                }
                 _ = tick.tick() => self.tick(),
                 batch = self.subscription.taken.recv(), if takes => match batch {
                     Some(batch) => self.arrive(batch),
@@ -216,16 +225,24 @@ impl Desk {
         self.drain(written).await
     }
 
-    /// Parses a taken batch: tickets go to the door.
+    /// Parses a taken batch: tickets go to the door, each at its time.
     fn arrive(&mut self, batch: Vec<Taken>) {
+        let now = self.parts.clock.now();
         for taken in batch {
             match begin::parse(&taken) {
-                Ok(ticket) => {
+                Ok(mut ticket) => {
                     if let Some(busy) = self.busy.get_mut(&ticket.endpoint) {
                         busy.came();
                     }
                     let (receipt, published_at) = (taken.receipt, taken.published_at);
-                    self.door.push_back(Arrival { ticket, published_at, receipt });
+                    // No ticket is more than that ahead: if it seems so, our clock is behind the producer's.
+                    match ticket.due_at.take().map(|at| at.min(now.after(Ticket::AHEAD))) {
+                        Some(at) if at > now => {
+                            let published_at = published_at.max(at);
+                            self.early.keep(Arrival { ticket, published_at, receipt }, at);
+                        }
+                        _ => self.door.push_back(Arrival { ticket, published_at, receipt }),
+                    }
                 }
                 Err(reason) => {
                     self.arrivals.receipts.push(taken.receipt);

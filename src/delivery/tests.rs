@@ -29,6 +29,7 @@ pub(super) fn ticket(id: i64) -> Ticket {
         content_type: None,
         headers: None,
         ordering_key: None,
+        due_at: None,
     }
 }
 

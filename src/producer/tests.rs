@@ -1,4 +1,4 @@
-//! A producer's steps on embedded parts and a manual clock, beside an endpoint that is busy.
+//! A producer's steps on embedded parts and a manual clock.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,8 +19,8 @@ struct Bench {
 }
 
 impl Bench {
-    /// A producer that has claimed one message, so that it knows that `slow` is busy, and these messages to come.
-    async fn new(endpoints: impl Iterator<Item = &str>) -> Bench {
+    /// A producer that has not stepped yet, and no message.
+    async fn new(pacing: Option<Pacing>) -> Bench {
         let clock = Clock::manual(Timestamp::from_micros(1_800_000_000_000_000));
         let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
         for name in ["default", "slow"] {
@@ -37,15 +37,21 @@ impl Bench {
         };
         parts.presence.renew().await.unwrap();
         parts.directory.refresh().await.unwrap();
-        parts.store.say_busy(parts.presence.instance().unwrap(), &["slow".to_owned()]).await.unwrap();
         let options = ProducerOptions {
             fresh_lane: "messages".into(),
             batch: 100,
             room: 100_000,
             poll: Duration::from_millis(20),
-            pacing: None,
+            pacing,
         };
-        let mut bench = Bench { producer: Producer::new(parts.clone(), options), parts };
+        Bench { producer: Producer::new(parts.clone(), options), parts }
+    }
+
+    /// A producer that has claimed one message, so that it knows that `slow` is busy, and these messages to come.
+    async fn beside_slow(endpoints: impl Iterator<Item = &str>) -> Bench {
+        let mut bench = Bench::new(None).await;
+        let parts = &bench.parts;
+        parts.store.say_busy(parts.presence.instance().unwrap(), &["slow".to_owned()]).await.unwrap();
         bench.insert(["default"].into_iter()).await;
         while bench.producer.busy.is_empty() {
             bench.step().await;
@@ -103,7 +109,7 @@ impl Bench {
 
 #[tokio::test]
 async fn others_go_before_the_rows_of_a_busy_endpoint_are_held() {
-    let mut bench = Bench::new(["slow", "default"].into_iter().cycle().take(1_600)).await;
+    let mut bench = Bench::beside_slow(["slow", "default"].into_iter().cycle().take(1_600)).await;
     let counts = bench.until("default queued", 801).await;
     assert!(counts.get("slow pending held").is_none_or(|held| *held <= 200), "{counts:?}");
     assert_eq!(counts.get("slow queued"), None, "{counts:?}");
@@ -112,10 +118,36 @@ async fn others_go_before_the_rows_of_a_busy_endpoint_are_held() {
 
 #[tokio::test]
 async fn rows_of_a_busy_endpoint_alone_are_held_and_go_when_they_are_freed() {
-    let mut bench = Bench::new(["slow"; 700].into_iter()).await;
+    let mut bench = Bench::beside_slow(["slow"; 700].into_iter()).await;
     bench.until("slow pending held", 700).await;
     let (store, now) = (&bench.parts.store, bench.parts.clock.now());
     store.unhold("slow", Held::EndpointBusy, 40, now).await.unwrap();
     let counts = bench.until("slow queued", 40).await;
     assert_eq!(counts.get("slow pending held"), Some(&660), "{counts:?}");
+}
+
+#[tokio::test]
+async fn a_timed_row_is_on_its_lane_when_its_time_comes_unless_it_is_paced() {
+    let second = Duration::from_secs(1);
+    for pacing in [None, Some(Pacing { count: 10, interval: second })] {
+        let mut bench = Bench::new(pacing).await;
+        let due_at = bench.parts.clock.now().after(3 * second);
+        let scheduled = NewMessage {
+            recipient: "+90".into(),
+            content: "Hello".into(),
+            send_at: Some(due_at),
+            ..NewMessage::default()
+        };
+        bench.parts.store.insert(&[scheduled], bench.parts.clock.now()).await.unwrap();
+        bench.until("default queued", 1).await;
+        let now = bench.parts.clock.now();
+        let (early, late) = (due_at.since(now), now.since(due_at));
+        if pacing.is_none() {
+            assert!(Duration::ZERO < early && early <= Ticket::AHEAD, "{early:?}");
+        } else {
+            assert!(early.is_zero() && late < 2 * TIMED, "{early:?}, {late:?}");
+        }
+        // The next looks follow sooner only where a look came after the time.
+        assert_eq!(now < bench.producer.burst_until, pacing.is_some());
+    }
 }

@@ -82,6 +82,7 @@ mod tests {
             content_type: None,
             headers: None,
             ordering_key: None,
+            due_at: None,
         }
     }
 
@@ -121,7 +122,9 @@ mod tests {
             ordering_key: Some("order-9".into()),
             ..ticket()
         };
+        let ahead = Ticket { due_at: Some(Timestamp::EPOCH.after(Ticket::AHEAD)), ..ticket() };
         for (recorded, written) in [
+            (include_str!("records/ticket-2-ahead.json"), ahead),
             (include_str!("records/ticket-1.json"), ticket()),
             (include_str!("records/ticket-1-full.json"), full),
         ] {

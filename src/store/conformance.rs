@@ -41,6 +41,7 @@ macro_rules! store_conformance {
             claiming::late_rows_are_found_behind_the_cursor,
             claiming::a_scheduled_row_waits_for_its_time,
             claiming::timed_rows_are_claimed_lane_by_lane_oldest_due_first,
+            claiming::a_row_that_is_claimed_ahead_keeps_its_time,
             claiming::an_expired_row_is_not_queued,
             claiming::rows_of_a_closed_endpoint_are_held_by_the_claim,
             claiming::a_ticket_carries_what_the_request_needs,
@@ -175,7 +176,7 @@ impl Bench {
 
     async fn claim_by(&self, owner: InstanceId, due: Due<'_>, limit: usize) -> Claimed {
         let lane = match due {
-            Due::Timed { lane } if !lane.is_empty() => lane,
+            Due::Timed { lane, .. } if !lane.is_empty() => lane,
             _ => FRESH,
         };
         let open = &["default".to_owned()];
@@ -193,7 +194,7 @@ impl Bench {
     }
 
     async fn claim_timed(&self, lane: &str) -> Claimed {
-        self.claim(Due::Timed { lane }, 1_000).await
+        self.claim(Due::Timed { lane, by: self.now() }, 1_000).await
     }
 
     async fn begin_by(

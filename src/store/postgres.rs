@@ -257,8 +257,8 @@ impl Store for PostgresStore {
         self.call(async |db| registry::lead(db, bid).await).await
     }
 
-    async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<DueNow> {
-        self.call(async |db| claim::due(db, lanes, now).await).await
+    async fn due(&self, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
+        self.call(async |db| claim::due(db, lanes, by).await).await
     }
 
     async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {

@@ -229,10 +229,10 @@ impl Store for SqliteStore {
         self.write(move |db| registry::lead(db, &bid)).await
     }
 
-    async fn due(&self, lanes: &[&str], now: Timestamp) -> Result<DueNow> {
+    async fn due(&self, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
         let looked = match &*self.backend {
-            Backend::Threads { lookout, .. } => claim::due(&lock(lookout), lanes, now),
-            Backend::Inline(connection) => claim::due(&lock(connection), lanes, now),
+            Backend::Threads { lookout, .. } => claim::due(&lock(lookout), lanes, by),
+            Backend::Inline(connection) => claim::due(&lock(connection), lanes, by),
         };
         match looked {
             Err(StoreError::Unavailable(_)) => {

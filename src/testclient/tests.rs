@@ -51,6 +51,7 @@ async fn send(delivery: &Delivery, url: &str, id: i64) -> Outcome {
         content_type: None,
         headers: None,
         ordering_key: None,
+        due_at: None,
     };
     let endpoint = Endpoint { timeout: Duration::from_millis(300), ..Endpoint::new("default", url) };
     delivery.deliver(&ticket, &endpoint).await

@@ -124,7 +124,7 @@ faulty! {
     busy() -> Vec<String>;
     retire(instance: InstanceId) -> ();
     lead(bid: &Bid) -> Option<Leadership>;
-    due(lanes: &[&str], now: Timestamp) -> DueNow;
+    due(lanes: &[&str], by: Timestamp) -> DueNow;
     claim(claim: &Claim<'_>) -> Claimed;
     acknowledge(batch: BatchId, place: Place) -> ();
     batches(now: Timestamp, limit: usize) -> Vec<Batch>;

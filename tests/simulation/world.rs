@@ -55,6 +55,8 @@ struct Receivers {
     /// Second deliveries that the promises allow: of what was in flight at a crash, and of what was
     /// accepted although the answer was lost.
     allowed: BTreeMap<MessageId, u64>,
+    /// Tries that began before they were due.
+    early: Vec<String>,
 }
 
 pub struct World {
@@ -232,9 +234,15 @@ impl World {
     fn script(&self, clock: &Clock) -> Script {
         let clock = clock.clone();
         let (receivers, faults) = (Arc::clone(&self.receivers), Arc::clone(&self.faults));
+        let store = Arc::clone(&self.store);
         Arc::new(move |ticket, _endpoint| {
             let (receivers, faults, clock) = (Arc::clone(&receivers), Arc::clone(&faults), clock.clone());
+            let store = Arc::clone(&store);
             Box::pin(async move {
+                let row = store.message(ticket.id).await.unwrap().unwrap();
+                if row.epoch == ticket.epoch && row.due_at > Some(clock.now()) {
+                    receivers.lock().unwrap().early.push(format!("{row:?} was tried at {}", clock.now()));
+                }
                 *receivers.lock().unwrap().tried.entry(ticket.id).or_default() += 1;
                 faults.maybe_crash().await;
                 let took = Duration::from_millis(fastrand::u64(0..200));
@@ -291,6 +299,9 @@ impl World {
     fn check(mut self) -> Result<Report, String> {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let receivers = self.receivers.lock().unwrap();
+        if let Some(early) = receivers.early.first() {
+            return Err(format!("{} tries were too early: {early}", receivers.early.len()));
+        }
         let of = |map: &BTreeMap<MessageId, u64>, id| map.get(&id).copied().unwrap_or(0);
         for id in (1..=self.messages).map(MessageId) {
             let message =

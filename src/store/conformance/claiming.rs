@@ -81,9 +81,10 @@ pub(crate) async fn timed_rows_are_claimed_lane_by_lane_oldest_due_first(store: 
     assert_eq!(due(&["", RETRY]).await, DueNow::default(), "before its time");
     bench.pass(10);
     assert_eq!(due(&[""]).await, DueNow::default(), "on another lane");
+    assert_eq!(due(&[]).await, DueNow::default(), "on no lane that was asked for");
     let now_due = DueNow { new: false, lanes: vec![RETRY.to_owned()] };
     assert_eq!(due(&["", RETRY]).await, now_due, "when its time has come");
-    let first = bench.claim(Due::Timed { lane: RETRY }, 1).await;
+    let first = bench.claim(Due::Timed { lane: RETRY, by: bench.now() }, 1).await;
     assert_eq!((ids(&first), first.seen), (vec![tickets[1].0], 1));
     assert_eq!((first.tickets[0].attempt, first.tickets[0].epoch), (2, 2));
     let second = bench.claim_timed(RETRY).await;
@@ -92,6 +93,49 @@ pub(crate) async fn timed_rows_are_claimed_lane_by_lane_oldest_due_first(store: 
     assert_eq!(bench.claim_timed("").await.seen, 0);
     let begun = bench.begin(2, &pairs(&second)).await;
     assert_eq!((begun[0].attempts, begun[0].lane_tries), (1, 2));
+}
+
+/// Its ticket says when it is due; and whoever gives it back, it does not become due before.
+pub(crate) async fn a_row_that_is_claimed_ahead_keeps_its_time(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let scheduled = NewMessage { send_at: Some(bench.in_seconds(9)), ..text("later") };
+    let later = bench.insert(&[scheduled]).await[0];
+    let ticket = bench.processing(1, 1).await[0];
+    let due_at = bench.in_seconds(3);
+    bench.record(&[bench.failed(ticket, 1)]).await;
+    let ahead = async |lane: &str| {
+        let by = bench.in_seconds(3);
+        let due = bench.store.due(&["", RETRY], by).await.unwrap();
+        assert!(due.lanes.contains(&lane.to_owned()), "{due:?}");
+        bench.claim(Due::Timed { lane, by }, 10).await
+    };
+    assert_eq!(bench.claim_timed(RETRY).await.seen, 0);
+    let mut claimed = ahead(RETRY).await;
+    for give_back in 0..4 {
+        let ticket = claimed.tickets[0].clone();
+        assert_eq!((claimed.tickets.len(), ticket.due_at), (1, Some(due_at)));
+        let (now, pair) = (bench.now(), [(ticket.id, ticket.epoch)]);
+        match give_back {
+            0 => drop(bench.store.requeue(&[claimed.batch.unwrap()], now).await.unwrap()),
+            1 => {
+                bench.store.hold(&pair, Held::EndpointBusy, now).await.unwrap();
+                bench.store.unhold("default", Held::EndpointBusy, 1, now).await.unwrap();
+            }
+            2 => {
+                bench.begin(2, &pair).await;
+                bench.record(&[bench.released(pair[0])]).await;
+            }
+            _ => break,
+        }
+        assert_eq!(bench.message(ticket.id).await.due_at, Some(due_at), "given back in way {give_back}");
+        claimed = ahead(RETRY).await;
+    }
+    bench.pass(6);
+    let scheduled = ahead("").await;
+    assert_eq!((ids(&scheduled), scheduled.tickets[0].due_at), (vec![later], Some(bench.in_seconds(3))));
+    bench.store.requeue(&[scheduled.batch.unwrap()], bench.now()).await.unwrap();
+    bench.pass(3);
+    assert_eq!(bench.claim_timed("").await.tickets[0].due_at, None, "its time has come");
 }
 
 pub(crate) async fn an_expired_row_is_not_queued(store: Arc<dyn Store>) {

@@ -39,7 +39,7 @@ fn call() -> impl Strategy<Value = Call> {
     let number = any::<usize>;
     prop_oneof![
         4 => any::<(bool, bool, bool)>().prop_map(|(scheduled, expiring, closed)| Call::Insert { scheduled, expiring, closed }),
-        6 => (0..4_u8, 1..6_usize, number()).prop_map(|(kind, limit, by)| Call::Claim { kind, limit, by }),
+        6 => (0..6_u8, 1..6_usize, number()).prop_map(|(kind, limit, by)| Call::Claim { kind, limit, by }),
         6 => (number(), 1..6_usize, number()).prop_map(|(which, count, by)| Call::Begin { which, count, by }),
         1 => Just(Call::BeginAgain),
         8 => (number(), 0..4_u8, any::<bool>()).prop_map(|(which, verdict, finish)| Call::Record { which, verdict, finish }),
@@ -214,8 +214,8 @@ impl World {
         let due = match kind {
             0 => Due::after(MessageId(0)),
             1 => Due::up_to(middle),
-            2 => Due::Timed { lane: "" },
-            _ => Due::Timed { lane: RETRY },
+            2..=3 => Due::Timed { lane: "", by: self.bench.in_seconds(u64::from(kind - 2) * 3) },
+            _ => Due::Timed { lane: RETRY, by: self.bench.in_seconds(u64::from(kind - 4) * 3) },
         };
         let claimed = self.bench.claim_by(self.instances[by % self.instances.len()], due, limit).await;
         self.took(&claimed, limit)
@@ -316,6 +316,9 @@ impl World {
             check(waits || after.held.is_none(), || format!("{after:?} is held"))?;
             let timed = after.status != Status::Retrying || after.due_at.is_some();
             check(timed, || format!("{after:?} waits for ever"))?;
+            let given_back = before.status == Status::Queued && after.status == Status::Retrying;
+            let kept = !given_back || after.due_at >= before.due_at;
+            check(kept, || format!("{after:?} is due before its time, {before:?}"))?;
             let may_change = changeable.as_ref().is_none_or(|these| these.contains(&(*id, before.epoch)));
             check(may_change || after == *before, || format!("{before:?} is now {after:?}"))?;
             let same = (&after.recipient, &after.content) == (&before.recipient, &before.content);
@@ -341,7 +344,8 @@ impl World {
             }
             self.inspect().await?;
             let open = &["default".to_owned(), "closed".to_owned()];
-            for due in [Due::up_to(last), Due::Timed { lane: "" }, Due::Timed { lane: RETRY }] {
+            let timed = |lane| Due::Timed { lane, by: now };
+            for due in [Due::up_to(last), timed(""), timed(RETRY)] {
                 let claim =
                     Claim { due, limit: 1_000, lane: FRESH, open, busy: &[], pass_busy: false, owner, now };
                 let claimed = store.claim(&claim).await.unwrap();

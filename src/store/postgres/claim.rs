@@ -43,7 +43,8 @@ macro_rules! claim {
              where m.id = any(array(select id from c)) \
                  and m.id between (select min(id) from c) and (select max(id) from c) \
              returning m.id, m.epoch, m.attempts + 1, m.endpoint, m.created_at, m.recipient, m.content, \
-                 m.content_type, m.headers, m.ordering_key, m.status = 'queued' as queued), \
+                 m.content_type, m.headers, m.ordering_key, m.status = 'queued' as queued, \
+                 coalesce(m.due_at, m.send_at) as due_at), \
              l as (insert into batches (lane, owner, ids, epochs, created_at) \
                  select $5, $6, array_agg(id), array_agg(epoch), $3 from u where queued having count(*) > 0 \
                  returning id) \
@@ -55,20 +56,37 @@ macro_rules! claim {
 pub(super) const NEW: &str =
     claim!("new", "fresh and id > $1 and id <= $8 and (epoch > 0 or endpoint <> all($9)) order by id");
 pub(super) const TIMED: &str =
-    claim!("timed", "timed_at is not null and lane = $1 and timed_at <= $3 order by timed_at, id");
+    claim!("timed", "timed_at is not null and lane = $1 and timed_at <= $8 order by timed_at, id");
+
+macro_rules! any_new {
+    () => {
+        "exists (select from (select id from messages where fresh order by id limit 1) f)"
+    };
+}
+
+/// Whether any row is new. Apart from [`DUE`], because a statement opens every partition that it names: most
+/// of what these two cost.
+pub(super) const DUE_NEW: &str = concat!("/* ams:due_new */ select ", any_new!());
 
 /// What is due, for all claims in one. Ordered as the claims are, so that it walks their indexes
 /// whatever the statistics say.
-pub(super) const DUE: &str = "/* ams:due */ select \
-     exists (select from (select id from messages where fresh order by id limit 1) f), \
-     array(select l.lane from unnest($1::text[]) l(lane) cross join lateral ( \
+pub(super) const DUE: &str = concat!(
+    "/* ams:due */ select ",
+    any_new!(),
+    ", array(select l.lane from unnest($1::text[]) l(lane) cross join lateral ( \
          select id from messages where timed_at is not null and lane = l.lane and timed_at <= $2 \
-         order by timed_at, id limit 1) t)";
+         order by timed_at, id limit 1) t)"
+);
 
 /// What may be due.
-pub(super) async fn due(db: &Object, lanes: &[&str], now: Timestamp) -> Result<DueNow> {
+pub(super) async fn due(db: &Object, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
+    if lanes.is_empty() {
+        let statement = db.prepare_cached(DUE_NEW).await?;
+        let row = db.query_one(&statement, &[]).await?;
+        return Ok(DueNow { new: row.get(0), lanes: Vec::new() });
+    }
     let statement = db.prepare_cached(DUE).await?;
-    let row = db.query_one(&statement, &[&lanes, &written(now)]).await?;
+    let row = db.query_one(&statement, &[&lanes, &written(by)]).await?;
     Ok(DueNow { new: row.get(0), lanes: row.get(1) })
 }
 
@@ -84,16 +102,20 @@ pub(super) async fn claim(db: &Object, claim: &Claim<'_>) -> Result<Claimed> {
                 [&after.0, &limit, &now, &open, &claim.lane, &owner, &busy, &up_to.0, &passed];
             db.query(&statement, &values).await?
         }
-        Due::Timed { lane } => {
-            let statement = db.prepare_cached(TIMED).await?;
-            db.query(&statement, &[&lane, &limit, &now, &open, &claim.lane, &owner, &busy]).await?
+        Due::Timed { lane, by } => {
+            let (statement, by) = (db.prepare_cached(TIMED).await?, written(by));
+            db.query(&statement, &[&lane, &limit, &now, &open, &claim.lane, &owner, &busy, &by]).await?
         }
     };
     rows.sort_unstable_by_key(|row| row.get::<_, i64>(0));
     let queued = |row: &&Row| row.get::<_, bool>(10);
+    let ahead = |row: &Row| {
+        let due_at = optional_time(row, 11).filter(|at| *at > claim.now);
+        Ticket { due_at, ..ticket(row) }
+    };
     Ok(Claimed {
-        batch: rows.iter().find(queued).map(|row| BatchId(row.get(11))),
-        tickets: rows.iter().filter(queued).map(ticket).collect(),
+        batch: rows.iter().find(queued).map(|row| BatchId(row.get(12))),
+        tickets: rows.iter().filter(queued).map(ahead).collect(),
         seen: rows.len(),
         last: rows.last().map(|row| MessageId(row.get(0))),
     })
@@ -114,6 +136,7 @@ pub(super) fn ticket(row: &Row) -> Ticket {
         content_type: row.get(7),
         headers: headers.map(|headers| headers.0.to_owned()),
         ordering_key: row.get(9),
+        due_at: None,
     }
 }
 
@@ -187,7 +210,7 @@ pub(super) async fn give_back(
         .prepare_cached(
             "/* ams:give_back */ update messages set \
                  status = case when attempts = 0 then 'pending'::message_state else 'retrying' end, \
-                 due_at = case when attempts = 0 then null else $6::timestamptz end \
+                 due_at = case when attempts = 0 then null else greatest(due_at, $6::timestamptz) end \
              where id = any($1) and epoch = $2 and status = $3::text::message_state and id between $4 and $5",
         )
         .await?;

@@ -18,7 +18,7 @@ pub(super) async fn hold(
         .prepare_cached(
             "/* ams:hold */ update messages set held = $5, \
                  status = case when attempts = 0 then 'pending'::message_state else 'retrying' end, \
-                 due_at = case when attempts = 0 then null else $6::timestamptz end \
+                 due_at = case when attempts = 0 then null else greatest(due_at, $6::timestamptz) end \
              where id = any($1) and epoch = $2 and status = 'queued' and id between $3 and $4",
         )
         .await?;
@@ -49,7 +49,7 @@ pub(super) async fn held(db: &Object) -> Result<Vec<(String, Held)>> {
     Ok(rows.iter().filter_map(|row| Some((row.get(0), Held::parse(row.get(1))?))).collect())
 }
 
-/// Makes held rows due at once, oldest first.
+/// Frees held rows, oldest first.
 pub(super) async fn unhold(
     db: &Object,
     endpoint: &str,
@@ -62,7 +62,7 @@ pub(super) async fn unhold(
             "/* ams:unhold */ with c as materialized (select id from messages \
                  where held is not null and endpoint = $1 and held = $2 order by id limit $3 for update skip locked) \
              update messages m set held = null, \
-                 due_at = case when m.status = 'retrying' then $4::timestamptz end \
+                 due_at = case when m.status = 'retrying' then greatest(m.due_at, $4::timestamptz) end \
              where m.id = any(array(select id from c)) \
                  and m.id between (select min(id) from c) and (select max(id) from c)",
         )

@@ -152,7 +152,7 @@ async fn plans_made_on_empty_partitions_use_the_indexes() {
     tokio::spawn(connection);
     db.batch_execute("analyze").await.unwrap();
     let claim = "bigint, bigint, timestamptz, text[], text, bigint, text[], bigint, text[]";
-    let timed = "text, bigint, timestamptz, text[], text, bigint, text[]";
+    let timed = "text, bigint, timestamptz, text[], text, bigint, text[], timestamptz";
     let begin = "bigint[], int, bigint, bigint, timestamptz, bigint, bigint";
     let retry = "bigint[], int[], text[], int[], timestamptz[], text[], bigint, bigint";
     for (name, kinds, values, text) in [
@@ -160,15 +160,17 @@ async fn plans_made_on_empty_partitions_use_the_indexes() {
         (
             "timed",
             timed,
-            "'messages-retry', 1000, now(), '{default}', 'messages-retry', 1, '{}'",
+            "'messages-retry', 1000, now(), '{default}', 'messages-retry', 1, '{}', now()",
             claim::TIMED,
         ),
+        ("due_new", "", "", claim::DUE_NEW),
         ("due", "text[], timestamptz", "'{messages-retry}', now()", claim::DUE),
         ("begin", begin, "'{1,2}', 1, 1, 2, now(), 1, 1", begin::BEGIN),
         ("retry", retry, "'{1}', '{1}', '{messages}', '{0}', '{2030-01-01}', '{x}', 1, 2", record::RETRY),
     ] {
-        db.batch_execute(&format!("prepare {name} ({kinds}) as {text}")).await.unwrap();
-        let plan = db.query(&format!("explain execute {name} ({values})"), &[]).await.unwrap();
+        let listed = |list: &str| if list.is_empty() { String::new() } else { format!("({list})") };
+        db.batch_execute(&format!("prepare {name} {} as {text}", listed(kinds))).await.unwrap();
+        let plan = db.query(&format!("explain execute {name} {}", listed(values)), &[]).await.unwrap();
         let plan: Vec<String> = plan.iter().map(|row| row.get(0)).collect();
         assert!(!plan.iter().any(|line| line.contains("Seq Scan on messages")), "{name}: {plan:#?}");
     }
@@ -193,7 +195,7 @@ async fn plans_made_on_empty_partitions_read_only_the_rows_of_a_batch() {
     let (times, statuses) = (literal("now()", "timestamptz[]").await, literal("500", "smallint[]").await);
     let epochs = [literal("1", "int[]").await, literal("2", "int[]").await, literal("3", "int[]").await];
     let begin = |epoch: usize| format!("execute begin ({ids}, {epoch}, 100, 100000, now(), {epoch}, 1)");
-    let timed = "execute timed ('retry', 1000, now(), '{default}', 'retry', 1, '{}')".to_owned();
+    let timed = "execute timed ('retry', 1000, now(), '{default}', 'retry', 1, '{}', now())".to_owned();
     let [first, second, third] = &epochs;
     let steps = [
         ("claim", timed.clone()),
@@ -216,7 +218,7 @@ async fn plans_made_on_empty_partitions_read_only_the_rows_of_a_batch() {
     ];
     db.batch_execute("set plan_cache_mode = force_generic_plan").await.unwrap();
     for (name, kinds, text) in [
-        ("timed", "text, bigint, timestamptz, text[], text, bigint, text[]", claim::TIMED),
+        ("timed", "text, bigint, timestamptz, text[], text, bigint, text[], timestamptz", claim::TIMED),
         ("begin", "bigint[], int, bigint, bigint, timestamptz, bigint, bigint", begin::BEGIN),
         ("retry", "bigint[], int[], text[], int[], timestamptz[], text[], bigint, bigint", record::RETRY),
         ("release", "bigint[], int[], bigint, bigint, timestamptz", record::RELEASE),

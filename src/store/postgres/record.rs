@@ -60,7 +60,7 @@ pub(super) const DEAD: &str = "/* ams:dead */ with v as materialized (select * f
 
 pub(super) const RELEASE: &str = "/* ams:release */ update messages m set \
          status = case when m.attempts = 0 then 'pending'::message_state else 'retrying' end, \
-         due_at = case when m.attempts = 0 then null else $5::timestamptz end \
+         due_at = case when m.attempts = 0 then null else greatest(m.due_at, $5::timestamptz) end \
      from rows from (generate_subscripts($1::bigint[], 1), unnest($1::bigint[], $2::int[])) as v (n, id, epoch) \
      where m.id = any($1) and m.id = v.id and m.id between $3 and $4 \
          and case when m.epoch = v.epoch and m.status = 'processing' then true else false end \

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use rusqlite::{Connection, params};
 use serde_json::value::RawValue;
 
-use super::{json, list, optional_text, our_time, text, writers_time};
+use super::{json, list, optional_text, our_optional_time, our_time, text, writers_time};
 use crate::clock::Timestamp;
 use crate::message::{Epoch, Held, MessageId, Ticket};
 use crate::store::{Batch, BatchId, Claim, Claimed, Due, DueNow, InstanceId, Place, Result};
@@ -25,7 +25,7 @@ pub(super) struct Owned {
 /// A [`Due`] that can go to another thread.
 enum OwnedDue {
     New(MessageId, MessageId),
-    Timed(String),
+    Timed(String, Timestamp),
 }
 
 impl From<&Claim<'_>> for Owned {
@@ -33,7 +33,7 @@ impl From<&Claim<'_>> for Owned {
         Owned {
             due: match claim.due {
                 Due::New { after, up_to } => OwnedDue::New(after, up_to),
-                Due::Timed { lane } => OwnedDue::Timed(lane.to_owned()),
+                Due::Timed { lane, by } => OwnedDue::Timed(lane.to_owned(), by),
             },
             limit: claim.limit,
             lane: claim.lane.to_owned(),
@@ -80,25 +80,26 @@ macro_rules! fields {
     () => {
         "id, epoch, attempts, endpoint, created_at, recipient, content, content_type, headers, ordering_key, \
          expires_at is not null \
-         and cast(round((julianday(expires_at) - 2440587.5) * 86400000.0) as integer) * 1000 <= ?4"
+         and cast(round((julianday(expires_at) - 2440587.5) * 86400000.0) as integer) * 1000 <= ?4, \
+         timed_at"
     };
 }
 
 /// Whether any new row is due, and which of these lanes' timed rows.
-pub(super) fn due(db: &Connection, lanes: &[&str], now: Timestamp) -> Result<DueNow> {
+pub(super) fn due(db: &Connection, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
     // One transaction takes the file's locks once for all that is asked.
     db.prepare_cached("begin")?.execute([])?;
-    let looked = due_within(db, lanes, now.as_micros());
+    let looked = due_within(db, lanes, by.as_micros());
     db.prepare_cached("commit")?.execute([])?;
     looked
 }
 
-fn due_within(db: &Connection, lanes: &[&str], now: i64) -> Result<DueNow> {
+fn due_within(db: &Connection, lanes: &[&str], by: i64) -> Result<DueNow> {
     let mut new = db.prepare_cached(concat!("/* ams:any_new */ select 1", due_rows!(new)))?;
     let mut timed = db.prepare_cached(concat!("/* ams:any_timed */ select 1", due_rows!(timed)))?;
     let mut due = DueNow { new: new.exists(params![0, 1, i64::MAX])?, lanes: Vec::new() };
     for lane in lanes {
-        if timed.exists(params![lane, 1, now])? {
+        if timed.exists(params![lane, 1, by])? {
             due.lanes.push((*lane).to_owned());
         }
     }
@@ -111,7 +112,10 @@ type Row = (Ticket, bool);
 fn due_rows(db: &Connection, claim: &Owned) -> Result<Vec<Row>> {
     let limit = i64::try_from(claim.limit).unwrap_or(i64::MAX);
     let now = claim.now.as_micros();
-    let read = |row: &rusqlite::Row<'_>| ticket(db, row).and_then(|ticket| Ok((ticket, row.get(10)?)));
+    let read = |row: &rusqlite::Row<'_>| {
+        let due_at = our_optional_time(row, 11)?.filter(|at| *at > claim.now);
+        Ok((Ticket { due_at, ..ticket(db, row)? }, row.get(10)?))
+    };
     let none = HashSet::new();
     let passed = json(if claim.pass_busy { &claim.busy } else { &none })?;
     let rows = match &claim.due {
@@ -123,9 +127,9 @@ fn due_rows(db: &Connection, claim: &Owned) -> Result<Vec<Row>> {
             ))?
             .query_map(params![after.0, limit, up_to.0, now, passed], read)?
             .collect(),
-        OwnedDue::Timed(lane) => db
+        OwnedDue::Timed(lane, by) => db
             .prepare_cached(concat!("/* ams:claim_timed */ select ", fields!(), due_rows!(timed)))?
-            .query_map(params![lane, limit, now, now], read)?
+            .query_map(params![lane, limit, by.as_micros(), now], read)?
             .collect::<rusqlite::Result<Vec<Row>>>(),
     };
     Ok(rows?)
@@ -146,6 +150,7 @@ pub(super) fn ticket(db: &Connection, row: &rusqlite::Row<'_>) -> rusqlite::Resu
         // Checked when the row was inserted.
         headers: optional_text(row, 8)?.and_then(|headers| RawValue::from_string(headers).ok()),
         ordering_key: optional_text(row, 9)?,
+        due_at: None,
     })
 }
 
@@ -209,7 +214,7 @@ pub(super) fn give_back(
         .prepare_cached(
             "/* ams:give_back */ update messages set \
              status = case when attempts = 0 then 'pending' else 'retrying' end, \
-             due_at = case when attempts = 0 then null else ?4 end \
+             due_at = case when attempts = 0 then null else max(coalesce(due_at, ?4), ?4) end \
              where id = ?1 and epoch = ?2 and status = ?3",
         )?
         .execute(params![id.0, epoch, status, now.as_micros()])?;

@@ -17,7 +17,7 @@ pub(super) fn hold(
     let mut statement = db.prepare_cached(
         "/* ams:hold */ update messages set held = ?3, \
          status = case when attempts = 0 then 'pending' else 'retrying' end, \
-         due_at = case when attempts = 0 then null else ?4 end \
+         due_at = case when attempts = 0 then null else max(coalesce(due_at, ?4), ?4) end \
          where id = ?1 and epoch = ?2 and status = 'queued'",
     )?;
     let mut count = 0;
@@ -43,7 +43,7 @@ pub(super) fn held(db: &Connection) -> Result<Vec<(String, Held)>> {
     }
 }
 
-/// Makes held rows due at once, oldest first.
+/// Frees held rows, oldest first.
 pub(super) fn unhold(
     db: &Connection,
     endpoint: &str,
@@ -61,7 +61,7 @@ pub(super) fn unhold(
         .collect::<rusqlite::Result<Vec<i64>>>()?;
     let mut statement = db.prepare_cached(
         "/* ams:unhold */ update messages set held = null, \
-         due_at = case when status = 'retrying' then ?2 end where id = ?1",
+         due_at = case when status = 'retrying' then max(coalesce(due_at, ?2), ?2) end where id = ?1",
     )?;
     for id in &ids {
         statement.execute(params![id, now.as_micros()])?;

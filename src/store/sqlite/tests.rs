@@ -93,7 +93,7 @@ mod shell {
             let open = &["default".to_owned()];
             let now = now();
             let mut tickets = Vec::new();
-            for due in [Due::after(MessageId(0)), Due::Timed { lane: "" }] {
+            for due in [Due::after(MessageId(0)), Due::Timed { lane: "", by: now }] {
                 let (lane, owner) = ("messages", InstanceId(1));
                 let claim = Claim { due, limit: 100, lane, open, busy: &[], pass_busy: false, owner, now };
                 tickets.extend(self.store.claim(&claim).await.unwrap().tickets);
