@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use tracing::{Level, Metadata};
-use tracing_subscriber::filter::{FilterExt, Targets, filter_fn};
+use tracing_subscriber::filter::{FilterExt, LevelFilter, Targets, filter_fn};
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
@@ -53,7 +53,9 @@ where
     S: tracing::Subscriber + for<'a> LookupSpan<'a>,
 {
     let layer = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(colour);
-    let filter = filter.and(filter_fn(is_ours));
+    // It lets through no more than the levels do. Without being told so, every event of every library, and there
+    // are some for each statement, would come as far as this filter.
+    let filter = filter.and(filter_fn(is_ours).with_max_level_hint(LevelFilter::TRACE));
     if json { layer.json().with_filter(filter).boxed() } else { layer.with_filter(filter).boxed() }
 }
 
@@ -88,6 +90,14 @@ mod tests {
         assert!(start_log("info=loud", false, false, None).unwrap_err().contains("info=loud"));
         let nowhere = Path::new("/nowhere/ams.log");
         assert!(start_log("info", false, false, Some(nowhere)).unwrap_err().contains("/nowhere/ams.log"));
+    }
+
+    #[test]
+    fn what_is_below_every_level_is_not_even_looked_at() {
+        let filter = "info,ams::consumer=debug".parse().unwrap();
+        let lines = lines(filter, false, false, BoxMakeWriter::new(Lines::default));
+        let log = tracing_subscriber::registry().with(lines);
+        assert_eq!(tracing::Subscriber::max_level_hint(&log), Some(LevelFilter::DEBUG));
     }
 
     #[test]
