@@ -227,7 +227,7 @@ impl Ticket {
     /// How long before its time a ticket may be claimed and put on its lane: so a burst of them is on its
     /// consumers' desks when its moment comes, and each is tried in its millisecond (ADR 9). Not longer,
     /// because a change of the row in the store counts for nothing once its ticket is under way.
-    pub const AHEAD: Duration = Duration::from_millis(500);
+    pub const AHEAD: Duration = Duration::from_secs(1);
 }
 
 /// What kind of end a try came to. The classes are kept apart because they mean different things:

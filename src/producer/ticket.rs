@@ -122,7 +122,10 @@ mod tests {
             ordering_key: Some("order-9".into()),
             ..ticket()
         };
-        let ahead = Ticket { due_at: Some(Timestamp::EPOCH.after(Ticket::AHEAD)), ..ticket() };
+        let ahead = Ticket {
+            due_at: Some(Timestamp::EPOCH.after(std::time::Duration::from_millis(500))),
+            ..ticket()
+        };
         for (recorded, written) in [
             (include_str!("records/ticket-2-ahead.json"), ahead),
             (include_str!("records/ticket-1.json"), ticket()),
