@@ -265,7 +265,7 @@ pub struct LaneMetrics {
 }
 
 impl LaneMetrics {
-    /// A ticket was begun, so long after it was published.
+    /// A ticket was begun, so long after it was published or due.
     pub fn begun_after(&self, wait: Duration) {
         self.queue_wait.observe(wait.as_secs_f64());
     }

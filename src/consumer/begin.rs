@@ -38,7 +38,7 @@ impl Arrivals {
 pub(super) struct Admitted {
     pub(super) ticket: Ticket,
     pub(super) endpoint: Arc<Endpoint>,
-    pub(super) published_at: Timestamp,
+    pub(super) ready_at: Timestamp,
 }
 
 /// Tickets that were not admitted: their rows are to be held.
@@ -59,8 +59,8 @@ pub(super) struct Job {
     /// The number of this try, over all lanes and on this one.
     pub(super) attempt: i32,
     pub(super) lane_try: i32,
-    /// When its ticket was published.
-    pub(super) published_at: Timestamp,
+    /// When its ticket was published, or due if that was later.
+    pub(super) ready_at: Timestamp,
 }
 
 /// A begun group; the recorder counts down what of it is not recorded yet.
@@ -125,7 +125,7 @@ fn sort(
     let mut begun: std::collections::HashMap<_, _> =
         messages.into_iter().map(|m| ((m.id, m.epoch), m)).collect();
     let mut started = Started::default();
-    for Admitted { ticket, endpoint, published_at } in admitted {
+    for Admitted { ticket, endpoint, ready_at } in admitted {
         match begun.remove(&(ticket.id, ticket.epoch)) {
             Some(message) => started.jobs.push(Job {
                 ticket,
@@ -134,7 +134,7 @@ fn sort(
                 lease: Arc::clone(&lease),
                 attempt: message.attempts + 1,
                 lane_try: message.lane_tries + 1,
-                published_at,
+                ready_at,
             }),
             None => started.stale.push(endpoint),
         }
@@ -231,7 +231,7 @@ mod tests {
             due_at: None,
         };
         let endpoint = Arc::new(Endpoint::new("default", "http://localhost:3000"));
-        Admitted { ticket, endpoint, published_at: Timestamp::EPOCH }
+        Admitted { ticket, endpoint, ready_at: Timestamp::EPOCH }
     }
 
     #[test]

@@ -117,7 +117,7 @@ type Said = (InstanceId, Vec<String>);
 struct Arrival {
     ticket: Ticket,
     /// When it was published, or due if that was later.
-    published_at: Timestamp,
+    ready_at: Timestamp,
     receipt: Receipt,
 }
 
@@ -234,14 +234,14 @@ impl Desk {
                     if let Some(busy) = self.busy.get_mut(&ticket.endpoint) {
                         busy.came();
                     }
-                    let (receipt, published_at) = (taken.receipt, taken.published_at);
+                    let (receipt, ready_at) = (taken.receipt, taken.published_at);
                     // No ticket is more than that ahead: if it seems so, our clock is behind the producer's.
                     match ticket.due_at.take().map(|at| at.min(now.after(Ticket::AHEAD))) {
                         Some(at) if at > now => {
-                            let published_at = published_at.max(at);
-                            self.early.keep(Arrival { ticket, published_at, receipt }, at);
+                            let ready_at = ready_at.max(at);
+                            self.early.keep(Arrival { ticket, ready_at, receipt }, at);
                         }
-                        _ => self.door.push_back(Arrival { ticket, published_at, receipt }),
+                        _ => self.door.push_back(Arrival { ticket, ready_at, receipt }),
                     }
                 }
                 Err(reason) => {
@@ -270,8 +270,8 @@ impl Desk {
                     Admission::Admitted => {
                         self.arrivals.receipts.push(receipt);
                         let endpoint = Arc::clone(endpoint);
-                        let Arrival { ticket, published_at, .. } = arrival;
-                        self.arrivals.admitted.push(Admitted { ticket, endpoint, published_at });
+                        let Arrival { ticket, ready_at, .. } = arrival;
+                        self.arrivals.admitted.push(Admitted { ticket, endpoint, ready_at });
                         continue;
                     }
                     Admission::Hold => {
@@ -357,7 +357,7 @@ impl Desk {
         let now = self.parts.clock.now();
         let mut touched: Vec<Arc<crate::store::Endpoint>> = Vec::new();
         for job in started.jobs {
-            self.metrics.begun_after(now.since(job.published_at));
+            self.metrics.begun_after(now.since(job.ready_at));
             let endpoint = Arc::clone(&job.endpoint);
             if let Some(queue) = self.waiting.get_mut(&endpoint.name) {
                 queue.push_back(job);

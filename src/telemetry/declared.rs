@@ -78,7 +78,7 @@ pub const METRICS: &[Metric] = &[
         "ams_queue_wait_seconds",
         "seconds",
         &["lane"],
-        "from a ticket's publishing to its begin, by the publisher's clock",
+        "from a ticket's publishing, or the time it is due if that is later, to its begin, by the publisher's clock",
     ),
     metric(
         Counter,

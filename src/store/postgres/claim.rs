@@ -198,6 +198,19 @@ pub(super) async fn requeue(db: &mut Object, batches: &[BatchId], now: Timestamp
     Ok(given)
 }
 
+/// A claimed row as it was before: due by this value, the present, at the earliest, and never before its time.
+macro_rules! as_it_was {
+    ($now:literal) => {
+        concat!(
+            "status = case when attempts = 0 then 'pending'::message_state else 'retrying' end, \
+             due_at = case when attempts = 0 then null else greatest(due_at, ",
+            $now,
+            "::timestamptz) end"
+        )
+    };
+}
+pub(super) use as_it_was;
+
 /// Gives rows back as they were before their claim when they are `status` in this epoch.
 pub(super) async fn give_back(
     db: &deadpool_postgres::Transaction<'_>,
@@ -207,12 +220,11 @@ pub(super) async fn give_back(
     now: Timestamp,
 ) -> Result<u64> {
     let statement = db
-        .prepare_cached(
-            "/* ams:give_back */ update messages set \
-                 status = case when attempts = 0 then 'pending'::message_state else 'retrying' end, \
-                 due_at = case when attempts = 0 then null else greatest(due_at, $6::timestamptz) end \
-             where id = any($1) and epoch = $2 and status = $3::text::message_state and id between $4 and $5",
-        )
+        .prepare_cached(concat!(
+            "/* ams:give_back */ update messages set ",
+            as_it_was!("$6"),
+            " where id = any($1) and epoch = $2 and status = $3::text::message_state and id between $4 and $5",
+        ))
         .await?;
     let (first, last) = bounds(ids);
     Ok(db.execute(&statement, &[&ids, &epoch, &status, &first, &last, &written(now)]).await?)

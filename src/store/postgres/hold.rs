@@ -2,6 +2,7 @@
 
 use deadpool_postgres::Object;
 
+use super::claim::as_it_was;
 use super::{bounds, by_epoch, limit, written};
 use crate::clock::Timestamp;
 use crate::message::{Epoch, Held, MessageId};
@@ -15,12 +16,11 @@ pub(super) async fn hold(
     now: Timestamp,
 ) -> Result<u64> {
     let statement = db
-        .prepare_cached(
-            "/* ams:hold */ update messages set held = $5, \
-                 status = case when attempts = 0 then 'pending'::message_state else 'retrying' end, \
-                 due_at = case when attempts = 0 then null else greatest(due_at, $6::timestamptz) end \
-             where id = any($1) and epoch = $2 and status = 'queued' and id between $3 and $4",
-        )
+        .prepare_cached(concat!(
+            "/* ams:hold */ update messages set held = $5, ",
+            as_it_was!("$6"),
+            " where id = any($1) and epoch = $2 and status = 'queued' and id between $3 and $4",
+        ))
         .await?;
     let mut count = 0;
     for (epoch, ids) in by_epoch(tickets.iter().map(|(id, epoch)| (id.0, *epoch))) {

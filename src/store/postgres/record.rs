@@ -7,6 +7,7 @@ use std::borrow::Cow;
 
 use deadpool_postgres::{Object, Transaction};
 
+use super::claim::as_it_was;
 use super::{bounds, written};
 use crate::clock::Timestamp;
 use crate::message::{MessageId, Outcome, Verdict};
@@ -58,13 +59,14 @@ pub(super) const DEAD: &str = "/* ams:dead */ with v as materialized (select * f
          dead_at = excluded.dead_at \
      returning message_id";
 
-pub(super) const RELEASE: &str = "/* ams:release */ update messages m set \
-         status = case when m.attempts = 0 then 'pending'::message_state else 'retrying' end, \
-         due_at = case when m.attempts = 0 then null else greatest(m.due_at, $5::timestamptz) end \
-     from rows from (generate_subscripts($1::bigint[], 1), unnest($1::bigint[], $2::int[])) as v (n, id, epoch) \
+pub(super) const RELEASE: &str = concat!(
+    "/* ams:release */ update messages m set ",
+    as_it_was!("$5"),
+    " from rows from (generate_subscripts($1::bigint[], 1), unnest($1::bigint[], $2::int[])) as v (n, id, epoch) \
      where m.id = any($1) and m.id = v.id and m.id between $3 and $4 \
          and case when m.epoch = v.epoch and m.status = 'processing' then true else false end \
-     returning m.id";
+     returning m.id"
+);
 
 /// Writes records; returns the ids whose verdict was refused.
 pub(super) async fn record(db: &mut Object, records: &Records<'_>) -> Result<Vec<MessageId>> {

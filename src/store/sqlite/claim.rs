@@ -202,6 +202,15 @@ pub(super) fn expire(db: &Connection, id: MessageId, now: Timestamp) -> Result<(
     Ok(())
 }
 
+/// A claimed row as it was before: due by `?4`, the present, at the earliest, and never before its time.
+macro_rules! as_it_was {
+    () => {
+        "status = case when attempts = 0 then 'pending' else 'retrying' end, \
+         due_at = case when attempts = 0 then null else max(coalesce(due_at, ?4), ?4) end"
+    };
+}
+pub(super) use as_it_was;
+
 /// Gives a row back as it was before its claim when it is `status` in this epoch. Whether it was.
 pub(super) fn give_back(
     db: &Connection,
@@ -211,12 +220,11 @@ pub(super) fn give_back(
     now: Timestamp,
 ) -> Result<bool> {
     let given = db
-        .prepare_cached(
-            "/* ams:give_back */ update messages set \
-             status = case when attempts = 0 then 'pending' else 'retrying' end, \
-             due_at = case when attempts = 0 then null else max(coalesce(due_at, ?4), ?4) end \
-             where id = ?1 and epoch = ?2 and status = ?3",
-        )?
+        .prepare_cached(concat!(
+            "/* ams:give_back */ update messages set ",
+            as_it_was!(),
+            " where id = ?1 and epoch = ?2 and status = ?3",
+        ))?
         .execute(params![id.0, epoch, status, now.as_micros()])?;
     Ok(given > 0)
 }

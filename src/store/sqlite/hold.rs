@@ -2,6 +2,7 @@
 
 use rusqlite::{Connection, params};
 
+use super::claim::as_it_was;
 use super::text;
 use crate::clock::Timestamp;
 use crate::message::{Epoch, Held, MessageId};
@@ -14,12 +15,11 @@ pub(super) fn hold(
     held: Held,
     now: Timestamp,
 ) -> Result<u64> {
-    let mut statement = db.prepare_cached(
-        "/* ams:hold */ update messages set held = ?3, \
-         status = case when attempts = 0 then 'pending' else 'retrying' end, \
-         due_at = case when attempts = 0 then null else max(coalesce(due_at, ?4), ?4) end \
-         where id = ?1 and epoch = ?2 and status = 'queued'",
-    )?;
+    let mut statement = db.prepare_cached(concat!(
+        "/* ams:hold */ update messages set held = ?3, ",
+        as_it_was!(),
+        " where id = ?1 and epoch = ?2 and status = 'queued'",
+    ))?;
     let mut count = 0;
     for (id, epoch) in tickets {
         count += statement.execute(params![id.0, epoch, held.as_str(), now.as_micros()])?;
