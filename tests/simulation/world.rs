@@ -217,10 +217,13 @@ impl World {
         if store.endpoints().await.unwrap().is_empty() {
             let endpoint = Endpoint { in_flight_max: 3, ..Endpoint::new("default", "http://localhost:3000") };
             store.put_endpoint(&endpoint).await.unwrap();
+            // A third is scheduled, some of it sooner than its ticket may go ahead.
+            let send_at = || parts.clock.now().after(Duration::from_millis(fastrand::u64(0..5_000)));
             let messages: Vec<_> = (0..self.messages)
                 .map(|i| NewMessage {
                     recipient: format!("+{i}"),
                     content: "Hi".into(),
+                    send_at: (fastrand::u32(0..3) == 0).then(send_at),
                     ..NewMessage::default()
                 })
                 .collect();
@@ -240,7 +243,7 @@ impl World {
             let store = Arc::clone(&store);
             Box::pin(async move {
                 let row = store.message(ticket.id).await.unwrap().unwrap();
-                if row.epoch == ticket.epoch && row.due_at > Some(clock.now()) {
+                if row.epoch == ticket.epoch && row.due_at.or(row.send_at) > Some(clock.now()) {
                     receivers.lock().unwrap().early.push(format!("{row:?} was tried at {}", clock.now()));
                 }
                 *receivers.lock().unwrap().tried.entry(ticket.id).or_default() += 1;

@@ -130,14 +130,15 @@ async fn part_is_away(name: &str, repeats_allowed: usize) {
     services("kill", name);
     let_run(outage()).await;
     services("start", name);
-    let before = load.committed();
-    until("rows are committed again", Duration::from_secs(30), async || load.committed() > before).await;
+    let (before, arrived, within) = (load.committed(), receiver.arrivals(), Duration::from_secs(30));
+    until("rows are committed again", within, async || load.committed() > before).await;
     let newest: i64 = stack.sql().await.query_one("select max(id) from messages", &[]).await.unwrap().get(0);
-    let resumed = until("a row committed after the outage arrives", Duration::from_secs(30), async || {
-        receiver.accepted_from(newest)
-    })
-    .await;
+    let (resumed, caught_up) = tokio::join!(
+        until("deliveries go on", within, async || receiver.arrivals() > arrived),
+        until("a row committed after the outage arrives", within, async || receiver.accepted_from(newest)),
+    );
     println!("{name} away for {:?}: deliveries go on {resumed:.1?} after it is back", outage());
+    println!("and a row committed then arrives after {caught_up:.1?}, behind all that waited");
     load.finish().await;
     settle(&format!("{name} killed"), &stack, &receiver, repeats_allowed).await;
 }
