@@ -105,13 +105,13 @@ pub struct Producer {
 
 impl Service for Producer {
     const NAME: &'static str = "producer";
-    type Error = ProducerError;
+    type Error = StoreError;
 
     /// One look for due rows: claims and publishes what there is.
     ///
     /// # Errors
-    /// Those of store and queue; nothing is lost by any of them.
-    async fn step(&mut self) -> Result<Step, ProducerError> {
+    /// Those of the store; nothing is lost by any of them, and all of it passes by waiting.
+    async fn step(&mut self) -> Result<Step, StoreError> {
         while self.publishing.try_join_next().is_some() {}
         let now = self.parts.clock.now();
         let Some(instance) = self.parts.presence.instance() else {
@@ -123,7 +123,7 @@ impl Service for Producer {
         if self.paused {
             return Ok(Step::Idle(GAP_MAX.max(self.options.poll)));
         }
-        self.rooms.refresh(&self.options.fresh_lane, now).await?;
+        self.rooms.refresh(&self.options.fresh_lane, now).await;
         if self.unsure {
             self.give_back_unknown(instance).await?;
         }
@@ -205,7 +205,7 @@ impl Producer {
     }
 
     /// Bids for leadership when it is time to. A leader that could not renew stops before its term ends.
-    async fn lead(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, ProducerError> {
+    async fn lead(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, StoreError> {
         if now < self.next_bid {
             return Ok(now < self.led_until);
         }
@@ -238,21 +238,21 @@ impl Producer {
 
     /// What is worth claiming: after work new rows, without a question, and else what the store says. One
     /// question in place of a claim for each lane keeps a producer at rest below 1 % of a core.
-    async fn due(&self, now: Timestamp) -> Result<DueNow, ProducerError> {
+    async fn due(&self, now: Timestamp) -> Result<DueNow, StoreError> {
         if now < self.next_timed {
             return match self.gap {
                 GAP_MIN => Ok(DueNow { new: true, lanes: Vec::new() }),
-                _ => Ok(self.parts.store.due(&[], now).await?),
+                _ => self.parts.store.due(&[], now).await,
             };
         }
         let directory = self.parts.directory.snapshot();
         let topics = directory.lanes.iter().map(|lane| lane.topic.as_str());
         let lanes: Vec<&str> = std::iter::once("").chain(topics).collect();
-        Ok(self.parts.store.due(&lanes, now.after(Ticket::AHEAD)).await?)
+        self.parts.store.due(&lanes, now.after(Ticket::AHEAD)).await
     }
 
     /// Claims new rows that appeared behind the cursor, when it is time to.
-    async fn claim_late(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, ProducerError> {
+    async fn claim_late(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, StoreError> {
         if now < self.next_sweep {
             return Ok(false);
         }
@@ -274,7 +274,7 @@ impl Producer {
     }
 
     /// Claims new rows after the cursor. Asks which endpoints are busy while there are any.
-    async fn claim_fresh(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, ProducerError> {
+    async fn claim_fresh(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, StoreError> {
         let (after, pass_busy) = (self.cursor, self.passing.passes());
         let up_to = if pass_busy { after.0.saturating_add(LEFT_MAX) } else { i64::MAX };
         let due = Due::New { after, up_to: MessageId(up_to) };
@@ -303,7 +303,7 @@ impl Producer {
         lanes: &[String],
         instance: InstanceId,
         now: Timestamp,
-    ) -> Result<bool, ProducerError> {
+    ) -> Result<bool, StoreError> {
         let mut full = false;
         for lane in lanes {
             let paced = lane.is_empty() && self.pacer.is_some();
@@ -327,7 +327,7 @@ impl Producer {
         owner: InstanceId,
         look: Look<'_>,
         now: Timestamp,
-    ) -> Result<Taken, ProducerError> {
+    ) -> Result<Taken, StoreError> {
         let Look { due, most, pass_busy } = look;
         let (lane, first_tries) = match due {
             Due::Timed { lane, .. } if !lane.is_empty() => (lane, false),
@@ -387,7 +387,7 @@ impl Producer {
 
     /// After a claim whose answer was lost, and after an election: batches of ours in the ledger that
     /// nobody is publishing are given back.
-    async fn give_back_unknown(&mut self, instance: InstanceId) -> Result<(), ProducerError> {
+    async fn give_back_unknown(&mut self, instance: InstanceId) -> Result<(), StoreError> {
         let batches = self.parts.store.batches(self.parts.clock.now(), 10_000).await?;
         let unknown: Vec<BatchId> = batches
             .iter()
@@ -404,7 +404,7 @@ impl Producer {
     }
 
     /// Frees rows that were held for an endpoint which is open again.
-    async fn unhold(&mut self, now: Timestamp) -> Result<(), ProducerError> {
+    async fn unhold(&mut self, now: Timestamp) -> Result<(), StoreError> {
         let directory = self.parts.directory.snapshot();
         let mut more = false;
         for (endpoint, held) in self.parts.store.held().await? {
@@ -450,15 +450,6 @@ struct Rows {
     last: MessageId,
     /// The time of one of them had come before.
     late: bool,
-}
-
-/// Why a step failed. All of it passes by waiting.
-#[derive(Debug, thiserror::Error)]
-pub enum ProducerError {
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    #[error(transparent)]
-    Queue(#[from] crate::queue::QueueError),
 }
 
 /// Publishes one batch, then notes it in the ledger; gives its rows back when the broker does not take it.

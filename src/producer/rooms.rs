@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 
 use crate::clock::Timestamp;
 use crate::queue::{Depth, QueueError};
-use crate::service::Parts;
+use crate::service::{Backoff, Parts};
 use crate::store::BatchId;
 
 const REFRESH: Duration = Duration::from_millis(100);
@@ -21,6 +21,7 @@ pub(super) struct Rooms {
     lanes: HashMap<String, Room>,
     next_refresh: Timestamp,
     asking: Option<JoinHandle<Result<Answers, QueueError>>>,
+    backoff: Backoff,
     /// A lock because publishing tasks end on their own; held for a look-up only, never over an await.
     under_way: Arc<Mutex<HashSet<BatchId>>>,
 }
@@ -59,26 +60,34 @@ impl Rooms {
             lanes: HashMap::new(),
             next_refresh: Timestamp::EPOCH,
             asking: None,
+            backoff: Backoff::new("room on the lanes"),
             under_way: Arc::default(),
         }
     }
 
     /// Asks the broker how far each lane's group has come, when it is time to. The question goes on
-    /// beside the claims, because a broker may take its time; its failure is told with the next call.
-    pub(super) async fn refresh(&mut self, fresh_lane: &str, now: Timestamp) -> Result<(), QueueError> {
+    /// beside the claims, because a broker may take its time. While it gives no answer, rooms are as they were
+    /// last known.
+    pub(super) async fn refresh(&mut self, fresh_lane: &str, now: Timestamp) {
         // Before any consumer has registered the fresh lane, tickets may already wait for it there.
         self.lanes.entry(fresh_lane.to_owned()).or_default();
         if let Some(asking) = self.asking.take_if(|asking| asking.is_finished()) {
-            self.next_refresh = now.after(REFRESH);
             // A task that was cut off has no answer, and the next one will.
-            for (lane, before, depth) in asking.await.unwrap_or_else(|_| Ok(Vec::new()))? {
-                self.learn(&lane, before, &depth);
-            }
+            let wait = match asking.await.unwrap_or_else(|_| Ok(Vec::new())) {
+                Ok(answers) => {
+                    for (lane, before, depth) in answers {
+                        self.learn(&lane, before, &depth);
+                    }
+                    self.backoff.succeeded();
+                    REFRESH
+                }
+                Err(error) => self.backoff.failed(&error).max(REFRESH),
+            };
+            self.next_refresh = now.after(wait);
         }
         if self.asking.is_none() && now >= self.next_refresh {
             self.ask(now);
         }
-        Ok(())
     }
 
     fn ask(&mut self, now: Timestamp) {

@@ -1,16 +1,20 @@
 //! A producer's steps on embedded parts and a manual clock.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
 
 use super::*;
 use crate::cache::memory::MemoryCache;
 use crate::clock::Clock;
 use crate::message::NewMessage;
 use crate::queue::embedded::EmbeddedQueue;
+use crate::queue::{self, Depth, LaneRecord, Queue, QueueError, Subscription};
+use crate::retry::Lane;
 use crate::service::{Directory, Presence};
 use crate::store::sqlite::SqliteStore;
-use crate::store::{Endpoint, Store};
+use crate::store::{Endpoint, Place, Store};
 use crate::telemetry::Metrics;
 
 struct Bench {
@@ -21,6 +25,10 @@ struct Bench {
 impl Bench {
     /// A producer that has not stepped yet, and no message.
     async fn new(pacing: Option<Pacing>) -> Bench {
+        Bench::on(|clock| Arc::new(EmbeddedQueue::new(3, clock)), pacing).await
+    }
+
+    async fn on(queue: impl FnOnce(Clock) -> Arc<dyn Queue>, pacing: Option<Pacing>) -> Bench {
         let clock = Clock::manual(Timestamp::from_micros(1_800_000_000_000_000));
         let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
         for name in ["default", "slow"] {
@@ -29,7 +37,7 @@ impl Bench {
         let parts = Parts {
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "here")),
             directory: Arc::new(Directory::new(Arc::clone(&store))),
-            queue: Arc::new(EmbeddedQueue::new(3, clock.clone())),
+            queue: queue(clock.clone()),
             cache: Arc::new(MemoryCache::new()),
             metrics: Arc::new(Metrics::default()),
             clock,
@@ -150,4 +158,74 @@ async fn a_timed_row_is_on_its_lane_when_its_time_comes_unless_it_is_paced() {
         // The next looks follow sooner only where a look came after the time.
         assert_eq!(now < bench.producer.burst_until, pacing.is_some());
     }
+}
+
+/// A broker that is away until a time, and was asked for a lane's depth at these.
+struct AwayQueue {
+    clock: Clock,
+    back: Timestamp,
+    asked: Arc<Mutex<Vec<Timestamp>>>,
+}
+
+fn away<T>() -> queue::Result<T> {
+    Err(QueueError::Unavailable("away".to_owned()))
+}
+
+#[async_trait]
+impl Queue for AwayQueue {
+    fn kind(&self) -> &'static str {
+        "away"
+    }
+
+    async fn ensure(&self, _lanes: &[String]) -> queue::Result<()> {
+        away()
+    }
+
+    async fn publish(&self, _lane: &str, _records: Vec<LaneRecord>) -> queue::Result<Place> {
+        away()
+    }
+
+    async fn subscribe(&self, _lane: &str, _group: &str, _window: usize) -> queue::Result<Subscription> {
+        away()
+    }
+
+    async fn depth(&self, _lane: &str, _group: &str) -> queue::Result<Vec<Depth>> {
+        self.asked.lock().unwrap().push(self.clock.now());
+        if self.clock.now() < self.back { away() } else { Ok(Vec::new()) }
+    }
+
+    async fn ping(&self) -> queue::Result<()> {
+        away()
+    }
+}
+
+#[tokio::test]
+async fn a_broker_that_is_away_is_asked_ever_more_seldom_and_stops_no_step() {
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let away = |clock: Clock| {
+        let back = clock.now().after(Duration::from_secs(8));
+        let queue: Arc<dyn Queue> = Arc::new(AwayQueue { clock, back, asked: Arc::clone(&asked) });
+        queue
+    };
+    let mut bench = Bench::on(away, None).await;
+    let lane = Lane {
+        topic: "messages".into(),
+        group: "ams-messages".into(),
+        next: "messages-dlq".into(),
+        fresh: true,
+        tries: 1,
+        interval: Duration::from_secs(1),
+        interval_max: Duration::from_secs(1),
+    };
+    let start = bench.parts.clock.now();
+    bench.parts.store.put_lane(&lane, start).await.unwrap();
+    bench.parts.directory.refresh().await.unwrap();
+    while bench.producer.rooms.room("messages") == 0 || asked.lock().unwrap().is_empty() {
+        bench.step().await;
+        assert!(bench.parts.clock.now().since(start) < Duration::from_secs(12), "{asked:?}");
+    }
+    // The answer to a question is looked at in the next step, some 20 ms later.
+    let wait = |pair: &[Timestamp]| pair[1].since(pair[0]).as_millis() / 100 * 100;
+    let waits: Vec<_> = asked.lock().unwrap().windows(2).map(wait).collect();
+    assert_eq!(waits, [100, 100, 200, 400, 800, 1_600, 2_000, 2_000, 2_000]);
 }
