@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Timestamp;
 use crate::message::{Held, MessageId, Ticket};
 use crate::service::{self, Parts, Service, Step};
-use crate::store::{BatchId, Bid, Claim, Claimed, Due, DueNow, InstanceId, Pacing, StoreError};
+use crate::store::{BatchId, Bid, Claim, Claimed, Due, DueNow, InstanceId, Pacing, Result, StoreError};
 
 pub use ticket::{dead_letter_record, lane_record};
 
@@ -111,7 +111,7 @@ impl Service for Producer {
     ///
     /// # Errors
     /// Those of the store; nothing is lost by any of them, and all of it passes by waiting.
-    async fn step(&mut self) -> Result<Step, StoreError> {
+    async fn step(&mut self) -> Result<Step> {
         while self.publishing.try_join_next().is_some() {}
         let now = self.parts.clock.now();
         let Some(instance) = self.parts.presence.instance() else {
@@ -205,7 +205,7 @@ impl Producer {
     }
 
     /// Bids for leadership when it is time to. A leader that could not renew stops before its term ends.
-    async fn lead(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, StoreError> {
+    async fn lead(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool> {
         if now < self.next_bid {
             return Ok(now < self.led_until);
         }
@@ -238,7 +238,7 @@ impl Producer {
 
     /// What is worth claiming: after work new rows, without a question, and else what the store says. One
     /// question in place of a claim for each lane keeps a producer at rest below 1 % of a core.
-    async fn due(&self, now: Timestamp) -> Result<DueNow, StoreError> {
+    async fn due(&self, now: Timestamp) -> Result<DueNow> {
         if now < self.next_timed {
             return match self.gap {
                 GAP_MIN => Ok(DueNow { new: true, lanes: Vec::new() }),
@@ -252,7 +252,7 @@ impl Producer {
     }
 
     /// Claims new rows that appeared behind the cursor, when it is time to.
-    async fn claim_late(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, StoreError> {
+    async fn claim_late(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool> {
         if now < self.next_sweep {
             return Ok(false);
         }
@@ -274,7 +274,7 @@ impl Producer {
     }
 
     /// Claims new rows after the cursor. Asks which endpoints are busy while there are any.
-    async fn claim_fresh(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool, StoreError> {
+    async fn claim_fresh(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool> {
         let (after, pass_busy) = (self.cursor, self.passing.passes());
         let up_to = if pass_busy { after.0.saturating_add(LEFT_MAX) } else { i64::MAX };
         let due = Due::New { after, up_to: MessageId(up_to) };
@@ -298,12 +298,7 @@ impl Producer {
 
     /// Claims rows whose time has almost come, lane by lane. A paced first try takes its place in the window in
     /// which it goes out, so it is not claimed ahead.
-    async fn claim_timed(
-        &mut self,
-        lanes: &[String],
-        instance: InstanceId,
-        now: Timestamp,
-    ) -> Result<bool, StoreError> {
+    async fn claim_timed(&mut self, lanes: &[String], instance: InstanceId, now: Timestamp) -> Result<bool> {
         let mut full = false;
         for lane in lanes {
             let paced = lane.is_empty() && self.pacer.is_some();
@@ -322,12 +317,7 @@ impl Producer {
     }
 
     /// One claim, as large as room and pacing allow.
-    async fn claim(
-        &mut self,
-        owner: InstanceId,
-        look: Look<'_>,
-        now: Timestamp,
-    ) -> Result<Taken, StoreError> {
+    async fn claim(&mut self, owner: InstanceId, look: Look<'_>, now: Timestamp) -> Result<Taken> {
         let Look { due, most, pass_busy } = look;
         let (lane, first_tries) = match due {
             Due::Timed { lane, .. } if !lane.is_empty() => (lane, false),
@@ -387,7 +377,7 @@ impl Producer {
 
     /// After a claim whose answer was lost, and after an election: batches of ours in the ledger that
     /// nobody is publishing are given back.
-    async fn give_back_unknown(&mut self, instance: InstanceId) -> Result<(), StoreError> {
+    async fn give_back_unknown(&mut self, instance: InstanceId) -> Result<()> {
         let batches = self.parts.store.batches(self.parts.clock.now(), 10_000).await?;
         let unknown: Vec<BatchId> = batches
             .iter()
@@ -404,7 +394,7 @@ impl Producer {
     }
 
     /// Frees rows that were held for an endpoint which is open again.
-    async fn unhold(&mut self, now: Timestamp) -> Result<(), StoreError> {
+    async fn unhold(&mut self, now: Timestamp) -> Result<()> {
         let directory = self.parts.directory.snapshot();
         let mut more = false;
         for (endpoint, held) in self.parts.store.held().await? {

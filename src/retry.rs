@@ -131,13 +131,13 @@ pub fn summary(outcome: &Outcome) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
     use crate::message::Times;
 
-    fn lane(topic: &str, next: &str, fresh: bool, tries: i32) -> Lane {
+    pub(crate) fn lane(topic: &str, next: &str, fresh: bool, tries: i32) -> Lane {
         Lane {
             topic: topic.into(),
             group: "message-consumer".into(),

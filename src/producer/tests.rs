@@ -11,7 +11,7 @@ use crate::clock::Clock;
 use crate::message::NewMessage;
 use crate::queue::embedded::EmbeddedQueue;
 use crate::queue::{self, Depth, LaneRecord, Queue, QueueError, Subscription};
-use crate::retry::Lane;
+use crate::retry::tests::lane;
 use crate::service::{Directory, Presence};
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Endpoint, Place, Store};
@@ -202,21 +202,12 @@ impl Queue for AwayQueue {
 #[tokio::test]
 async fn a_broker_that_is_away_is_asked_ever_more_seldom_and_stops_no_step() {
     let asked = Arc::new(Mutex::new(Vec::new()));
-    let away = |clock: Clock| {
+    let queue = |clock: Clock| {
         let back = clock.now().after(Duration::from_secs(8));
-        let queue: Arc<dyn Queue> = Arc::new(AwayQueue { clock, back, asked: Arc::clone(&asked) });
-        queue
+        Arc::new(AwayQueue { clock, back, asked: Arc::clone(&asked) }) as Arc<dyn Queue>
     };
-    let mut bench = Bench::on(away, None).await;
-    let lane = Lane {
-        topic: "messages".into(),
-        group: "ams-messages".into(),
-        next: "messages-dlq".into(),
-        fresh: true,
-        tries: 1,
-        interval: Duration::from_secs(1),
-        interval_max: Duration::from_secs(1),
-    };
+    let mut bench = Bench::on(queue, None).await;
+    let lane = lane("messages", "messages-dlq", true, 1);
     let start = bench.parts.clock.now();
     bench.parts.store.put_lane(&lane, start).await.unwrap();
     bench.parts.directory.refresh().await.unwrap();

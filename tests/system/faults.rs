@@ -131,12 +131,15 @@ async fn part_is_away(name: &str, repeats_allowed: usize) {
     let_run(outage()).await;
     services("start", name);
     let (before, arrived, within) = (load.committed(), receiver.arrivals(), Duration::from_secs(30));
-    until("rows are committed again", within, async || load.committed() > before).await;
-    let newest: i64 = stack.sql().await.query_one("select max(id) from messages", &[]).await.unwrap().get(0);
-    let (resumed, caught_up) = tokio::join!(
-        until("deliveries go on", within, async || receiver.arrivals() > arrived),
-        until("a row committed after the outage arrives", within, async || receiver.accepted_from(newest)),
-    );
+    let newest = async {
+        until("rows are committed again", within, async || load.committed() > before).await;
+        let newest = "select max(id) from messages";
+        let newest: i64 = stack.sql().await.query_one(newest, &[]).await.unwrap().get(0);
+        until("a row committed after the outage arrives", within, async || receiver.accepted_from(newest))
+            .await
+    };
+    let goes_on = until("deliveries go on", within, async || receiver.arrivals() > arrived);
+    let (resumed, caught_up) = tokio::join!(goes_on, newest);
     println!("{name} away for {:?}: deliveries go on {resumed:.1?} after it is back", outage());
     println!("and a row committed then arrives after {caught_up:.1?}, behind all that waited");
     load.finish().await;
