@@ -1,29 +1,35 @@
 //! `ams import`: sends the messages of a file or of standard input, each once, however often it is begun.
 //!
-//! Every line gets an idempotency key from the import's name and its number, so a line that is sent again
-//! is the same message. A progress file lets a run that follows a killed one begin near where that ended.
+//! Every line gets an idempotency key from the import's name and what the line says, so a line that is sent
+//! again is the same message, also when others were mended. A progress file lets a run that follows a killed
+//! one begin near where that ended.
 
+mod hashed;
+mod key;
 mod lines;
 mod progress;
+mod reading;
+mod records;
 mod sending;
 
 use std::fs::File;
-use std::io::{BufReader, Read, Seek};
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Arg, ArgMatches, Command};
-use ring::digest::{Context, SHA256};
 use serde_json::json;
 
 use self::lines::Format;
 use self::progress::{Counts, ProgressFile, beside, whole};
 use self::sending::{End, Sending};
 use super::operator::{Operator, option, text, verb, wrong_use};
-use super::screen::{grouped, many, time};
+use super::screen::{grouped, many, plain, time};
 use crate::app::{self, AppError};
 
-/// Characters of an import's name: with a line's number it must fit into an idempotency key.
+/// Characters of an import's name: with a digest and a number it must fit into an idempotency key, which has
+/// 255 at most.
 const NAME_MAX: usize = 200;
 /// Bytes that are read at a time.
 const BUFFER: usize = 1 << 20;
@@ -31,14 +37,20 @@ const BUFFER: usize = 1 << 20;
 pub(super) fn command() -> Command {
     let file = Arg::new("file").value_name("FILE").required(true);
     let format = option("format", "FORMAT", "jsonl or csv, when the file's name does not end so");
-    let name =
-        option("name", "NAME", "what its idempotency keys begin with; left out: the content's SHA-256");
-    verb("import", "send the messages of a file, each line once, also when it is killed and run again")
-        .arg(file.help("JSON lines or CSV with a header; `-` is standard input"))
-        .arg(format.value_parser(["jsonl", "csv"]))
-        .arg(name)
-        .arg(option("progress", "FILE", "where it notes how far it is; left out: FILE.ams-import"))
-        .arg(option("errors", "FILE", "write each bad line's number and reason there, as JSON lines"))
+    let name = option(
+        "name",
+        "NAME",
+        "lines that an import of this name has sent are not sent again; left out: the file's name",
+    );
+    verb(
+        "import",
+        "send the messages of a file, each line once, also when it is killed, mended and run again",
+    )
+    .arg(file.help("JSON lines or CSV with a header; `-` is standard input"))
+    .arg(format.value_parser(["jsonl", "csv"]))
+    .arg(name)
+    .arg(option("progress", "FILE", "where it notes how far it is; left out: FILE.ams-import"))
+    .arg(option("errors", "FILE", "write each bad line's number and reason there, as JSON lines"))
 }
 
 pub(super) async fn run(operator: &Operator, matches: &ArgMatches) -> app::Result<ExitCode> {
@@ -46,23 +58,22 @@ pub(super) async fn run(operator: &Operator, matches: &ArgMatches) -> app::Resul
     let Some(format) = text(matches, "format").map_or_else(|| Format::of_name(file), Format::of_word) else {
         return Ok(wrong_use("the name says no format; add --format jsonl or --format csv"));
     };
-    let name = text(matches, "name");
-    let long = name.is_some_and(|name| name.is_empty() || name.chars().count() > NAME_MAX);
-    if long {
-        return Ok(wrong_use(&format!("--name must have from 1 to {NAME_MAX} characters")));
-    }
-    let Some(source) = Source::open(file, name)? else {
+    let Some(source) = Source::open(file, text(matches, "name"))? else {
         let why = "what comes by a pipe can't be read twice, so its keys need a name; add --name, \
                    and the same one when it is run again";
         return Ok(wrong_use(why));
     };
+    if source.name.is_empty() || source.name.chars().count() > NAME_MAX {
+        let why = format!("--name, or without it the file's name, must have from 1 to {NAME_MAX} characters");
+        return Ok(wrong_use(&why));
+    }
     let beside_file = source.size.is_some().then(|| beside(Path::new(file), ".ams-import"));
     let progress = ProgressFile::new(text(matches, "progress").map(PathBuf::from).or(beside_file));
     let mut sending = Sending::new(operator, source, format, progress, text(matches, "errors"))?;
     let watch = operator.clock.stopwatch();
     let mut end = sending.run().await?;
-    if end == End::OtherStore {
-        end = sending.begin_anew()?.run().await?;
+    if let End::Anew(why) = end {
+        end = sending.begin_anew(why)?.run().await?;
     }
     let (counts, earlier) = (sending.counts(), sending.earlier());
     let seconds = watch.elapsed().as_secs_f64();
@@ -73,11 +84,19 @@ pub(super) async fn run(operator: &Operator, matches: &ArgMatches) -> app::Resul
         "already_there": counts.already_there, "bad": counts.bad, "by_an_earlier_run": earlier,
         "seconds": (seconds * 1000.0).round() / 1000.0, "lines_per_s": whole(rate),
     });
-    operator.screen.show(&answer, || summary(done, counts, earlier, watch.elapsed(), rate))?;
-    Ok(if done && counts.bad == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let said = || summary(sending.name(), done, counts, earlier, watch.elapsed(), rate);
+    // Of a source without a single readable line there is only to say what is wrong with it.
+    if !matches!(end, End::Broken(_)) || counts.lines() > 0 {
+        operator.screen.show(&answer, said)?;
+    }
+    match end {
+        End::Broken(why) => Err(AppError(why)),
+        End::Done if counts.bad == 0 => Ok(ExitCode::SUCCESS),
+        _ => Ok(ExitCode::FAILURE),
+    }
 }
 
-fn summary(done: bool, counts: Counts, earlier: u64, took: std::time::Duration, rate: f64) -> String {
+fn summary(name: &str, done: bool, counts: Counts, earlier: u64, took: Duration, rate: f64) -> String {
     let Counts { sent, already_there, bad } = counts;
     let mut text =
         if done { String::new() } else { "stopped; the same command goes on from here\n".to_owned() };
@@ -88,6 +107,12 @@ fn summary(done: bool, counts: Counts, earlier: u64, took: std::time::Duration, 
         grouped(already_there),
         grouped(bad)
     );
+    if already_there > 0 {
+        text += &format!(
+            "already there: an earlier import of the name {} sent them; to send them again use another --name\n",
+            plain(name, NAME_MAX)
+        );
+    }
     if earlier > 0 {
         text += &format!("{} of them by an earlier run\n", grouped(earlier));
     }
@@ -112,20 +137,16 @@ impl Source {
         if path == "-" {
             return Ok(name.map(|name| Source { name, path: None, size: None }));
         }
-        let mut file = File::open(path).map_err(wrong)?;
-        let whole = file.metadata().map_err(wrong)?;
-        let path = Some(PathBuf::from(path));
+        let whole = File::open(path).and_then(|file| file.metadata()).map_err(wrong)?;
+        let path = PathBuf::from(path);
         if whole.is_dir() {
             return Err(wrong(std::io::ErrorKind::IsADirectory.into()));
         }
         if !whole.is_file() {
-            return Ok(name.map(|name| Source { name, path, size: None }));
+            return Ok(name.map(|name| Source { name, path: Some(path), size: None }));
         }
-        let (name, size) = match name {
-            Some(name) => (name, whole.len()),
-            None => digest(&mut file).map_err(wrong)?,
-        };
-        Ok(Some(Source { name, path, size: Some(size) }))
+        let own = || path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Some(Source { name: name.unwrap_or_else(own), path: Some(path), size: Some(whole.len()) }))
     }
 
     /// Its bytes from the beginning, in a thread's hands.
@@ -137,24 +158,6 @@ impl Source {
         };
         Ok(BufReader::with_capacity(BUFFER, input))
     }
-}
-
-/// A name for this content, and how long it is.
-fn digest(file: &mut File) -> std::io::Result<(String, u64)> {
-    let mut context = Context::new(&SHA256);
-    let (mut buffer, mut size) = (vec![0; BUFFER], 0);
-    file.rewind()?;
-    loop {
-        let read = file.read(&mut buffer)?;
-        if read == 0 {
-            break;
-        }
-        context.update(&buffer[..read]);
-        size += read as u64;
-    }
-    // Half of it tells contents apart as well, and every key carries it.
-    let hex = context.finish().as_ref()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok((hex, size))
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! The operators' verbs, as a person types them, against a real API on the embedded store.
 
+mod import;
+
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};

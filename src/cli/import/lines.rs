@@ -1,11 +1,12 @@
 //! Reads messages: one a line of JSON, or one a record of CSV. What one line gets wrong is its own affair.
 
-use std::collections::VecDeque;
 use std::io::{self, BufRead, Read};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::hashed::{Hashed, Taken};
+use super::records::{Record, Records};
 use crate::api::SendMessage;
 
 /// Bytes of a line or record: more than the largest message can take, written in the longest way.
@@ -60,9 +61,15 @@ pub(super) struct Line {
 }
 
 /// The lines of a source, those that are blank left out.
-pub(super) enum Lines<R: BufRead> {
-    JsonLines { input: R, number: u64, bytes: u64, buffer: Vec<u8> },
-    Csv { reader: Box<csv::Reader<Rationed<R>>>, header: Vec<String>, record: csv::ByteRecord },
+pub(super) struct Lines<R> {
+    input: Hashed<R>,
+    form: Form,
+}
+
+/// What reading in a format needs.
+enum Form {
+    JsonLines { number: u64, buffer: Vec<u8> },
+    Csv { records: Records, header: Vec<String>, record: Record },
 }
 
 impl<R: BufRead> Lines<R> {
@@ -71,36 +78,36 @@ impl<R: BufRead> Lines<R> {
     /// # Errors
     /// A sentence on the header, or on why nothing can be read.
     pub(super) fn open(format: Format, input: R) -> Result<Lines<R>, String> {
+        let mut input = Hashed::new(input);
         if format == Format::JsonLines {
-            return Ok(Lines::JsonLines { input, number: 0, bytes: 0, buffer: Vec::new() });
+            return Ok(Lines { input, form: Form::JsonLines { number: 0, buffer: Vec::new() } });
         }
-        let input =
-            Rationed { input, left: LINE_MAX, bytes: 0, last: b'\n', line: 0, begins: VecDeque::new() };
-        let mut builder = csv::ReaderBuilder::new();
-        let mut reader = Box::new(builder.has_headers(false).flexible(true).from_reader(input));
-        let mut record = csv::ByteRecord::new();
-        reader.read_byte_record(&mut record).map_err(|error| error.to_string())?;
-        Ok(Lines::Csv { header: header(&record)?, reader, record })
+        let (mut records, mut record) = (Records::new(LINE_MAX), Record::default());
+        records.read(&mut input, &mut record)?;
+        let header = header(&record)?;
+        Ok(Lines { input, form: Form::Csv { records, header, record } })
     }
 
     /// Bytes of the source that the lines so far have taken.
     pub(super) fn bytes(&self) -> u64 {
-        match self {
-            Lines::JsonLines { bytes, .. } => *bytes,
-            Lines::Csv { reader, .. } => reader.position().byte(),
-        }
+        self.input.size()
     }
 
-    /// The next line, understood when its number is above `after`; else it is only passed.
+    /// Those bytes, ready to be digested.
+    pub(super) fn taken(&self) -> Taken {
+        self.input.taken()
+    }
+
+    /// The next line.
     ///
     /// # Errors
-    /// When the source can't be read on.
-    pub(super) fn next(&mut self, after: u64) -> io::Result<Option<Line>> {
-        match self {
-            Lines::JsonLines { input, number, bytes, buffer } => loop {
+    /// A sentence on the line from which on nothing can be read.
+    pub(super) fn next(&mut self) -> Result<Option<Line>, String> {
+        match &mut self.form {
+            Form::JsonLines { number, buffer } => loop {
+                let read = read_line(&mut self.input, buffer);
+                let (taken, whole) = read.map_err(|error| format!("after line {number}: {error}"))?;
                 *number += 1;
-                let (taken, whole) = read_line(input, buffer)?;
-                *bytes += taken;
                 if taken == 0 {
                     return Ok(None);
                 }
@@ -109,21 +116,16 @@ impl<R: BufRead> Lines<R> {
                     continue;
                 }
                 let message = match whole {
-                    _ if *number <= after => Ok(Map::new()),
                     true => message_of_json(text),
                     false => Err(format!("is longer than {} MiB", LINE_MAX >> 20)),
                 };
                 return Ok(Some(Line { number: *number, message }));
             },
-            Lines::Csv { reader, header, record } => {
-                reader.get_mut().left = LINE_MAX;
-                if !reader.read_byte_record(record).map_err(io::Error::from)? {
+            Form::Csv { records, header, record } => {
+                if !records.read(&mut self.input, record)? {
                     return Ok(None);
                 }
-                let start = record.position().map_or(0, csv::Position::byte);
-                let number = reader.get_mut().line_at(start);
-                let message = if number <= after { Ok(Map::new()) } else { message_of_csv(header, record) };
-                Ok(Some(Line { number, message }))
+                Ok(Some(Line { number: record.line, message: message_of_csv(header, record) }))
             }
         }
     }
@@ -156,8 +158,8 @@ fn message_of_json(line: &[u8]) -> Result<Map<String, Value>, String> {
 }
 
 /// The names in a header, all of which must be fields.
-fn header(record: &csv::ByteRecord) -> Result<Vec<String>, String> {
-    let names = record.iter().map(|name| String::from_utf8_lossy(name).trim().to_owned());
+fn header(record: &Record) -> Result<Vec<String>, String> {
+    let names = record.fields().map(|name| String::from_utf8_lossy(name).trim().to_owned());
     let names: Vec<String> = names.collect();
     let fields = FIELDS.join(", ");
     for (place, name) in names.iter().enumerate() {
@@ -177,12 +179,12 @@ fn header(record: &csv::ByteRecord) -> Result<Vec<String>, String> {
     }
 }
 
-fn message_of_csv(header: &[String], record: &csv::ByteRecord) -> Result<Map<String, Value>, String> {
+fn message_of_csv(header: &[String], record: &Record) -> Result<Map<String, Value>, String> {
     if record.len() != header.len() {
         return Err(format!("has {} fields and the header {}", record.len(), header.len()));
     }
     let mut message = Map::new();
-    for (name, bytes) in header.iter().zip(record) {
+    for (name, bytes) in header.iter().zip(record.fields()) {
         let text = std::str::from_utf8(bytes).map_err(|_| format!("{name} is not UTF-8"))?;
         let value = match name.as_str() {
             "recipient" | "content" => Value::from(text),
@@ -203,56 +205,6 @@ fn message_of_csv(header: &[String], record: &csv::ByteRecord) -> Result<Map<Str
     Ok(message)
 }
 
-/// A source of which one record may take only so much, because a quote that is never closed would take it
-/// all; and that knows its lines, because the parser knows neither blank ones nor carriage returns.
-pub(super) struct Rationed<R> {
-    input: R,
-    left: usize,
-    bytes: u64,
-    last: u8,
-    line: u64,
-    /// Where lines begin that are not blank, and their numbers: those read ahead.
-    begins: VecDeque<(u64, u64)>,
-}
-
-impl<R> Rationed<R> {
-    /// The number of the first line that begins there or later and is not blank.
-    fn line_at(&mut self, byte: u64) -> u64 {
-        while self.begins.front().is_some_and(|(begin, _)| *begin < byte) {
-            self.begins.pop_front();
-        }
-        self.begins.front().map_or(self.line, |(_, line)| *line)
-    }
-
-    fn pass(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            if self.last == b'\n' || (self.last == b'\r' && *byte != b'\n') {
-                self.line += 1;
-                if !matches!(byte, b'\r' | b'\n') {
-                    self.begins.push_back((self.bytes, self.line));
-                }
-            }
-            self.last = *byte;
-            self.bytes += 1;
-        }
-    }
-}
-
-impl<R: Read> Read for Rationed<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.left == 0 {
-            let size = LINE_MAX >> 20;
-            return Err(io::Error::other(format!(
-                "a record is longer than {size} MiB; is a quote left open?"
-            )));
-        }
-        let read = self.input.read(buffer)?;
-        self.left = self.left.saturating_sub(read);
-        self.pass(&buffer[..read]);
-        Ok(read)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,7 +215,7 @@ mod tests {
     fn read(format: Format, text: &[u8]) -> Result<Vec<Read>, String> {
         let mut lines = Lines::open(format, text)?;
         let mut all = Vec::new();
-        while let Some(line) = lines.next(0).map_err(|error| error.to_string())? {
+        while let Some(line) = lines.next()? {
             all.push((line.number, line.message.map(Value::Object)));
         }
         assert_eq!(lines.bytes(), text.len() as u64);
@@ -368,22 +320,6 @@ mod tests {
         assert_eq!(lines[1], (2, Ok(good)));
         let open = format!("recipient,content\n+90,\"{}", "x".repeat(2 * LINE_MAX));
         let error = read(Format::Csv, open.as_bytes()).unwrap_err();
-        assert!(error.contains("quote left open"), "{error}");
-    }
-
-    #[test]
-    fn what_was_read_before_is_passed_unread() {
-        for (format, text) in [
-            (Format::JsonLines, "nothing\n\nnothing\n{\"recipient\":\"+90\",\"content\":\"\"}\n"),
-            (Format::Csv, "recipient,content\nx\nx\n+90,\n"),
-        ] {
-            let mut lines = Lines::open(format, text.as_bytes()).unwrap();
-            let mut all = Vec::new();
-            while let Some(line) = lines.next(3).unwrap() {
-                all.push((line.number, line.message.is_ok_and(|message| message.is_empty())));
-            }
-            assert_eq!(all.last(), Some(&(4, false)), "{format:?}");
-            assert!(all.len() == 3 && all[..2].iter().all(|(_, passed)| *passed), "{all:?}");
-        }
+        assert!(error.starts_with("line 2: the quote that opens there is not closed"), "{error}");
     }
 }

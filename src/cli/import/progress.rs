@@ -20,6 +20,8 @@ pub(super) struct Progress {
     pub(super) api: String,
     /// All lines up to this one are stored or bad.
     pub(super) settled: u64,
+    /// A digest of the source up to the end of that line: when it has changed since, its lines are others.
+    pub(super) content: String,
     /// Where the last batch began of which anything is stored: a later run sends it again.
     pub(super) from: u64,
     /// A line of that batch, and the id of its message: another store would give it another.
@@ -148,8 +150,14 @@ mod tests {
         let fresh = file.read("list", "http://a").unwrap();
         assert_eq!((fresh.settled, fresh.from, fresh.probe), (0, 0, None));
         let counts = Counts { sent: 1_990, already_there: 7, bad: 3 };
-        let left =
-            Progress { settled: 2_000, from: 1_000, probe: Some((1_001, 77)), counts, ..fresh.clone() };
+        let left = Progress {
+            settled: 2_000,
+            content: "5e".to_owned(),
+            from: 1_000,
+            probe: Some((1_001, 77)),
+            counts,
+            ..fresh.clone()
+        };
         file.write(&left);
         assert_eq!(file.read("list", "http://a").unwrap(), left);
         assert_eq!(file.read("other", "http://a").unwrap().settled, 0);

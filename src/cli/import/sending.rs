@@ -11,22 +11,20 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::super::client::Failure;
 use super::super::operator::{self, Operator};
 use super::super::screen::plain;
 use super::Source;
-use super::lines::{Format, Line, Lines};
+use super::lines::Format;
 use super::progress::{Counts, Progress, ProgressFile, shown};
+use super::reading::{Bad, Batch, Given, Numbered, Passed, read_all};
 use crate::app::{self, AppError};
 use crate::clock::Stopwatch;
 use crate::service::Backoff;
 
-/// Lines of a batch, and about how many bytes: the API takes 64 MiB, and escapes make bytes more.
-const BATCH: usize = 1_000;
-const BATCH_BYTES: u64 = 8 << 20;
 /// Batches under way at once. Their transactions follow one another; the next must only be there in time.
 const UNDER_WAY: usize = 4;
 /// How long the API may be away before the import gives up.
@@ -41,43 +39,19 @@ const BAD_TOLD: u64 = 100;
 const REASON_MAX: usize = 500;
 
 /// How a run ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum End {
     Done,
     /// Somebody has stopped it.
     Stopped,
-    /// The progress is of an import into another store: nothing of it holds here.
-    OtherStore,
+    /// From some line on the source can't be read: why. What stands before it is sent.
+    Broken(String),
+    /// The progress of an earlier run says nothing of this one: why.
+    Anew(&'static str),
 }
 
-/// A line that can't be sent.
-#[derive(Clone, Debug, PartialEq)]
-struct Bad {
-    line: u64,
-    reason: String,
-}
-
-/// Messages with the numbers of their lines.
-type Numbered = Vec<(u64, Value)>;
-
-/// Lines that are sent together.
-#[derive(Debug, Default)]
-struct Batch {
-    /// The last line before it, and its own last.
-    after: u64,
-    to: u64,
-    /// Bytes of the source up to its end.
-    bytes: u64,
-    good: Numbered,
-    bad: Vec<Bad>,
-}
-
-/// What the reading thread gives.
-enum Given {
-    Batch(Batch),
-    End,
-    Failed(String),
-}
+const OTHER_STORE: &str = "the progress is of an import into another store";
+const CHANGED: &str = "what an earlier run has read of the source has changed since";
 
 /// What became of a batch.
 #[derive(Debug, Default)]
@@ -85,6 +59,7 @@ struct Settled {
     after: u64,
     to: u64,
     bytes: u64,
+    content: String,
     sent: u64,
     already_there: u64,
     bad: Vec<Bad>,
@@ -158,17 +133,15 @@ impl<'a> Sending<'a> {
         self.earlier
     }
 
-    /// Forgets what an earlier run has done: it was into another store.
+    /// Forgets what an earlier run has done, because of this.
     ///
     /// # Errors
     /// When the source can't be read again.
-    pub(super) fn begin_anew(&mut self) -> app::Result<&mut Sending<'a>> {
+    pub(super) fn begin_anew(&mut self, why: &str) -> app::Result<&mut Sending<'a>> {
         if self.source.size.is_none() {
-            let why =
-                "the progress is of an import into another store; remove the progress file and begin again";
-            return Err(AppError(why.to_owned()));
+            return Err(AppError(format!("{why}; remove the progress file and begin again")));
         }
-        eprintln!("the progress is of an import into another store: beginning at the first line");
+        eprintln!("{why}: beginning at the first line");
         let Progress { name, api, .. } = std::mem::take(&mut self.progress);
         self.progress = Progress { name, api, ..Progress::default() };
         (self.earlier, self.probe, self.begun) = (0, None, None);
@@ -179,24 +152,28 @@ impl<'a> Sending<'a> {
     /// Sends everything, and leaves behind what a later run needs if it could not.
     ///
     /// # Errors
-    /// When the source can't be read on, or the API refuses to go on.
+    /// When the API refuses to go on.
     pub(super) async fn run(&mut self) -> app::Result<End> {
         let end = self.send_all().await;
         self.report.clear();
         self.report.flush()?;
         match end {
             Ok(End::Done) => self.file.remove(),
-            Ok(End::OtherStore) => {}
-            Ok(End::Stopped) | Err(_) => self.file.write(&self.progress),
+            Ok(End::Stopped | End::Broken(_)) | Err(_) if self.progress.settled > 0 => {
+                self.file.write(&self.progress);
+            }
+            Ok(_) | Err(_) => {}
         }
         end
     }
 
     async fn send_all(&mut self) -> app::Result<End> {
         let (give, mut given) = mpsc::channel(UNDER_WAY);
-        let (source, format, after) = (Arc::clone(&self.source), self.format, self.progress.from);
+        let (source, format) = (Arc::clone(&self.source), self.format);
+        let Progress { from, settled, content, .. } = self.progress.clone();
+        let passed = Passed { from, settled, content };
         let reading = std::thread::Builder::new().name("import-reader".to_owned());
-        let started = reading.spawn(move || read_all(&source, format, after, &give));
+        let started = reading.spawn(move || read_all(&source, format, &passed, &give));
         started.map_err(|error| AppError(format!("the system gives us no thread: {error}")))?;
         let stop = self.operator.stop.clone();
         let mut under_way = FuturesOrdered::new();
@@ -212,23 +189,25 @@ impl<'a> Sending<'a> {
                         let post = Rc::clone(&self.post);
                         under_way.push_back(async move { post.send(batch).await });
                     }
-                    Some(Given::End) => ended = Some(Ok(())),
-                    Some(Given::Failed(why)) => ended = Some(Err(why)),
-                    None => ended = Some(Err("the reading thread has failed".to_owned())),
+                    Some(Given::End) => ended = Some(End::Done),
+                    Some(Given::Changed) => return Ok(End::Anew(CHANGED)),
+                    Some(Given::Failed(why)) => ended = Some(self.broken(&why)),
+                    None => ended = Some(self.broken("the reading thread has failed")),
                 },
                 Some(settled) = under_way.next() => {
                     if !self.settle(settled?)? {
-                        return Ok(End::OtherStore);
+                        return Ok(End::Anew(OTHER_STORE));
                     }
                 }
                 _ = tick.tick() => self.tell(),
             }
         }
-        let from = self.source.path.as_deref().unwrap_or(Path::new("standard input")).display();
-        match ended {
-            Some(Err(why)) => Err(AppError(format!("{from}: {why}"))),
-            _ => Ok(End::Done),
-        }
+        Ok(ended.unwrap_or(End::Done))
+    }
+
+    fn broken(&self, why: &str) -> End {
+        let from = self.source.path.as_deref().unwrap_or(Path::new("standard input"));
+        End::Broken(format!("{}: {why}", from.display()))
     }
 
     /// Notes what became of a batch; `false`: the store is not the one that the progress speaks of.
@@ -240,7 +219,7 @@ impl<'a> Sending<'a> {
         self.bytes = settled.bytes;
         // What an earlier run has settled is counted and told already.
         if settled.to > progress.settled {
-            progress.settled = settled.to;
+            (progress.settled, progress.content) = (settled.to, settled.content);
             progress.counts.sent += settled.sent;
             progress.counts.already_there += settled.already_there;
             progress.counts.bad += settled.bad.len() as u64;
@@ -275,65 +254,6 @@ impl<'a> Sending<'a> {
     }
 }
 
-/// Reads the source to its end, or until nobody takes what it reads.
-fn read_all(source: &Source, format: Format, after: u64, give: &mpsc::Sender<Given>) {
-    let done = match read_batches(source, format, after, give) {
-        Ok(()) => Given::End,
-        Err(why) => Given::Failed(why),
-    };
-    // Who has gone wants to know nothing.
-    let _ = give.blocking_send(done);
-}
-
-fn read_batches(
-    source: &Source,
-    format: Format,
-    after: u64,
-    give: &mpsc::Sender<Given>,
-) -> Result<(), String> {
-    let mut lines = Lines::open(format, source.read().map_err(|error| error.to_string())?)?;
-    let mut batch = Batch { after, to: after, bytes: lines.bytes(), ..Batch::default() };
-    let mut start = batch.bytes;
-    loop {
-        let next = lines.next(after);
-        let Line { number, message } =
-            match next.map_err(|error| format!("after line {}: {error}", batch.to))? {
-                Some(line) if line.number <= after => {
-                    start = lines.bytes();
-                    continue;
-                }
-                Some(line) => line,
-                None => break,
-            };
-        (batch.to, batch.bytes) = (number, lines.bytes());
-        match message {
-            Ok(message) => batch.good.push((number, keyed(message, &source.name, number))),
-            Err(reason) => batch.bad.push(Bad { line: number, reason }),
-        }
-        if batch.good.len() + batch.bad.len() >= BATCH || batch.bytes - start >= BATCH_BYTES {
-            start = batch.bytes;
-            let next = Batch { after: number, to: number, bytes: start, ..Batch::default() };
-            if give.blocking_send(Given::Batch(std::mem::replace(&mut batch, next))).is_err() {
-                return Ok(());
-            }
-        }
-    }
-    if batch.to > batch.after {
-        // Who has gone wants nothing more.
-        let _ = give.blocking_send(Given::Batch(batch));
-    }
-    Ok(())
-}
-
-/// The message with a key that is the same in every run, unless it has one of its own.
-fn keyed(mut message: Map<String, Value>, name: &str, number: u64) -> Value {
-    let key = message.entry("idempotency_key").or_insert(Value::Null);
-    if key.is_null() {
-        *key = Value::from(format!("import:{name}:{number}"));
-    }
-    Value::Object(message)
-}
-
 /// The way to the API.
 struct Post<'a> {
     operator: &'a Operator,
@@ -351,8 +271,8 @@ struct Trouble {
 impl Post<'_> {
     /// Sends a batch until each line of it is stored or known to be bad.
     async fn send(&self, batch: Batch) -> app::Result<Settled> {
-        let Batch { after, to, bytes, good, bad } = batch;
-        let mut settled = Settled { after, to, bytes, bad, ..Settled::default() };
+        let Batch { after, to, bytes, content, good, bad } = batch;
+        let mut settled = Settled { after, to, bytes, content, bad, ..Settled::default() };
         let mut pieces = vec![good];
         while let Some(piece) = pieces.pop() {
             if piece.is_empty() {

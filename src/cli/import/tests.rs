@@ -4,20 +4,13 @@ use super::*;
 use std::io::Write;
 
 #[test]
-fn the_same_content_has_the_same_name() {
-    let file = |text: &str| {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(text.as_bytes()).unwrap();
-        file
-    };
-    let (one, same, other) = (file("a\nb\n"), file("a\nb\n"), file("a\nb"));
-    let name =
-        |file: &tempfile::NamedTempFile| Source::open(file.path().to_str().unwrap(), None).unwrap().unwrap();
-    assert_eq!(name(&one).name, name(&same).name);
-    assert_ne!(name(&one).name, name(&other).name);
-    // The first half of `printf 'a\nb\n' | sha256sum`.
-    assert_eq!(name(&one).name, "911169ddaaf146aff539f58c26c489af");
-    assert_eq!((name(&one).size, name(&other).size), (Some(4), Some(3)));
+fn a_files_name_is_the_imports_name_in_whatever_folder_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("list.csv");
+    std::fs::write(&path, "a\nb\n").unwrap();
+    let open = |name| Source::open(path.to_str().unwrap(), name).unwrap().unwrap();
+    assert_eq!((open(None).name.as_str(), open(None).size), ("list.csv", Some(4)));
+    assert_eq!(open(Some("spring")).name, "spring");
 }
 
 #[test]
@@ -43,11 +36,17 @@ fn a_pipe_needs_a_name_and_a_folder_is_no_source() {
 }
 
 #[test]
-fn the_summary_adds_up() {
-    let second = std::time::Duration::from_secs(2);
+fn the_summary_adds_up_and_tells_of_what_was_there() {
+    let second = Duration::from_secs(2);
     let counts = Counts { sent: 1_500, already_there: 499, bad: 1 };
-    let text = summary(true, counts, 0, second, 1_000.4);
-    assert_eq!(text, "2,000 lines: 1,500 sent, 499 already there, 1 bad\n2.0 s, 1,000 lines a second\n");
-    let text = summary(false, counts, 1_200, second, 400.0);
+    let text = summary("list.csv", true, counts, 0, second, 1_000.4);
+    let there = "already there: an earlier import of the name list.csv sent them; to send them again use another --name";
+    assert_eq!(
+        text,
+        format!("2,000 lines: 1,500 sent, 499 already there, 1 bad\n{there}\n2.0 s, 1,000 lines a second\n")
+    );
+    let text = summary("list.csv", false, counts, 1_200, second, 400.0);
     assert!(text.starts_with("stopped; ") && text.contains("1,200 of them by an earlier run"), "{text}");
+    let text = summary("list.csv", true, Counts { already_there: 0, ..counts }, 0, second, 400.0);
+    assert!(!text.contains("--name"), "{text}");
 }

@@ -18,17 +18,6 @@ fn lines(numbers: &[u64]) -> Numbered {
 }
 
 #[test]
-fn a_key_is_the_same_in_every_run_and_never_replaces_one() {
-    let key = |message: Value| {
-        let Value::Object(message) = message else { panic!() };
-        keyed(message, "list", 17)["idempotency_key"].clone()
-    };
-    assert_eq!(key(json!({})), "import:list:17");
-    assert_eq!(key(json!({"idempotency_key": null})), "import:list:17");
-    assert_eq!(key(json!({"idempotency_key": "mine"})), "mine");
-}
-
-#[test]
 fn the_lines_to_blame_are_taken_out_and_the_rest_is_sent() {
     let blamed = [(1, "content"), (2, "content"), (2, "tags")];
     let both = "content is wrong; tags is wrong";
