@@ -34,7 +34,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::intake::Intake;
 use crate::service::Parts;
 
-pub use guard::Guard;
+pub use guard::{Access, Guard};
 pub use messages::SendMessage;
 use metrics::Survey;
 pub use problem::errors_page;

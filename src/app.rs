@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::{self, ApiState, Guard};
+use crate::api::{self, Access, ApiState, Guard};
 use crate::cache::Cache;
 use crate::cache::memory::MemoryCache;
 use crate::cache::redis::RedisCache;
@@ -256,8 +256,8 @@ impl App {
             );
         }
         let keyed = reached && !self.config.insecure;
-        let (store, clock) = (Arc::clone(&self.parts.store), self.parts.clock.clone());
-        Guard::new(store, clock, keyed, self.config.hosts.clone())
+        let access = Access { keyed, reached, hosts: self.config.hosts.clone() };
+        Guard::new(Arc::clone(&self.parts.store), self.parts.clock.clone(), access)
     }
 }
 

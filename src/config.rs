@@ -3,16 +3,18 @@
 //! The only reader of the environment. Reading does nothing but read; whatever is wrong is told in one
 //! sentence that names the setting, its value and the mend.
 
+mod parse;
 mod settings;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::retry::Lane;
 use crate::store::Pacing;
 
-pub use settings::{SETTINGS, Setting, duration};
+pub use parse::duration;
+pub use settings::{SETTINGS, Setting};
 
 /// A setting that can't be used.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -96,8 +98,9 @@ impl Raw {
         for setting in SETTINGS {
             // An empty variable counts as unset: that is how compose files and units write "nothing".
             if let Some(value) = environment(setting.name).filter(|value| !value.is_empty()) {
-                let value = value.into_string().map_err(|value| {
-                    ConfigError(format!("{} is not UTF-8 ({value:?}); set it to plain text", setting.name))
+                // Without the value, which may be a password.
+                let value = value.into_string().map_err(|_| {
+                    ConfigError(format!("{} is not UTF-8; set it to plain text", setting.name))
                 })?;
                 raw.values.insert(setting.name, (value, Source::Environment));
             }
@@ -138,10 +141,7 @@ impl Raw {
         let Some(value) = self.value(name, role) else {
             return Ok(None);
         };
-        parse(value).map(Some).map_err(|mend| {
-            let shown = SETTINGS.iter().find(|s| s.name == name).map_or_else(String::new, |s| s.shown(value));
-            ConfigError(format!("{name} is `{shown}`, which {mend}"))
-        })
+        parse(value).map(Some).map_err(|mend| refused(name, value, &mend))
     }
 
     fn required<T>(
@@ -154,10 +154,22 @@ impl Raw {
     }
 }
 
+/// Says that a setting's value can't be used, as much of it as may be shown.
+fn refused(name: &str, value: &str, mend: &str) -> ConfigError {
+    let setting = SETTINGS.iter().find(|setting| setting.name == name);
+    let shown = setting.map_or_else(String::new, |setting| setting.shown_refused(value));
+    ConfigError(format!("{name} is `{shown}`, which {mend}"))
+}
+
 fn parse_file(text: &str) -> Result<Vec<(&'static str, String)>> {
-    let table: toml::Table = text
-        .parse()
-        .map_err(|error| ConfigError(format!("ams.toml is not TOML: {error}; mend that line")))?;
+    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
+        // Without the line itself and what the parser says of it: it may be one with a password.
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        ConfigError(format!(
+            "ams.toml is not TOML in line {line}; mend it: a text stands in quotes, as in name = \"value\""
+        ))
+    })?;
     let mut values = Vec::new();
     for (key, value) in table {
         let Some(setting) = SETTINGS.iter().find(|setting| setting.name.eq_ignore_ascii_case(&key)) else {
@@ -250,6 +262,9 @@ impl Config {
     /// # Errors
     /// The first setting that is wrong, in one sentence.
     pub fn new(raw: &Raw, role: Role) -> Result<Config> {
+        for (name, (value, _)) in &raw.values {
+            parse::check(name, value).map_err(|mend| refused(name, value, &mend))?;
+        }
         Ok(Config {
             role,
             store: store(raw, role)?,
@@ -258,21 +273,21 @@ impl Config {
             lane: lane(raw, role)?,
             retry_lane: retry_lane(raw, role)?,
             pacing: pacing(raw, role)?,
-            request_url: raw.required("REQUEST_URL", role, settings::url)?,
+            request_url: raw.required("REQUEST_URL", role, parse::url)?,
             request_url_set: raw.get("REQUEST_URL").is_some(),
-            request_ca_file: raw.parsed("REQUEST_CA_FILE", role, settings::file)?,
-            host: raw.required("HOST", role, settings::text)?,
-            port: raw.required("PORT", role, settings::port)?,
-            metrics_port: raw.parsed("METRICS_PORT", role, settings::port)?,
-            hosts: raw.parsed("AMS_HOSTS", role, settings::names)?.unwrap_or_default(),
-            insecure: raw.parsed("AMS_INSECURE", role, settings::switch)?.unwrap_or(false),
-            api_url: raw.required("AMS_URL", role, settings::url)?,
-            api_key: raw.parsed("AMS_KEY", role, settings::text)?,
-            error_rate: raw.required("ERROR_RATE", role, settings::share)?,
-            shutdown_timeout: raw.required("SHUTDOWN_TIMEOUT", role, settings::duration)?,
+            request_ca_file: raw.parsed("REQUEST_CA_FILE", role, parse::file)?,
+            host: raw.required("HOST", role, parse::host)?,
+            port: raw.required("PORT", role, parse::port)?,
+            metrics_port: raw.parsed("METRICS_PORT", role, parse::port)?,
+            hosts: raw.parsed("AMS_HOSTS", role, parse::names)?.unwrap_or_default(),
+            insecure: raw.parsed("AMS_INSECURE", role, parse::switch)?.unwrap_or(false),
+            api_url: raw.required("AMS_URL", role, parse::url)?,
+            api_key: raw.parsed("AMS_KEY", role, parse::text)?,
+            error_rate: raw.required("ERROR_RATE", role, parse::share)?,
+            shutdown_timeout: raw.required("SHUTDOWN_TIMEOUT", role, parse::duration)?,
             log: LogConfig {
-                level: raw.required("LOG_LEVEL", role, settings::log_level)?,
-                json: raw.required("LOG_FORMAT", role, settings::log_format)?,
+                level: raw.required("LOG_LEVEL", role, parse::log_level)?,
+                json: raw.required("LOG_FORMAT", role, parse::log_format)?,
                 file: raw.parsed("LOG_FILE", role, |text| Ok(PathBuf::from(text)))?,
                 colour: raw.get("NO_COLOR").is_none(),
             },
@@ -283,67 +298,68 @@ impl Config {
 fn store(raw: &Raw, role: Role) -> Result<StoreConfig> {
     let from_parts = raw.get("DB_HOST").is_some() && raw.get("DATABASE_URL").is_none();
     if !from_parts {
-        return raw.required("DATABASE_URL", role, |url| {
-            if let Some(path) = url.strip_prefix("sqlite://") {
-                return Ok(StoreConfig::Sqlite(Path::new(path).to_owned()));
-            }
-            if url.starts_with("postgres://") || url.starts_with("postgresql://") {
-                return Ok(StoreConfig::Postgres(url.to_owned()));
-            }
-            Err("starts with neither postgres:// nor sqlite://; write for example \
-                 postgres://user:password@host:5432/automatic_message_system"
-                .to_owned())
-        });
+        return raw.required("DATABASE_URL", role, parse::store);
     }
-    let part = |name| raw.required(name, role, settings::text);
+    let part = |name| raw.required(name, role, parse::text);
     let mut url = url::Url::parse("postgres://localhost").expect("a constant that is a URL");
     let wrong = |name: &str| ConfigError(format!("{name} can't be part of a connection URL; mend it"));
-    url.set_host(Some(&part("DB_HOST")?)).map_err(|_| wrong("DB_HOST"))?;
-    url.set_port(Some(raw.required("DB_PORT", role, settings::port)?)).map_err(|()| wrong("DB_PORT"))?;
+    url.set_host(Some(&in_url(&raw.required("DB_HOST", role, parse::host)?)))
+        .map_err(|_| wrong("DB_HOST"))?;
+    url.set_port(Some(raw.required("DB_PORT", role, parse::port)?)).map_err(|()| wrong("DB_PORT"))?;
     url.set_username(&part("DB_USER")?).map_err(|()| wrong("DB_USER"))?;
     url.set_password(raw.get("DB_PASSWORD")).map_err(|()| wrong("DB_PASSWORD"))?;
     url.set_path(&part("DB_NAME")?);
-    url.query_pairs_mut().append_pair("sslmode", &raw.required("DB_SSLMODE", role, settings::sslmode)?);
+    url.query_pairs_mut().append_pair("sslmode", &raw.required("DB_SSLMODE", role, parse::sslmode)?);
     Ok(StoreConfig::Postgres(url.into()))
 }
 
 fn queue(raw: &Raw, role: Role) -> Result<QueueConfig> {
-    let Some(brokers) = raw.parsed("KAFKA_BROKERS", role, settings::brokers)? else {
+    let Some(brokers) = raw.parsed("KAFKA_BROKERS", role, parse::brokers)? else {
         return Ok(QueueConfig::Embedded);
     };
-    let client = settings::KAFKA_CLIENT
-        .iter()
-        .filter_map(|(name, key)| raw.get(name).map(|value| ((*key).to_owned(), value.to_owned())))
-        .collect();
+    let mut client = BTreeMap::new();
+    for (name, key) in settings::KAFKA_CLIENT {
+        let value = match *name {
+            "KAFKA_SECURITY_PROTOCOL" => raw.parsed(name, role, parse::security_protocol)?,
+            "KAFKA_SASL_MECHANISM" => raw.parsed(name, role, parse::sasl_mechanism)?,
+            name => raw.get(name).map(str::to_owned),
+        };
+        client.extend(value.map(|value| ((*key).to_owned(), value)));
+    }
     Ok(QueueConfig::Kafka { brokers, client })
 }
 
 fn cache(raw: &Raw, role: Role) -> Result<CacheConfig> {
-    if let Some(url) = raw.parsed("REDIS_URL", role, settings::redis_url)? {
+    if let Some(url) = raw.parsed("REDIS_URL", role, parse::redis_url)? {
         return Ok(CacheConfig::Redis(url));
     }
-    let Some(host) = raw.parsed("REDIS_HOST", role, settings::text)? else {
+    let Some(host) = raw.parsed("REDIS_HOST", role, parse::host)? else {
         return Ok(CacheConfig::Memory);
     };
-    let port = raw.required("REDIS_PORT", role, settings::port)?;
-    let db = raw.required("REDIS_DB", role, settings::count)?;
-    Ok(CacheConfig::Redis(format!("redis://{host}:{port}/{db}")))
+    let port = raw.required("REDIS_PORT", role, parse::port)?;
+    let db = raw.required("REDIS_DB", role, parse::count)?;
+    Ok(CacheConfig::Redis(format!("redis://{}:{port}/{db}", in_url(&host))))
+}
+
+/// A host as a URL has it: an IPv6 address in brackets.
+fn in_url(host: &str) -> String {
+    if host.contains(':') { format!("[{host}]") } else { host.to_owned() }
 }
 
 fn lane(raw: &Raw, role: Role) -> Result<Lane> {
-    let topic = raw.required("KAFKA_TOPIC", role, settings::topic)?;
-    let base = raw.required("KAFKA_GROUP_ID", role, settings::text)?;
+    let topic = raw.required("KAFKA_TOPIC", role, parse::topic)?;
+    let base = raw.required("KAFKA_GROUP_ID", role, parse::text)?;
     let fresh = role != Role::RetryConsumer;
     // In one process RETRY_COUNT speaks of the retry lane: the fresh one then makes one try.
-    let tries = if role == Role::Up { 1 } else { raw.required("RETRY_COUNT", role, settings::tries)? };
+    let tries = if role == Role::Up { 1 } else { raw.required("RETRY_COUNT", role, parse::tries)? };
     let lane = Lane {
         group: if fresh { base } else { format!("{base}-{topic}") },
-        next: raw.required("KAFKA_TOPIC_RETRY", role, settings::topic)?,
+        next: raw.required("KAFKA_TOPIC_RETRY", role, parse::topic)?,
         topic,
         fresh,
         tries,
-        interval: raw.required("RETRY_INTERVAL", role, settings::duration)?,
-        interval_max: raw.required("RETRY_MAX_INTERVAL", role, settings::duration)?,
+        interval: raw.required("RETRY_INTERVAL", role, parse::duration)?,
+        interval_max: raw.required("RETRY_MAX_INTERVAL", role, parse::duration)?,
     };
     if Lane::is_terminal(&lane.topic) {
         let topic = &lane.topic;
@@ -362,20 +378,20 @@ fn lane(raw: &Raw, role: Role) -> Result<Lane> {
 
 fn retry_lane(raw: &Raw, role: Role) -> Result<Lane> {
     let first = lane(raw, role)?;
-    let base = raw.required("KAFKA_GROUP_ID", role, settings::text)?;
+    let base = raw.required("KAFKA_GROUP_ID", role, parse::text)?;
     Ok(Lane {
         group: format!("{base}-{}", first.next),
         next: format!("{}-dlq", first.topic),
         topic: first.next,
         fresh: false,
-        tries: raw.required("RETRY_COUNT", Role::RetryConsumer, settings::tries)?,
+        tries: raw.required("RETRY_COUNT", Role::RetryConsumer, parse::tries)?,
         ..first
     })
 }
 
 fn pacing(raw: &Raw, role: Role) -> Result<Option<Pacing>> {
-    let interval = raw.parsed("INTERVAL", role, settings::duration)?;
-    let count = raw.parsed("BATCH_COUNT", role, settings::count)?;
+    let interval = raw.parsed("INTERVAL", role, parse::duration)?;
+    let count = raw.parsed("BATCH_COUNT", role, parse::count)?;
     match (interval, count) {
         (None, None) => Ok(None),
         (Some(interval), Some(count)) if interval > Duration::ZERO && count > 0 => {

@@ -38,6 +38,7 @@ use self::signature::Key;
 use self::target::{AddressRule, Target};
 use crate::clock::{Clock, Stopwatch, Timestamp};
 use crate::message::{Class, Outcome, Ticket, Times};
+use crate::redact;
 use crate::store::Endpoint;
 
 pub use self::caller::{CallError, Caller, Reply};
@@ -68,6 +69,12 @@ pub fn check_secret(secret: &str) -> Result<(), String> {
 pub fn origin_of(url: &str) -> String {
     url::Url::parse(url)
         .map_or_else(|_| "an unreadable URL".to_owned(), |url| url.origin().ascii_serialization())
+}
+
+/// An endpoint's URL for those who may see the endpoint: as it is, unless it has a user and password. No request
+/// can go to such a one; somebody has written it into the table.
+pub fn shown_url(url: &str) -> String {
+    if !url.contains('@') || check_url(url).is_ok() { url.to_owned() } else { redact::url(url) }
 }
 
 /// How deliveries are made.
@@ -249,7 +256,8 @@ impl Network {
             Ok(request) => request,
             Err(error) => {
                 let failure = Failure { class: Class::Invalid, error };
-                return outcome(endpoint, started_at, progress, Err(failure));
+                let ended = outcome(endpoint, started_at, progress, Err(failure));
+                return Outcome { address: shown_url(&endpoint.url), ..ended };
             }
         };
         let attempt = self.attempt(&prepared.host, request, endpoint.timeout, clock, &mut progress);

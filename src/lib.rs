@@ -16,6 +16,7 @@
 
 pub mod clock;
 pub mod message;
+pub mod redact;
 pub mod retry;
 pub mod telemetry;
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// Rooms in the order in which they may use each other: a room may import those of earlier ranks,
 /// and nothing of its own rank but itself.
 const RANKS: &[&[&str]] = &[
-    &["clock"],
+    &["clock", "redact"],
     &["message"],
     &["retry"],
     &["telemetry"],

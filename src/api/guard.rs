@@ -32,12 +32,20 @@ const USED: Duration = Duration::from_secs(30);
 pub struct Guard {
     store: Arc<dyn Store>,
     clock: Clock,
-    /// Whether a key is needed. One that is sent is checked in any case.
-    keyed: bool,
-    /// Further names by which this API may be called.
-    hosts: Arc<[String]>,
+    access: Arc<Access>,
     known: Arc<tokio::sync::Mutex<Known>>,
     used: Arc<Mutex<Used>>,
+}
+
+/// Who may come in.
+#[derive(Clone, Debug, Default)]
+pub struct Access {
+    /// Whether a key is needed. One that is sent is checked in any case.
+    pub keyed: bool,
+    /// Whether others than this machine reach us: then we may be called by any address.
+    pub reached: bool,
+    /// Further names and addresses by which we may be called, in lower case; IPv6 addresses without brackets.
+    pub hosts: Vec<String>,
 }
 
 #[derive(Default)]
@@ -53,15 +61,13 @@ struct Used {
 }
 
 impl Guard {
-    /// A guard that asks for keys when `keyed`, and lets programs call us by these names besides addresses
-    /// and `localhost`.
-    pub fn new(store: Arc<dyn Store>, clock: Clock, keyed: bool, hosts: Vec<String>) -> Guard {
+    /// A guard that lets in whom `access` allows.
+    pub fn new(store: Arc<dyn Store>, clock: Clock, access: Access) -> Guard {
         let used = Used { ids: BTreeSet::new(), written_at: clock.now() };
         Guard {
             store,
             clock,
-            keyed,
-            hosts: hosts.into(),
+            access: Arc::new(access),
             known: Arc::default(),
             used: Arc::new(Mutex::new(used)),
         }
@@ -71,7 +77,11 @@ impl Guard {
         self.check_sender(headers)?;
         let Some(scope) = scope(method, path) else { return Ok(()) };
         let Some(key) = headers.get(AUTHORIZATION) else {
-            return if self.keyed { Err(unknown("send `Authorization: Bearer` and a key")) } else { Ok(()) };
+            return if self.access.keyed {
+                Err(unknown("send `Authorization: Bearer` and a key"))
+            } else {
+                Ok(())
+            };
         };
         let key = key.to_str().ok().and_then(|text| text.strip_prefix("Bearer ")).map(str::trim);
         let key = key.ok_or_else(|| unknown("the header must be `Authorization: Bearer` and a key"))?;
@@ -80,8 +90,8 @@ impl Guard {
 
     fn check_sender(&self, headers: &HeaderMap) -> Result<(), Problem> {
         let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-        let checked = !self.keyed || !self.hosts.is_empty();
-        if checked && !self.is_ours(without_port(host)) {
+        let checked = !self.access.keyed || !self.access.hosts.is_empty();
+        if checked && !self.access.names(without_port(host)) {
             let detail = format!("`{}` is no name of this API; set AMS_HOSTS if it is", host.escape_debug());
             return Err(Problem::new(Code::HostNotAllowed, &detail));
         }
@@ -93,16 +103,6 @@ impl Guard {
             return Err(Problem::new(Code::OriginNotAllowed, detail));
         }
         Ok(())
-    }
-
-    /// Addresses and local names can't be bent to us by a stranger's name server; nor can a name without a
-    /// dot, which is of this network: a container's, or a machine's beside us.
-    fn is_ours(&self, host: &str) -> bool {
-        let host = host.to_ascii_lowercase();
-        let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok();
-        let local = host == "localhost" || host.ends_with(".localhost");
-        let near = !host.is_empty() && !host.contains('.');
-        address || local || near || self.hosts.contains(&host)
     }
 
     async fn check_key(&self, key: &str, scope: &'static str) -> Result<(), Problem> {
@@ -150,6 +150,24 @@ impl Guard {
                 tracing::debug!("the last use of keys could not be written: {error}");
             }
         });
+    }
+}
+
+impl Access {
+    /// Whether `host`, which a request names, is one of ours.
+    ///
+    /// A stranger's page can call us by any name that it can have resolved to us. That is no address, and neither
+    /// `localhost` nor what ends so: browsers and resolvers ask nobody for those (RFC 6761, section 6.3). Any
+    /// other name, also one without a dot, is what the network around says it is.
+    fn names(&self, host: &str) -> bool {
+        let host = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
+        let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(&host);
+        if let Ok(address) = bare.parse::<IpAddr>() {
+            let address = address.to_canonical();
+            return self.reached || address.is_loopback() || self.hosts.contains(&address.to_string());
+        }
+        let local = host.strip_suffix(".localhost").is_some_and(|rest| !rest.is_empty());
+        host == "localhost" || local || self.hosts.contains(&host)
     }
 }
 
@@ -203,6 +221,29 @@ mod tests {
             (Method::DELETE, "/v1/endpoints/sms", Some("operate")),
         ] {
             assert_eq!(scope(&method, path), needed, "{method} {path}");
+        }
+    }
+
+    #[test]
+    fn one_that_others_reach_is_called_by_any_address_and_by_no_strangers_name() {
+        let hosts = vec!["ams".to_owned(), "fd00::2".to_owned()];
+        for reached in [false, true] {
+            let access = Access { keyed: false, reached, hosts: hosts.clone() };
+            for (host, ours) in [
+                ("10.0.0.5", reached),
+                ("[fd00::1]", reached),
+                ("0.0.0.0", reached),
+                ("[fd00::2]", true),
+                ("[::1]", true),
+                ("127.9.9.9", true),
+                ("ams", true),
+                ("evil", false),
+                ("10.0.0.5.evil.example", false),
+                ("localhost.evil", false),
+                ("", false),
+            ] {
+                assert_eq!(access.names(host), ours, "{host} {reached}");
+            }
         }
     }
 

@@ -12,6 +12,7 @@ use super::words::{Surroundings, why};
 use super::{ApiState, endpoint_exists};
 use crate::cache::Response;
 use crate::clock::Timestamp;
+use crate::delivery;
 use crate::intake::{self, BATCH_MAX, Fault, IntakeError};
 use crate::message::{Attempt, Message, MessageId, NewMessage, Status};
 use crate::store::Inserted;
@@ -228,7 +229,7 @@ impl From<Attempt> for AttemptView {
             lane: attempt.lane,
             class: attempt.class.as_str().to_owned(),
             status: attempt.status,
-            address: attempt.address,
+            address: delivery::shown_url(&attempt.address),
             error: attempt.error,
             answer: attempt.answer,
             provider_message_id: attempt.provider_message_id,

@@ -47,7 +47,8 @@ impl Api {
         let intake =
             Intake::new(Arc::clone(&store), clock.clone(), Arc::clone(&parts.metrics), Arc::default());
         let hosts = hosts.iter().map(|name| (*name).to_owned()).collect();
-        let guard = Guard::new(Arc::clone(&store), clock, keyed, hosts);
+        let access = Access { keyed, reached: keyed, hosts };
+        let guard = Guard::new(Arc::clone(&store), clock, access);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let stop = CancellationToken::new();
@@ -324,6 +325,65 @@ async fn a_page_of_another_site_is_refused() {
             let (got, _, text) = api.call(method, path, &headers, String::new()).await;
             assert_eq!(got.as_u16(), status, "{host} {origin:?} {path}: {text}");
         }
+    }
+}
+
+/// A name without a dot is whatever the network around says it is.
+#[tokio::test]
+async fn names_of_the_network_around_are_not_ours() {
+    let api = Api::guarded(false, &["api", "10.0.0.5"]).await;
+    for (host, status) in [
+        ("localhost", 200),
+        ("LOCALHOST.:18200", 200),
+        ("ams.localhost:8080", 200),
+        ("127.0.0.1", 200),
+        ("127.8.9.1:18200", 200),
+        ("[::1]:18200", 200),
+        ("[::ffff:127.0.0.1]", 200),
+        ("api:8080", 200),
+        ("API.:8080", 200),
+        ("10.0.0.5:8080", 200),
+        ("evil", 403),
+        ("evil:18200", 403),
+        ("localhost.evil", 403),
+        ("xlocalhost", 403),
+        (".localhost", 403),
+        ("api.evil.example", 403),
+        ("10.0.0.6", 403),
+        ("[fd00::1]:8080", 403),
+        ("0.0.0.0:8080", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("127.0.0.1@evil", 403),
+        ("evil:80:127.0.0.1", 403),
+        ("", 403),
+    ] {
+        let origin = format!("http://{host}");
+        let headers = [("host", host), ("origin", origin.as_str())];
+        let (got, _, text) = api.call(Method::POST, "/v1/producer/pause", &headers, String::new()).await;
+        assert_eq!(got.as_u16(), status, "{host}: {text}");
+    }
+}
+
+#[tokio::test]
+async fn a_url_with_a_user_is_refused_without_being_repeated() {
+    let api = Api::start().await;
+    // A URL that requests can go to is shown as it is.
+    let url = "https://example.org/@user/hook?a=b@c";
+    api.post("/v1/endpoints", json!({"name": "five", "url": url})).await;
+    assert_eq!(api.get("/v1/endpoints/five").await.1["url"], url);
+    for url in
+        ["http://user:planted@host/", "http://user@host/", "planted:x@host", "http://u:pla/planted@host/"]
+    {
+        let (status, problem) = api.post("/v1/endpoints", json!({"name": "six", "url": url})).await;
+        assert_eq!(
+            (status, &problem["errors"][0]["field"]),
+            (StatusCode::UNPROCESSABLE_ENTITY, &json!("url"))
+        );
+        assert!(!problem.to_string().contains("planted"), "{problem}");
+        let json_type = [("content-type", "application/json")];
+        let body = json!({"url": url}).to_string();
+        let (status, _, text) = api.call(Method::PATCH, "/v1/endpoints/five", &json_type, body).await;
+        assert!(status == StatusCode::UNPROCESSABLE_ENTITY && !text.contains("planted"), "{text}");
     }
 }
 

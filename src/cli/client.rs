@@ -13,6 +13,7 @@ use crate::app::{self, AppError};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::delivery::{CallError, Caller, Reply};
+use crate::redact;
 
 /// How long a call may take: longer than the API's own work at a redrive of many.
 const WITHIN: Duration = Duration::from_secs(30);
@@ -78,18 +79,15 @@ impl Client {
     /// # Errors
     /// When `AMS_URL`, `AMS_KEY` or `REQUEST_CA_FILE` can't be used.
     pub(super) fn new(config: &Config) -> app::Result<Client> {
-        let wrong = |error| AppError(format!("AMS_URL is `{}`: {error}", config.api_url));
+        let shown = redact::url(&config.api_url);
+        let wrong = |error| AppError(format!("AMS_URL is `{shown}`: {error}"));
         let caller = Caller::new(&config.api_url, config.request_ca_file.as_deref(), &Clock::system());
         let bearer = |key: &String| {
             let value = HeaderValue::try_from(format!("Bearer {key}"));
             value.map_err(|_| AppError("AMS_KEY can't be sent as a header; copy the key anew".to_owned()))
         };
         let key = config.api_key.as_ref().map(bearer).transpose()?;
-        Ok(Client {
-            caller: caller.map_err(wrong)?,
-            url: config.api_url.trim_end_matches('/').to_owned(),
-            key,
-        })
+        Ok(Client { caller: caller.map_err(wrong)?, url: shown.trim_end_matches('/').to_owned(), key })
     }
 
     /// Where the API is, for people.

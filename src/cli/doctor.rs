@@ -22,6 +22,7 @@ use crate::app;
 use crate::clock::Clock;
 use crate::config::{CacheConfig, Config, QueueConfig, Raw, Role, SETTINGS, StoreConfig};
 use crate::delivery::{Delivery, DeliveryOptions};
+use crate::redact;
 use crate::store::{Endpoint, Store, StoreError};
 use crate::telemetry;
 
@@ -122,7 +123,7 @@ async fn look_at_store(config: &Config) -> (Option<Arc<dyn Store>>, Vec<Finding>
             }
             path.display().to_string()
         }
-        StoreConfig::Postgres(url) => server(url),
+        StoreConfig::Postgres(url) => redact::url(url),
     };
     let store = match app::open_store(&config.store) {
         Ok(store) => store,
@@ -181,12 +182,6 @@ fn unwritable(folder: Option<&Path>) -> Option<String> {
         }
         Err(why) => Some(format!("the folder {} can't be written: {why}; mend its rights", folder.display())),
     }
-}
-
-/// A server's address and database, without user and password.
-fn server(url: &str) -> String {
-    let Ok(url) = url::Url::parse(url) else { return "PostgreSQL".to_owned() };
-    format!("{}:{}{}", url.host_str().unwrap_or("localhost"), url.port().unwrap_or(5432), url.path())
 }
 
 async fn look_at_cache(config: &Config) -> Finding {

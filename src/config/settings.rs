@@ -1,9 +1,7 @@
-//! Every setting, declared once: name, default, help, and how its text is understood.
-
-use std::path::PathBuf;
-use std::time::Duration;
+//! Every setting, declared once: name, default, help, and what of it may be shown.
 
 use super::Role;
+use crate::redact::{self, HIDDEN};
 
 /// A setting's declaration.
 #[derive(Debug)]
@@ -30,18 +28,26 @@ impl Setting {
         self.name.to_ascii_lowercase().replace('_', "-")
     }
 
-    /// A value as it may be shown: secrets, and passwords inside URLs, are hidden.
+    /// A value as it may be shown: secrets, and what may be a password in a URL or address, are hidden.
     pub fn shown(&self, value: &str) -> String {
         if self.secret {
-            return "(hidden)".to_owned();
+            HIDDEN.to_owned()
+        } else if self.is_url() {
+            redact::url(value)
+        } else if self.name.ends_with("HOST") || matches!(self.name, "KAFKA_BROKERS" | "AMS_HOSTS") {
+            redact::addresses(value)
+        } else {
+            value.to_owned()
         }
-        match url::Url::parse(value) {
-            Ok(mut url) if url.password().is_some() => match url.set_password(Some("hidden")) {
-                Ok(()) => url.into(),
-                Err(()) => "(hidden)".to_owned(),
-            },
-            _ => value.to_owned(),
-        }
+    }
+
+    /// A value that was refused, as it may be shown: in a URL that is none a password may stand anywhere.
+    pub fn shown_refused(&self, value: &str) -> String {
+        if self.is_url() { redact::scheme(value) } else { self.shown(value) }
+    }
+
+    fn is_url(&self) -> bool {
+        self.name.ends_with("_URL")
     }
 }
 
@@ -141,125 +147,3 @@ pub(super) const KAFKA_CLIENT: &[(&str, &str)] = &[
     ("KAFKA_SSL_CERTIFICATE", "ssl.certificate.location"),
     ("KAFKA_SSL_KEY", "ssl.key.location"),
 ];
-
-type Parsed<T> = Result<T, String>;
-
-pub(super) fn text(text: &str) -> Parsed<String> {
-    if text.trim().is_empty() { Err("is empty; write a name".into()) } else { Ok(text.to_owned()) }
-}
-
-/// Names, separated by commas, in lower case.
-pub(super) fn names(text: &str) -> Parsed<Vec<String>> {
-    let names: Vec<String> = text.split(',').map(|name| name.trim().to_ascii_lowercase()).collect();
-    let legal = |name: &String| !name.is_empty() && !name.contains([':', '/', ' ']);
-    if names.iter().all(legal) {
-        Ok(names)
-    } else {
-        Err("is no list of host names; write for example ams.example.org,ams, without ports".into())
-    }
-}
-
-/// `1` or `0`.
-pub(super) fn switch(text: &str) -> Parsed<bool> {
-    match text {
-        "1" | "true" => Ok(true),
-        "0" | "false" => Ok(false),
-        _ => Err("is neither 1 nor 0; write one of them".into()),
-    }
-}
-
-/// `500ms`, `3s`, `2m`, `1h`, or a bare number as seconds.
-pub fn duration(text: &str) -> Parsed<Duration> {
-    if let Ok(seconds) = text.parse::<f64>() {
-        return Duration::try_from_secs_f64(seconds)
-            .map_err(|_| "is no duration; write for example 3s".into());
-    }
-    humantime::parse_duration(text)
-        .map_err(|_| "is no duration; write for example 500ms, 3s, 2m, 1h, or a number of seconds".into())
-}
-
-pub(super) fn port(text: &str) -> Parsed<u16> {
-    text.parse().map_err(|_| "is no port; write a number from 0 to 65535".into())
-}
-
-pub(super) fn count(text: &str) -> Parsed<u32> {
-    text.parse().map_err(|_| "is no whole number of zero or more; write one".into())
-}
-
-pub(super) fn tries(text: &str) -> Parsed<i32> {
-    match text.parse() {
-        Ok(tries @ 1..=1000) => Ok(tries),
-        _ => Err("is no number of tries; write one from 1 to 1000".into()),
-    }
-}
-
-pub(super) fn share(text: &str) -> Parsed<f64> {
-    match text.parse() {
-        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
-        _ => Err("is no share; write a number from 0 to 1, such as 0.3".into()),
-    }
-}
-
-pub(super) fn topic(text: &str) -> Parsed<String> {
-    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    if text.is_empty() || text.len() > 249 || !text.chars().all(legal) || matches!(text, "." | "..") {
-        return Err("is no topic name; write up to 249 letters, digits, dots, dashes and underscores".into());
-    }
-    Ok(text.to_owned())
-}
-
-pub(super) fn brokers(text: &str) -> Parsed<String> {
-    let good = |broker: &str| {
-        broker
-            .trim()
-            .rsplit_once(':')
-            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
-    };
-    if text.split(',').all(good) {
-        Ok(text.to_owned())
-    } else {
-        Err("is no list of brokers; write host:port,host:port".into())
-    }
-}
-
-pub(super) fn url(text: &str) -> Parsed<String> {
-    match url::Url::parse(text) {
-        Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Ok(text.to_owned()),
-        _ => Err("is no HTTP URL; write for example http://localhost:3000".into()),
-    }
-}
-
-pub(super) fn redis_url(text: &str) -> Parsed<String> {
-    match url::Url::parse(text) {
-        Ok(url) if matches!(url.scheme(), "redis" | "rediss") && url.has_host() => Ok(text.to_owned()),
-        _ => Err("is no Redis URL; write for example redis://127.0.0.1:6379/0".into()),
-    }
-}
-
-pub(super) fn file(text: &str) -> Parsed<PathBuf> {
-    let path = PathBuf::from(text);
-    if path.is_file() { Ok(path) } else { Err("is not a file that can be read; name one".into()) }
-}
-
-pub(super) fn sslmode(text: &str) -> Parsed<String> {
-    match text {
-        "disable" | "prefer" | "require" | "verify-full" => Ok(text.to_owned()),
-        _ => Err("is no TLS mode; write disable, prefer, require or verify-full".into()),
-    }
-}
-
-pub(super) fn log_level(text: &str) -> Parsed<String> {
-    match text.parse::<tracing_subscriber::filter::Targets>() {
-        Ok(_) => Ok(text.to_owned()),
-        Err(_) => Err("is no log level; write error, warn, info, debug or trace".into()),
-    }
-}
-
-/// Whether the log is JSON.
-pub(super) fn log_format(text: &str) -> Parsed<bool> {
-    match text {
-        "text" => Ok(false),
-        "json" => Ok(true),
-        _ => Err("is no log format; write text or json".into()),
-    }
-}

@@ -34,9 +34,8 @@ impl Target {
         let tls = match url.scheme() {
             "http" => false,
             "https" => true,
-            other => {
-                return Err(format!("the URL's scheme is `{other}`; only http and https are possible"));
-            }
+            // Without the scheme: in `user:password@host` it is the user.
+            _ => return Err("the URL's scheme is neither http nor https".to_owned()),
         };
         if !url.username().is_empty() || url.password().is_some() {
             return Err("the URL carries a user name or password, which is not sent".to_owned());
@@ -112,9 +111,10 @@ mod tests {
     fn what_can_not_be_requested_is_explained() {
         for (url, why) in [
             ("", "can't be read"),
-            ("localhost:3000", "scheme"),
-            ("ftp://example.org/", "ftp"),
-            ("file:///etc/passwd", "file"),
+            ("localhost:3000", "scheme is neither http"),
+            ("ftp://example.org/", "scheme is neither http"),
+            ("file:///etc/passwd", "scheme is neither http"),
+            ("secret:x@example.org", "scheme is neither http"),
             ("http://user:secret@example.org/", "user name"),
             ("http://", "can't be read"),
             ("http://example.org:99999/", "can't be read"),

@@ -56,9 +56,7 @@ impl PostgresOptions {
     pub fn parse(url: &str) -> Result<PostgresOptions> {
         let verify = url.contains("sslmode=verify-full");
         let url = url.replace("sslmode=verify-full", "sslmode=require");
-        let mut config = Config::from_str(&url).map_err(|error| {
-            StoreError::Refused(format!("DATABASE_URL can't be understood: {error}; mend it"))
-        })?;
+        let mut config = Config::from_str(&url).map_err(|error| StoreError::Refused(unreadable(&error)))?;
         // A generic plan that is made while a partition is empty would read that partition whole, later when it
         // is full; every statement has its index. Costs that only rule out a plan must not start the JIT compiler.
         let options = format!(
@@ -74,6 +72,17 @@ impl PostgresOptions {
             .tcp_user_timeout(Duration::from_secs(20));
         Ok(PostgresOptions { config, verify })
     }
+}
+
+/// Why a URL can't be understood. The driver repeats parts of it, which may be a password: of what it says only
+/// the names of its own options are told.
+fn unreadable(error: &tokio_postgres::Error) -> String {
+    let says = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+    let why = if says.starts_with("invalid value for option") { format!(": {says}") } else { String::new() };
+    format!(
+        "DATABASE_URL can't be understood{why}; write for example postgres://user:password@host:5432/database, \
+         and / ? # @ % of a password as %2F %3F %23 %40 %25"
+    )
 }
 
 /// A store on a PostgreSQL server.

@@ -1,6 +1,7 @@
 //! The operators' verbs, as a person types them, against a real API on the embedded store.
 
 mod import;
+mod secrets;
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;

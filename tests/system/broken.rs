@@ -24,13 +24,13 @@ fn bad_settings_stop_the_start_with_a_sentence() {
     for (arguments, environment, expected) in [
         (&["up"][..], &[("RETRY_INTERVAL", "soon")][..], "RETRY_INTERVAL is `soon`"),
         (&["up", "--port", "99999"], &[], "PORT is `99999`"),
-        (&["up"], &[("DATABASE_URL", "mysql://x")], "DATABASE_URL is `mysql://x`"),
+        (&["up"], &[("DATABASE_URL", "mysql://x")], "DATABASE_URL is `mysql://(hidden)`"),
         (&["up"], &[("DATABASE_URL", "sqlite:///proc/nowhere/ams.db")], "/proc/nowhere"),
         (&["producer"], &[], "KAFKA_BROKERS is not set"),
         (
             &["up"],
             &[("KAFKA_BROKERS", "127.0.0.1:1"), ("KAFKA_SECURITY_PROTOCOL", "smoke")],
-            "security.protocol",
+            "KAFKA_SECURITY_PROTOCOL is `smoke`",
         ),
         (&["producer"], &[("KAFKA_BROKERS", "127.0.0.1:1"), ("INTERVAL", "1s")], "BATCH_COUNT"),
         (&["testclient", "--error-rate", "2"], &[], "ERROR_RATE is `2`"),

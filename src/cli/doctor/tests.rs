@@ -23,18 +23,6 @@ fn a_report_has_a_line_for_each_finding_and_an_end() {
 }
 
 #[test]
-fn a_server_is_named_without_its_password() {
-    for (url, name) in [
-        ("postgres://user:s3cret@db.example:6432/ams?sslmode=require", "db.example:6432/ams"),
-        ("postgresql://db/ams", "db:5432/ams"),
-        ("postgres://", "localhost:5432"),
-        ("nonsense", "PostgreSQL"),
-    ] {
-        assert_eq!(server(url), name);
-    }
-}
-
-#[test]
 fn the_place_of_a_store_is_looked_at_and_left_as_it_was() {
     let folder = tempfile::tempdir().unwrap();
     let state = |path: &Path| file(path).map(|finding| (finding.state, finding.says));

@@ -119,18 +119,21 @@ async fn what_can_not_be_asked_for_makes_no_connection() {
     let good = endpoint(&receiver.url, SLACK);
     let bad_secret = Endpoint { secret: Some("secret".into()), ..good.clone() };
     let bad_url = Endpoint { url: "ftp://localhost/".into(), ..good.clone() };
+    let with_user = Endpoint { url: "http://user:planted@localhost/x".into(), ..good.clone() };
     let reserved = Ticket {
         headers: Some(serde_json::value::RawValue::from_string(r#"{"Host":"x"}"#.into()).unwrap()),
         ..ticket(7)
     };
     for (ticket, endpoint, why) in [
         (&ticket(7), &bad_secret, "`default` does not begin with `whsec_`"),
-        (&ticket(7), &bad_url, "`ftp`"),
+        (&ticket(7), &bad_url, "scheme is neither http nor https"),
+        (&ticket(7), &with_user, "a user name or password"),
         (&reserved, &good, "`host`"),
     ] {
         let outcome = delivery().deliver(ticket, endpoint).await;
         assert_eq!((outcome.class, outcome.status), (Class::Invalid, None));
         assert!(outcome.error.as_ref().unwrap().contains(why), "{outcome:?}");
+        assert_eq!(outcome.address, endpoint.url.replace("user:planted", "(hidden)"));
     }
     assert_eq!(receiver.accepted(), 0);
 }
