@@ -23,6 +23,8 @@ use crate::clock::{Clock, Timestamp};
 const PORTS: std::ops::Range<u16> = 21_000..21_100;
 /// Without a single new arrival for this long, the rest is believed lost.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long nothing is accepted after an accept failed.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// The receiver's process, seen from the benchmark.
 pub(super) struct Receiver {
@@ -182,7 +184,11 @@ pub async fn serve(port: u16, stop: CancellationToken) -> Result<()> {
             () = stop.cancelled() => return Ok(()),
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => stream,
-                Err(_) => continue,
+                // Out of files, most likely: others must end first.
+                Err(_) => {
+                    let _ = tokio::time::timeout(PAUSE, stop.cancelled()).await;
+                    continue;
+                }
             },
         };
         // A connection without it only answers later; it still answers.
