@@ -33,6 +33,7 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use crate::intake::Intake;
 use crate::service::Parts;
+use crate::shortage::Shortage;
 
 pub use guard::{Access, Guard};
 pub use messages::SendMessage;
@@ -44,8 +45,10 @@ use problem::{Code, Problem};
 const BODY_MAX: usize = 2 << 20;
 /// Bytes of a batch call's body.
 const BATCH_BODY_MAX: usize = 64 << 20;
-/// Connections at once.
-const CONNECTIONS: usize = 4_096;
+/// Connections at once, however many files may be open.
+pub const CONNECTIONS: usize = 4_096;
+/// How long nothing is accepted after an accept failed: others must end first.
+const PAUSE: Duration = Duration::from_millis(100);
 /// About how many bytes a request's head may have; a longer one is answered 431.
 const HEAD_MAX: usize = 64 << 10;
 /// How long a client may take over a request's head.
@@ -183,9 +186,15 @@ async fn front_page() -> Html<&'static str> {
     )
 }
 
-/// Serves `router` until `stop`, then lets requests under way end.
-pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+/// Serves `router` on at most so many `connections` until `stop`, then lets requests under way end.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    parts: Parts,
+    connections: usize,
+    stop: CancellationToken,
+) {
+    let places = Arc::new(Semaphore::new(connections));
     loop {
         let place = tokio::select! {
             () = stop.cancelled() => break,
@@ -196,13 +205,15 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    // Out of files, most likely: others must end first.
-                    tracing::warn!("a connection could not be accepted: {error}");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    not_accepted(&error, &parts);
+                    // The stop is seen again above.
+                    let _ = tokio::time::timeout(PAUSE, stop.cancelled()).await;
                     continue;
                 }
             },
         };
+        // The log says when a shortage is over, also in a process that has no other timer for it.
+        parts.metrics.shortages(parts.clock.now());
         // A connection without it only answers later; it still answers.
         let _ = stream.set_nodelay(true);
         let (router, stop) = (router.clone(), stop.clone());
@@ -211,9 +222,17 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
             converse(stream, router, stop).await;
         });
     }
-    let all = u32::try_from(CONNECTIONS).unwrap_or(u32::MAX);
+    let all = u32::try_from(connections).unwrap_or(u32::MAX);
     // What has not ended by then is cut off.
     let _ = tokio::time::timeout(DRAIN, places.acquire_many(all)).await;
+}
+
+/// Says why no connection could be accepted: what this process is short of, or that a client went away meanwhile.
+fn not_accepted(error: &std::io::Error, parts: &Parts) {
+    match Shortage::in_error(error) {
+        Some(shortage) => parts.metrics.put_off(&shortage, parts.clock.now()),
+        None => tracing::debug!("a connection could not be accepted: {error}"),
+    }
 }
 
 async fn converse(stream: tokio::net::TcpStream, router: Router, stop: CancellationToken) {

@@ -1,6 +1,7 @@
 //! The composition root: opens the backends, builds the chosen services, runs them, drains them.
 
 pub mod demo;
+mod files;
 mod signals;
 
 use std::net::SocketAddr;
@@ -34,6 +35,8 @@ use crate::store::sqlite::SqliteStore;
 use crate::store::{Endpoint, Standing, Store, StoreError};
 use crate::telemetry::Metrics;
 
+pub use files::FILES;
+use files::Shares;
 pub use signals::stop_on_signals;
 
 /// Why the program could not start or go on: one sentence with what, where and how to mend it.
@@ -50,8 +53,6 @@ const CLAIM: usize = 1_000;
 const ROOM: usize = 16_000;
 /// Messages begun and not recorded, per consumer.
 const WINDOW: usize = 8_000;
-/// Open files wanted: the default endpoint setting allows a thousand connections to each endpoint.
-pub const FILES: u64 = 65_536;
 
 /// A whole AMS, or the part of it that a role runs.
 pub struct App {
@@ -91,7 +92,7 @@ impl App {
     /// # Errors
     /// When the store is of a version that this program does not know.
     pub async fn prepare(&self, stop: &CancellationToken) -> Result<bool> {
-        raise_file_limit();
+        files::raise_limit();
         let migrates = self.config.role == Role::Up;
         let ready = service::persist("store", stop, || async {
             match if migrates { self.migrate().await } else { self.check_version().await } {
@@ -173,15 +174,18 @@ impl App {
 
     async fn services<'a>(&'a self, stop: &'a CancellationToken) -> Result<Vec<BoxFuture<'a, ()>>> {
         let mut services: Vec<BoxFuture<'a, ()>> = Vec::new();
+        let shares = Shares::now();
         let role = self.config.role;
         if matches!(role, Role::Api | Role::Up) {
             let listener = listen(&self.config.host, self.config.port, "PORT").await?;
             let state = self.api_state(address(&listener)?);
-            services.push(Box::pin(api::serve(listener, api::router(state), stop.clone())));
+            let (router, parts) = (api::router(state), self.parts.clone());
+            services.push(Box::pin(api::serve(listener, router, parts, shares.api, stop.clone())));
         } else if let Some(port) = self.config.metrics_port {
             let listener = listen(&self.config.host, port, "METRICS_PORT").await?;
             let state = self.api_state(address(&listener)?);
-            services.push(Box::pin(api::serve(listener, api::health_router(state), stop.clone())));
+            let (router, parts) = (api::health_router(state), self.parts.clone());
+            services.push(Box::pin(api::serve(listener, router, parts, shares.api, stop.clone())));
         }
         if matches!(role, Role::Producer | Role::Up) {
             let producer = Producer::new(self.parts.clone(), self.producer_options());
@@ -195,7 +199,9 @@ impl App {
             _ => &[],
         };
         if !lanes.is_empty() {
-            let delivery = self.delivery().await?;
+            let delivery = self.delivery(shares).await?;
+            let tended = Arc::clone(&delivery);
+            services.push(Box::pin(async move { tended.tend(stop).await }));
             for lane in lanes {
                 let options = ConsumerOptions {
                     lane: (*lane).clone(),
@@ -225,11 +231,14 @@ impl App {
         }
     }
 
-    async fn delivery(&self) -> Result<Arc<Delivery>> {
+    async fn delivery(&self, shares: Shares) -> Result<Arc<Delivery>> {
         let installation =
             self.parts.store.installation().await.map_err(|error| AppError(error.to_string()))?;
-        let options =
-            DeliveryOptions { ca_file: self.config.request_ca_file.clone(), ..DeliveryOptions::default() };
+        let options = DeliveryOptions {
+            ca_file: self.config.request_ca_file.clone(),
+            connections_max: shares.deliveries,
+            ..DeliveryOptions::default()
+        };
         let delivery = Delivery::new(self.parts.clock.clone(), installation, options);
         delivery.map(Arc::new).map_err(|error| AppError(error.to_string()))
     }
@@ -345,16 +354,4 @@ fn role_name(role: Role) -> &'static str {
 fn hostname() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname")
         .map_or_else(|_| "unknown".to_owned(), |name| name.trim().to_owned())
-}
-
-fn raise_file_limit() {
-    match rlimit::increase_nofile_limit(FILES) {
-        Ok(limit) if limit < FILES => {
-            tracing::warn!(
-                "at most {limit} files can be open; for many slow endpoints allow {FILES} (ulimit -n)"
-            );
-        }
-        Ok(limit) => tracing::debug!("up to {limit} files may be open"),
-        Err(error) => tracing::warn!("the limit of open files stays as it is: {error}"),
-    }
 }

@@ -7,6 +7,7 @@
 //! and its record goes to the `recorder`, which writes in batches beside all this.
 
 mod begin;
+mod busy;
 mod desk;
 mod early;
 mod recorder;
@@ -79,3 +80,6 @@ async fn subscribe(parts: &Parts, options: &ConsumerOptions) -> Result<Subscript
     parts.queue.ensure(&[lane.topic.clone(), lane.next.clone()]).await?;
     parts.queue.subscribe(&lane.topic, &lane.group, options.window).await
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,7 @@
 //! a request that may have been written is never sent a second time by the same try.
 
 mod answer;
+mod budget;
 mod caller;
 mod connect;
 mod connection;
@@ -27,24 +28,29 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use hyper::Request;
 use hyper::body::Incoming;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::answer::Answer;
-use self::connect::Connector;
+use self::connect::{Connector, NotConnected};
 use self::connection::{Body, Connection};
-use self::pool::{Host, Pool};
+use self::pool::{Bounds, Host, Pool, SWEEP};
 use self::request::Writer;
 use self::signature::Key;
 use self::target::{AddressRule, Target};
 use crate::clock::{Clock, Stopwatch, Timestamp};
 use crate::message::{Class, Outcome, Ticket, Times};
 use crate::redact;
+use crate::shortage::Shortage;
 use crate::store::Endpoint;
 
 pub use self::caller::{CallError, Caller, Reply};
 
+/// What a try came to, or what this process lacked to make it: then it was none.
+pub type Tried = Result<Outcome, Shortage>;
+
 /// What a scripted delivery calls instead of the network.
-pub type Script = Arc<dyn Fn(Ticket, Endpoint) -> BoxFuture<'static, Outcome> + Send + Sync>;
+pub type Script = Arc<dyn Fn(Ticket, Endpoint) -> BoxFuture<'static, Tried> + Send + Sync>;
 
 /// Endpoints whose URL and secret are kept ready, at most.
 const PREPARED_MAX: usize = 4_096;
@@ -84,6 +90,11 @@ pub struct DeliveryOptions {
     pub ca_file: Option<PathBuf>,
     /// Refuses link-local addresses, among them those where clouds keep their machines' credentials.
     pub refuse_link_local: bool,
+    /// Connections open at once, idle ones included, over all origins. It belongs well below the process's limit
+    /// of open files.
+    pub connections_max: usize,
+    /// Idle connections kept over all origins, at most.
+    pub idle_total_max: usize,
     /// Idle connections kept for each origin, at most.
     pub idle_max: usize,
     /// How long a connection is kept idle, at most.
@@ -95,6 +106,9 @@ impl Default for DeliveryOptions {
         DeliveryOptions {
             ca_file: None,
             refuse_link_local: false,
+            connections_max: 16_384,
+            // Each keeps a buffer of 8 KiB or more.
+            idle_total_max: 8_192,
             idle_max: 1024,
             idle_for: Duration::from_secs(30),
         }
@@ -139,13 +153,29 @@ impl Delivery {
         let watch = clock.stopwatch();
         let rule = AddressRule { refuse_link_local: options.refuse_link_local };
         let connector = Connector::new(options.ca_file.as_deref(), rule, watch.clone())?;
+        Ok(Delivery::over(connector, watch, clock, installation, &options))
+    }
+
+    fn over(
+        connector: Connector,
+        watch: Stopwatch,
+        clock: Clock,
+        installation: Uuid,
+        options: &DeliveryOptions,
+    ) -> Delivery {
+        let bounds = Bounds {
+            open: options.connections_max,
+            idle: options.idle_total_max,
+            idle_of_origin: options.idle_max,
+            idle_for: options.idle_for,
+        };
         let network = Network {
             writer: Writer::new(installation),
-            pool: Pool::new(connector, options.idle_max, options.idle_for),
+            pool: Pool::new(connector, bounds),
             prepared: Mutex::default(),
             watch,
         };
-        Ok(Delivery { clock, way: Way::Network(Box::new(network)) })
+        Delivery { clock, way: Way::Network(Box::new(network)) }
     }
 
     /// Deliveries that `script` makes up. For the simulation.
@@ -161,11 +191,31 @@ impl Delivery {
         let Way::Network(network) = &self.way else { return Ok(()) };
         let host = network.pool.host(&Target::parse(url)?.origin);
         let connected = tokio::time::timeout(within, network.pool.connect(&host, within)).await;
-        connected.unwrap_or_else(|_| Err(format!("no connection within {within:?}"))).map(drop)
+        match connected {
+            Ok(connected) => connected.map(drop).map_err(NotConnected::words),
+            Err(_) => Err(format!("no connection within {within:?}")),
+        }
+    }
+
+    /// Closes idle connections that have grown old or that the other side has closed, every few seconds until
+    /// `stop`. One such task for each process is enough.
+    pub async fn tend(&self, stop: &CancellationToken) {
+        let Way::Network(network) = &self.way else { return };
+        let mut tick = tokio::time::interval(SWEEP);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = tick.tick() => network.pool.sweep(network.watch.elapsed()).await,
+            }
+        }
     }
 
     /// Tries `ticket` at `endpoint` once. Ends by the endpoint's deadline, whatever the receiver does.
-    pub async fn deliver(&self, ticket: &Ticket, endpoint: &Endpoint) -> Outcome {
+    ///
+    /// # Errors
+    /// [`Shortage`]: this process could not open a connection, nothing was sent, and the receiver has no part in it.
+    pub async fn deliver(&self, ticket: &Ticket, endpoint: &Endpoint) -> Tried {
         match &self.way {
             Way::Script(script) => script(ticket.clone(), endpoint.clone()).await,
             Way::Network(network) => network.deliver(ticket, endpoint, &self.clock).await,
@@ -243,8 +293,30 @@ struct Failure {
     error: String,
 }
 
+/// Why there is no status line.
+enum Ended {
+    /// It was no try.
+    Short(Shortage),
+    Failed(Failure),
+}
+
+impl From<Failure> for Ended {
+    fn from(failure: Failure) -> Ended {
+        Ended::Failed(failure)
+    }
+}
+
+impl From<NotConnected> for Ended {
+    fn from(why: NotConnected) -> Ended {
+        match why {
+            NotConnected::Short(shortage) => Ended::Short(shortage),
+            NotConnected::Refused(why) => Ended::Failed(refused(why)),
+        }
+    }
+}
+
 impl Network {
-    async fn deliver(&self, ticket: &Ticket, endpoint: &Endpoint, clock: &Clock) -> Outcome {
+    async fn deliver(&self, ticket: &Ticket, endpoint: &Endpoint, clock: &Clock) -> Tried {
         let started_at = clock.now();
         let mut progress = Progress::new(self.watch.elapsed());
         let request = self.prepare(endpoint).and_then(|prepared| {
@@ -257,20 +329,23 @@ impl Network {
             Err(error) => {
                 let failure = Failure { class: Class::Invalid, error };
                 let ended = outcome(endpoint, started_at, progress, Err(failure));
-                return Outcome { address: shown_url(&endpoint.url), ..ended };
+                return Ok(Outcome { address: shown_url(&endpoint.url), ..ended });
             }
         };
         let attempt = self.attempt(&prepared.host, request, endpoint.timeout, clock, &mut progress);
         let ended = tokio::time::timeout(endpoint.timeout, attempt).await;
         let stage = progress.stage;
         progress.enter(stage, self.watch.elapsed());
-        let ended = ended.unwrap_or_else(|_| match stage {
-            Stage::Connecting => Err(late(Class::Refused, "connection", endpoint)),
-            Stage::Waiting => Err(late(Class::Timeout, "answer", endpoint)),
+        let ended = match (ended, stage) {
+            (Ok(Ok(())), _) => Ok(()),
+            (Ok(Err(Ended::Short(shortage))), _) => return Err(shortage),
+            (Ok(Err(Ended::Failed(failure))), _) => Err(failure),
+            (Err(_), Stage::Connecting) => Err(late(Class::Refused, "connection", endpoint)),
+            (Err(_), Stage::Waiting) => Err(late(Class::Timeout, "answer", endpoint)),
             // The status line has said what matters.
-            Stage::Reading => Ok(()),
-        });
-        outcome(endpoint, started_at, progress, ended)
+            (Err(_), Stage::Reading) => Ok(()),
+        };
+        Ok(outcome(endpoint, started_at, progress, ended))
     }
 
     /// Sends the request on a kept connection or a new one and reads the answer into `progress`.
@@ -281,7 +356,7 @@ impl Network {
         within: Duration,
         clock: &Clock,
         progress: &mut Progress,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Ended> {
         let mut kept = self.pool.take(host, progress.since).await;
         if kept.is_some() {
             // Nothing was connected: the little time that passed belongs to the request.
@@ -293,7 +368,7 @@ impl Network {
                 Some(connection) => connection,
                 None => {
                     let connect = Box::pin(self.pool.connect(host, within));
-                    let connection = connect.await.map_err(refused)?;
+                    let connection = connect.await?;
                     progress.enter(Stage::Waiting, self.watch.elapsed());
                     connection
                 }
@@ -306,8 +381,8 @@ impl Network {
                         request = unsent;
                         progress.enter(Stage::Connecting, self.watch.elapsed());
                     }
-                    Some(_) => return Err(refused(words(error.error()))),
-                    None => return Err(broken(error.error())),
+                    Some(_) => return Err(unsent(error.error())),
+                    None => return Err(broken(error.error()).into()),
                 },
             }
         };
@@ -324,7 +399,7 @@ impl Network {
         })
         .await;
         if progress.whole {
-            self.pool.give_back(host, connection, self.watch.elapsed(), told).await;
+            self.pool.give_back(host, connection, self.watch.elapsed(), told);
         }
         Ok(())
     }
@@ -409,6 +484,15 @@ fn outcome(
 
 fn refused(error: String) -> Failure {
     Failure { class: Class::Refused, error }
+}
+
+/// A new connection on which nothing could be written.
+fn unsent(error: &hyper::Error) -> Ended {
+    let cause = error.source().and_then(|source| source.downcast_ref());
+    match cause.and_then(Shortage::in_error) {
+        Some(shortage) => Ended::Short(shortage),
+        None => refused(words(error)).into(),
+    }
 }
 
 fn late(class: Class, what: &str, endpoint: &Endpoint) -> Failure {

@@ -18,6 +18,7 @@ pub mod clock;
 pub mod message;
 pub mod redact;
 pub mod retry;
+pub mod shortage;
 pub mod telemetry;
 
 pub mod cache;

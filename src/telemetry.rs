@@ -5,6 +5,7 @@
 
 mod declared;
 mod log;
+mod shortages;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -16,10 +17,14 @@ use prometheus_client::metrics::gauge::Gauge as WholeGauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{self, Registry};
 
+use crate::clock::Timestamp;
 use crate::message::{Class, Times, Verdict};
+use crate::shortage::{Resource, Shortage};
 
 pub use declared::{Kind, METRICS, Metric, table};
 pub use log::start_log;
+pub use shortages::Lasting;
+use shortages::Shortages;
 
 type Gauge = WholeGauge<f64, std::sync::atomic::AtomicU64>;
 /// Labels whose values are words of the program.
@@ -46,6 +51,8 @@ pub struct Metrics {
     verdicts: Family<Names<2>, Counter>,
     latency: Family<Names<1>, Histogram>,
     recovered: Family<Words<1>, Counter>,
+    put_off: Family<Words<1>, Counter>,
+    shortages: Shortages,
     part_up: Family<Words<1>, Gauge>,
     part_answer: Family<Words<1>, Gauge>,
     backlog: Family<Words<1>, Gauge>,
@@ -86,6 +93,8 @@ impl Default for Metrics {
             verdicts: Family::default(),
             latency: Family::new_with_constructor(long_seconds),
             recovered: Family::default(),
+            put_off: Family::default(),
+            shortages: Shortages::default(),
             part_up: Family::default(),
             part_answer: Family::default(),
             backlog: Family::default(),
@@ -95,6 +104,10 @@ impl Default for Metrics {
             paused: Family::default(),
         };
         metrics.register();
+        // Without a 0 a first one could not be seen as a growth.
+        for of in Resource::ALL {
+            metrics.put_off.get_or_create(&[("of", of.as_str())]).inc_by(0);
+        }
         metrics.build_info.get_or_create(&[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
         metrics
     }
@@ -116,6 +129,7 @@ impl Metrics {
         register(&mut all, "ams_verdicts_total", &self.verdicts);
         register(&mut all, "ams_delivery_latency_seconds", &self.latency);
         register(&mut all, "ams_recovered_total", &self.recovered);
+        register(&mut all, "ams_put_off_total", &self.put_off);
         register(&mut all, "ams_part_up", &self.part_up);
         register(&mut all, "ams_part_answer_seconds", &self.part_answer);
         register(&mut all, "ams_backlog_messages", &self.backlog);
@@ -184,6 +198,17 @@ impl Metrics {
     /// shows a 0.
     pub fn recovered(&self, why: &'static str, rows: u64) {
         self.recovered.get_or_create(&[("why", why)]).inc_by(rows);
+    }
+
+    /// This process could not open or accept a connection, because it is short of something.
+    pub fn put_off(&self, shortage: &Shortage, now: Timestamp) {
+        self.put_off.get_or_create(&[("of", shortage.of.as_str())]).inc();
+        self.shortages.met(shortage, now);
+    }
+
+    /// What this process is short of; to be asked now and then, so that the log says when a shortage is over.
+    pub fn shortages(&self, now: Timestamp) -> Vec<Lasting> {
+        self.shortages.lasting_at(now)
     }
 
     /// Whether a part (`store`, `queue`, `cache`) answered when it was asked, and how long that took.

@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::clock::{Clock, Timestamp};
+use crate::service::Backoff;
 
 /// A larger request is answered 413.
 const REQUEST_MAX: usize = 16 * 1024 * 1024;
@@ -154,6 +155,7 @@ pub async fn run(
         hung: AtomicU64::new(0),
     });
     let mut connections = JoinSet::new();
+    let mut backoff = Backoff::new("connections to the test client");
     loop {
         tokio::select! {
             biased;
@@ -161,11 +163,13 @@ pub async fn run(
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
+                    backoff.succeeded();
                     connections.spawn(serve(stream, Arc::clone(&service)));
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "the test client can't accept a connection");
-                    tokio::time::sleep(PAUSE).await;
+                    // The backoff says it once; a bounded pause is enough.
+                    backoff.failed(&error);
+                    let _ = tokio::time::timeout(PAUSE, service.stop.cancelled()).await;
                 }
             },
         }

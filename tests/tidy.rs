@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// and nothing of its own rank but itself.
 const RANKS: &[&[&str]] = &[
     &["clock", "redact"],
-    &["message"],
+    &["message", "shortage"],
     &["retry"],
     &["telemetry"],
     &["store"],

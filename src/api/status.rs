@@ -16,6 +16,7 @@ use super::{ApiState, typed};
 use crate::clock::Timestamp;
 use crate::queue::Depth;
 use crate::service::Parts;
+use crate::telemetry::Lasting;
 
 /// A part that has not answered by then counts as away.
 pub(super) const ANSWER: Duration = Duration::from_secs(1);
@@ -40,6 +41,8 @@ pub(super) struct StatusView {
     producer: ProducerView,
     /// Health of store, queue and cache.
     parts: BTreeMap<&'static str, PartView>,
+    /// What the process that answers is short of.
+    shortages: Vec<ShortageView>,
 }
 
 /// A process.
@@ -101,6 +104,29 @@ pub(super) struct ReadyView {
     ready: bool,
     /// Each part.
     parts: BTreeMap<&'static str, PartView>,
+    /// What this process is short of: deliveries or clients wait for it, and everything else goes on.
+    shortages: Vec<ShortageView>,
+}
+
+/// What a process is short of when it opens or accepts connections.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct ShortageView {
+    /// What is used up: descriptors, ports or memory.
+    #[schema(example = "descriptors")]
+    of: &'static str,
+    /// Why, and how to mend it.
+    #[schema(example = "this process has no file descriptor left; raise its limit of open files")]
+    why: String,
+    /// Since when.
+    #[schema(value_type = String, format = DateTime, example = "2030-01-01T09:00:00Z")]
+    since: Timestamp,
+}
+
+fn shortages(parts: &Parts) -> Vec<ShortageView> {
+    let lasting = parts.metrics.shortages(parts.clock.now()).into_iter();
+    let view =
+        |Lasting { shortage, since, .. }| ShortageView { of: shortage.of.as_str(), why: shortage.why, since };
+    lasting.map(view).collect()
 }
 
 /// Services, counts, ages, lag and health
@@ -138,6 +164,7 @@ pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusV
         lag,
         producer: control.into(),
         parts,
+        shortages: shortages(&state.parts),
         services,
     }))
 }
@@ -206,5 +233,5 @@ pub(super) async fn readyz(State(state): State<ApiState>) -> (StatusCode, Json<R
     let parts = parts(&state.parts).await;
     let ready = parts.iter().all(|(part, view)| view.up || *part == "cache");
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(ReadyView { ready, parts }))
+    (status, Json(ReadyView { ready, parts, shortages: shortages(&state.parts) }))
 }

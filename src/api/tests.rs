@@ -10,13 +10,16 @@ use crate::cache::memory::MemoryCache;
 use crate::clock::Clock;
 use crate::queue::embedded::EmbeddedQueue;
 use crate::service::{Directory, Presence};
+use crate::shortage::Resource;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Bid, Endpoint, Store};
+use crate::telemetry::Metrics;
 
 struct Api {
     port: u16,
     stop: CancellationToken,
     store: Arc<dyn Store>,
+    metrics: Arc<Metrics>,
 }
 
 impl Api {
@@ -26,6 +29,11 @@ impl Api {
 
     /// An API that asks for keys when `keyed`, and goes by these names too.
     async fn guarded(keyed: bool, hosts: &[&str]) -> Api {
+        Api::serving(keyed, hosts, CONNECTIONS).await
+    }
+
+    /// One that takes so many connections at once.
+    async fn serving(keyed: bool, hosts: &[&str], connections: usize) -> Api {
         let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
         store.put_endpoint(&Endpoint::new("default", "http://localhost:3000")).await.unwrap();
         let clock = Clock::system();
@@ -52,8 +60,10 @@ impl Api {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let stop = CancellationToken::new();
-        tokio::spawn(serve(listener, router(ApiState::new(&parts, intake, guard, true)), stop.clone()));
-        Api { port, stop, store }
+        let router = router(ApiState::new(&parts, intake, guard, true));
+        let metrics = Arc::clone(&parts.metrics);
+        tokio::spawn(serve(listener, router, parts, connections, stop.clone()));
+        Api { port, stop, store, metrics }
     }
 
     async fn call(
@@ -269,6 +279,40 @@ async fn health_status_metrics_and_documents_are_there() {
     assert!(api.call(Method::GET, "/swagger/index.html", &[], String::new()).await.2.contains("swagger"));
     assert!(api.call(Method::GET, "/", &[], String::new()).await.2.contains("/swagger/index.html"));
     assert_eq!(api.get("/openapi.json").await.1["openapi"], "3.1.0");
+}
+
+#[tokio::test]
+async fn a_shortage_is_shown_and_the_process_is_ready_all_the_same() {
+    let api = Api::start().await;
+    let (_, ready) = api.get("/readyz").await;
+    assert_eq!(ready["shortages"], json!([]));
+    let shortage = Shortage { of: Resource::Ports, why: "no port is left".to_owned() };
+    let now = Clock::system().now();
+    api.metrics.put_off(&shortage, now);
+    let (status, ready) = api.get("/readyz").await;
+    let shown = json!([{"of": "ports", "why": "no port is left", "since": now}]);
+    assert_eq!((status, &ready["ready"], &ready["shortages"]), (StatusCode::OK, &json!(true), &shown));
+    assert_eq!(api.get("/v1/status").await.1["shortages"], shown);
+    let metrics = api.call(Method::GET, "/metrics", &[], String::new()).await.2;
+    for line in ["ams_put_off_total{of=\"ports\"} 1", "ams_put_off_total{of=\"descriptors\"} 0"] {
+        assert!(metrics.contains(line), "{line}\n{metrics}");
+    }
+}
+
+#[tokio::test]
+async fn connections_beyond_the_bound_wait_until_others_end() {
+    let api = Api::serving(false, &[], 2).await;
+    let mut open = Vec::new();
+    for _ in 0..2 {
+        // Each is accepted, and says nothing.
+        open.push(tokio::net::TcpStream::connect(("127.0.0.1", api.port)).await.unwrap());
+    }
+    let call = api.call(Method::GET, "/livez", &[], String::new());
+    tokio::pin!(call);
+    let early = tokio::time::timeout(Duration::from_millis(300), call.as_mut()).await;
+    assert!(early.is_err(), "it waits for a place");
+    drop(open.pop());
+    assert_eq!(call.await.0, StatusCode::OK);
 }
 
 #[tokio::test]

@@ -154,7 +154,9 @@ async fn post(
         clients.spawn(async move {
             let mut refused = 0;
             for ticket in &part {
-                refused += usize::from(delivery.deliver(ticket, &endpoint).await.class != Class::Accepted);
+                let tried = delivery.deliver(ticket, &endpoint).await;
+                let accepted = tried.is_ok_and(|outcome| outcome.class == Class::Accepted);
+                refused += usize::from(!accepted);
             }
             refused
         });

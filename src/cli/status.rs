@@ -101,6 +101,16 @@ struct Seen {
     lag: BTreeMap<String, i64>,
     producer: Producer,
     parts: BTreeMap<String, Part>,
+    /// An older API does not tell them.
+    #[serde(default)]
+    shortages: Vec<Shortage>,
+}
+
+/// What the API's process is short of.
+#[derive(Debug, Deserialize)]
+struct Shortage {
+    of: String,
+    why: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -245,6 +255,9 @@ fn troubles(seen: &Seen, now: Timestamp) -> Vec<String> {
     for (name, part) in seen.parts.iter().filter(|(_, part)| !part.up) {
         troubles.push(part_away(name, part));
     }
+    for Shortage { of, why } in &seen.shortages {
+        troubles.push(format!("connections wait for {}: {}", plain(of, 20), plain(why, 300)));
+    }
     if seen.producer.state == "paused" {
         troubles.push("the producers are paused; `ams producer resume` lets them go on".to_owned());
     } else if !seen.producer.active {
@@ -339,9 +352,11 @@ services  up 0.1.0
         answer["services"][0]["alive"] = json!(false);
         answer["oldest_due_age_s"] = json!(90.0);
         answer["counts"]["dead"] = json!({"count": 3, "more": false});
+        answer["shortages"] = json!([{"of": "ports", "why": "none is left; widen the range", "since": AT}]);
         let text = text(&answer);
         for part in [
-            "6 troubles below",
+            "7 troubles below",
+            "! connections wait for ports: none is left; widen the range",
             "! the store (sqlite) is away: no answer within 1s; `ams doctor` looks closer",
             "! no producer is running; start one with `ams producer`, or everything with `ams up`",
             "! no consumer is running; start one with `ams consumer`",

@@ -11,7 +11,7 @@ use crate::delivery;
 /// The levels of the log; `off` writes nothing.
 const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
 /// The rooms of this program, which a filter of the log may name: a misspelt one would be silent.
-const ROOMS: [&str; 21] = [
+const ROOMS: [&str; 22] = [
     "api",
     "app",
     "bench",
@@ -30,6 +30,7 @@ const ROOMS: [&str; 21] = [
     "redact",
     "retry",
     "service",
+    "shortage",
     "store",
     "telemetry",
     "testclient",

@@ -12,6 +12,9 @@ use crate::retry::dead_letter_of;
 use crate::service::{self, Parts};
 use crate::store::{Begin, BegunMessage, Endpoint, InstanceId, LeaseId};
 
+/// Tickets begun in one call, at most.
+pub(super) const BATCH: usize = 2_000;
+
 /// Tickets that wait for the next begin call, sorted by what is to become of them.
 #[derive(Debug, Default)]
 pub(super) struct Arrivals {
@@ -61,6 +64,8 @@ pub(super) struct Job {
     pub(super) lane_try: i32,
     /// When its ticket was published, or due if that was later.
     pub(super) ready_at: Timestamp,
+    /// Its place among the messages that wait for a slot; the desk gives it.
+    pub(super) turn: u64,
 }
 
 /// A begun group; the recorder counts down what of it is not recorded yet.
@@ -135,6 +140,7 @@ fn sort(
                 attempt: message.attempts + 1,
                 lane_try: message.lane_tries + 1,
                 ready_at,
+                turn: 0,
             }),
             None => started.stale.push(endpoint),
         }

@@ -1,7 +1,7 @@
 //! The desk of one consumer: what arrived, what waits, what is in flight. One task owns it all, so
 //! there is no lock; store calls and deliveries run beside it and report back.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,30 +10,25 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::ConsumerOptions;
-use super::begin::{self, Admitted, Arrivals, Job, Refused, Started};
+use super::begin::{self, Admitted, Arrivals, BATCH, Job, Refused, Started};
+use super::busy::{Busy, TRIAL};
 use super::early::Early;
 use super::recorder::Judged;
 use crate::clock::Timestamp;
-use crate::delivery::Delivery;
 use crate::delivery::limits::{Admission, Limits};
+use crate::delivery::{Delivery, Tried};
 use crate::message::{Held, Outcome, Ticket, Verdict};
 use crate::queue::{Receipt, Subscription, Taken};
 use crate::service::Parts;
+use crate::shortage::Shortage;
 use crate::store::{InstanceId, Record};
 use crate::telemetry::LaneMetrics;
 
-/// Tickets begun in one call, at most.
-const BATCH: usize = 2_000;
 const TICK: Duration = Duration::from_millis(100);
 /// How long refused tickets wait before their rows are held: nobody waits for it, and many at once cost less.
 const HOLD_AFTER: Duration = Duration::from_secs(1);
 /// How often the store is asked which endpoints have held rows that we don't know of.
 const HELD: Duration = Duration::from_secs(1);
-/// After this, rows that were made due and did not come here are believed to have gone to another consumer.
-const EXPECTED: Duration = Duration::from_secs(2);
-/// So many held rows are made due at first; one more for each that comes. Those of another lane never come here:
-/// its own consumer knows whether it has room for them.
-const TRIAL: usize = 32;
 
 /// How long an endpoint counts as busy after it was last seen to be slow: one that hangs answers nothing
 /// for the whole of its deadline, then all of its attempts end at once.
@@ -63,6 +58,10 @@ pub(super) struct Desk {
     /// The call under way that holds rows: apart from the other, which must not wait for it.
     holding: Option<Call<Vec<Receipt>>>,
     waiting: BTreeMap<String, VecDeque<Job>>,
+    /// Messages that have come to wait so far; and endpoints of those that wait again, because this process was
+    /// short of a connection.
+    turns: u64,
+    put_off: BTreeSet<String>,
     finished: (mpsc::UnboundedSender<Finished>, mpsc::UnboundedReceiver<Finished>),
     /// Tried, and not written yet.
     unrecorded: usize,
@@ -76,40 +75,6 @@ pub(super) struct Desk {
     stop: CancellationToken,
 }
 
-#[derive(Debug)]
-struct Busy {
-    /// Rows made due that have not come back as tickets.
-    expected: usize,
-    since: Timestamp,
-    /// How many of those there may be.
-    trial: usize,
-    /// When it was last seen to be slow.
-    slow_at: Timestamp,
-}
-
-impl Busy {
-    fn new(now: Timestamp, slow_at: Timestamp) -> Busy {
-        Busy { expected: 0, since: now, trial: TRIAL, slow_at }
-    }
-
-    /// Notes that a ticket came.
-    fn came(&mut self) {
-        if self.expected > 0 {
-            self.expected -= 1;
-            self.trial = (self.trial + 1).min(BATCH);
-        }
-    }
-
-    /// Rows to make due now, when there is room for this many more.
-    fn wanted(&mut self, room: usize, now: Timestamp) -> usize {
-        if self.expected > 0 && now.since(self.since) > EXPECTED {
-            self.expected = 0;
-            self.trial = TRIAL;
-        }
-        room.min(self.trial).saturating_sub(self.expected)
-    }
-}
-
 /// Which endpoints an instance has said to be busy.
 type Said = (InstanceId, Vec<String>);
 
@@ -121,10 +86,10 @@ struct Arrival {
     receipt: Receipt,
 }
 
-/// A try that ended, or did not take place.
+/// A try that ended, or did not take place: `None` when the message is not ours to try any more.
 struct Finished {
     job: Job,
-    outcome: Option<Outcome>,
+    tried: Option<Tried>,
     took: Duration,
 }
 
@@ -160,6 +125,8 @@ impl Desk {
             hold_at: Timestamp::EPOCH,
             holding: None,
             waiting: BTreeMap::new(),
+            turns: 0,
+            put_off: BTreeSet::new(),
             finished: mpsc::unbounded_channel(),
             unrecorded: 0,
             busy: BTreeMap::new(),
@@ -191,8 +158,11 @@ impl Desk {
                 biased;
                 () = stop.cancelled() => break,
                 _ = self.finished.1.recv_many(&mut ended, BATCH) => {
-                    for finished in ended.drain(..) {
-                        self.finish(finished);
+                    for Finished { job, tried, took } in ended.drain(..) {
+                        match tried {
+                            Some(Err(shortage)) => self.put_off(job, &shortage),
+                            tried => self.finish(job, tried.and_then(Result::ok), took),
+                        }
                     }
                 }
                 Some(count) = written.recv() => self.unrecorded -= count,
@@ -356,8 +326,10 @@ impl Desk {
         self.done(started.receipts);
         let now = self.parts.clock.now();
         let mut touched: Vec<Arc<crate::store::Endpoint>> = Vec::new();
-        for job in started.jobs {
+        for mut job in started.jobs {
             self.metrics.begun_after(now.since(job.ready_at));
+            self.turns += 1;
+            job.turn = self.turns;
             let endpoint = Arc::clone(&job.endpoint);
             if let Some(queue) = self.waiting.get_mut(&endpoint.name) {
                 queue.push_back(job);
@@ -386,10 +358,10 @@ impl Desk {
             tokio::spawn(async move {
                 let watch = parts.clock.stopwatch();
                 let ours = parts.presence.holds(job.instance) && !stop.is_cancelled();
-                let outcome =
+                let tried =
                     if ours { Some(delivery.deliver(&job.ticket, &job.endpoint).await) } else { None };
                 // Nobody listens any more only when a stop has run out of patience.
-                let _ = finished.send(Finished { job, outcome, took: watch.elapsed() });
+                let _ = finished.send(Finished { job, tried, took: watch.elapsed() });
             });
         }
         if queue.is_empty() {
@@ -398,12 +370,34 @@ impl Desk {
     }
 
     /// Judges a try that ended, and gives its slot to the next.
-    fn finish(&mut self, finished: Finished) {
-        let Finished { job, outcome, took } = finished;
+    fn finish(&mut self, job: Job, outcome: Option<Outcome>, took: Duration) {
         let endpoint = Arc::clone(&job.endpoint);
         self.limits.finish(&endpoint.name, took, self.parts.clock.now());
         self.judge(job, outcome, took);
         self.try_next(&endpoint.name, endpoint.in_flight_max);
+    }
+
+    /// Puts a message back in its turn: this process was short of a connection for it, so it has not been tried.
+    fn put_off(&mut self, job: Job, shortage: &Shortage) {
+        let now = self.parts.clock.now();
+        self.parts.metrics.put_off(shortage, now);
+        let name = job.endpoint.name.clone();
+        self.limits.put_off(&name, now);
+        let queue = self.waiting.entry(name.clone()).or_default();
+        queue.insert(queue.partition_point(|other| other.turn < job.turn), job);
+        self.put_off.insert(name);
+    }
+
+    /// Starts what was put off, where the pause is over.
+    fn take_up(&mut self) {
+        for name in std::mem::take(&mut self.put_off) {
+            let Some(job) = self.waiting.get(&name).and_then(VecDeque::front) else { continue };
+            let in_flight_max = job.endpoint.in_flight_max;
+            self.try_next(&name, in_flight_max);
+            if self.limits.is_short(&name) {
+                self.put_off.insert(name);
+            }
+        }
     }
 
     fn judge(&mut self, job: Job, outcome: Option<Outcome>, took: Duration) {
@@ -438,6 +432,9 @@ impl Desk {
         self.metrics.in_flight(self.limits.in_flight());
         self.limits.forget_idle();
         let now = self.parts.clock.now();
+        self.take_up();
+        // The log says when one is over.
+        self.parts.metrics.shortages(now);
         if now >= self.hold_at {
             self.hold();
         }
@@ -505,7 +502,10 @@ impl Desk {
         }
         while self.limits.in_flight() > 0 || self.unrecorded > 0 {
             tokio::select! {
-                Some(finished) = self.finished.1.recv() => self.finish(finished),
+                Some(Finished { job, tried, took }) = self.finished.1.recv() => {
+                    // What was put off has not been tried, and is given back as well.
+                    self.finish(job, tried.and_then(Result::ok), took);
+                }
                 Some(count) = written.recv() => self.unrecorded -= count,
                 () = &mut patience => {
                     tracing::warn!(
@@ -554,29 +554,4 @@ async fn free(parts: Parts, wanted: Vec<(String, usize)>, look: bool) -> Freed {
         }
     }
     freed
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_that_never_come_are_made_due_a_few_at_a_time() {
-        let start = Timestamp::EPOCH.after(EXPECTED);
-        let mut busy = Busy::new(start, start);
-        assert_eq!((busy.wanted(10, start), busy.wanted(1_000, start)), (10, TRIAL));
-        // All of them come, round by round.
-        for _ in 0..3 {
-            busy.expected = busy.wanted(1_000, start);
-            (0..busy.expected).for_each(|_| busy.came());
-        }
-        assert_eq!((busy.expected, busy.wanted(1_000, start)), (0, TRIAL * 8));
-        // Tickets that were not made due by us tell nothing.
-        busy.came();
-        assert_eq!(busy.wanted(1_000, start), TRIAL * 8);
-        // None comes any more.
-        busy.expected = TRIAL * 8;
-        assert_eq!(busy.wanted(1_000, start.after(EXPECTED)), 0);
-        assert_eq!(busy.wanted(1_000, start.after(EXPECTED * 2)), TRIAL);
-    }
 }

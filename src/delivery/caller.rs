@@ -10,16 +10,16 @@ use hyper::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderValue, USER_AGENT};
 use hyper::{Method, Request, StatusCode};
 
 use super::connect::Connector;
-use super::pool::{Host, Pool};
+use super::pool::{Bounds, Host, Pool};
 use super::target::{AddressRule, Target};
 use super::{DeliveryError, read, words};
 use crate::clock::{Clock, Stopwatch};
 
 /// Bytes of an answer that are read, at most.
 const ANSWER_MAX: usize = 64 << 20;
-/// Connections kept, and for how long.
-const IDLE_MAX: usize = 16;
-const IDLE_FOR: Duration = Duration::from_secs(60);
+/// Connections open at once, those of them that are kept, and for how long.
+const BOUNDS: Bounds =
+    Bounds { open: 1_024, idle: 16, idle_of_origin: 16, idle_for: Duration::from_secs(60) };
 
 /// Calls one server on kept connections; as many at once as the caller likes.
 pub struct Caller {
@@ -57,7 +57,7 @@ impl Caller {
         let target = Target::parse(url).map_err(DeliveryError::Url)?;
         let watch = clock.stopwatch();
         let connector = Connector::new(ca_file, AddressRule::default(), watch.clone())?;
-        let pool = Pool::new(connector, IDLE_MAX, IDLE_FOR);
+        let pool = Pool::new(connector, BOUNDS);
         Ok(Caller { host: pool.host(&target.origin), pool, target, watch })
     }
 
@@ -113,7 +113,10 @@ impl Caller {
             let is_kept = kept.is_some();
             let mut connection = match kept.take() {
                 Some(connection) => connection,
-                None => self.pool.connect(&self.host, within).await.map_err(CallError::Refused)?,
+                None => {
+                    let connected = self.pool.connect(&self.host, within).await;
+                    connected.map_err(|why| CallError::Refused(why.words()))?
+                }
             };
             *sent = true;
             match connection.send(request).await {
@@ -131,7 +134,7 @@ impl Caller {
         if !read(&mut connection, incoming, ANSWER_MAX, |frame| body.extend_from_slice(frame)).await {
             return Err(CallError::Broken("the answer ended in the middle".to_owned()));
         }
-        self.pool.give_back(&self.host, connection, self.watch.elapsed(), None).await;
+        self.pool.give_back(&self.host, connection, self.watch.elapsed(), None);
         Ok(Reply { status: head.status, headers: head.headers, body })
     }
 }

@@ -1,11 +1,12 @@
 //! Opens connections: name look-up, TCP, TLS. Nothing here has sent a request yet.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
@@ -14,9 +15,11 @@ use tokio_rustls::TlsConnector;
 use url::Host;
 
 use super::DeliveryError;
+use super::budget::Place;
 use super::connection::{Connection, Stream};
 use super::target::{AddressRule, Origin};
 use crate::clock::Stopwatch;
+use crate::shortage::{Resource, Shortage};
 
 /// A looked-up name is believed for this long. Deliveries open few connections, but hundreds at once.
 const KNOWN_FOR: Duration = Duration::from_secs(10);
@@ -27,11 +30,42 @@ const UNKNOWN_FOR: Duration = Duration::from_secs(1);
 /// Addresses of one name that are tried, at most.
 const ADDRESSES_MAX: usize = 8;
 
+/// Opens a TCP connection; tests have one that fails as they say.
+pub(super) type Dial = Box<dyn Fn(SocketAddr) -> BoxFuture<'static, io::Result<TcpStream>> + Send + Sync>;
+
 /// Opens connections to any origin.
 pub(super) struct Connector {
     tls: TlsConnector,
     rule: AddressRule,
     watch: Stopwatch,
+    dial: Dial,
+}
+
+/// Why there is no connection. Nothing was sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum NotConnected {
+    /// This process lacks what a connection needs: it says nothing about the receiver.
+    Short(Shortage),
+    /// The receiver, its name or the way to it: a few words.
+    Refused(String),
+}
+
+impl NotConnected {
+    /// The words alone.
+    pub(super) fn words(self) -> String {
+        match self {
+            NotConnected::Short(shortage) => shortage.why,
+            NotConnected::Refused(why) => why,
+        }
+    }
+
+    /// What an error of the system comes to; `words` tell it when it is the receiver's.
+    fn new(error: &io::Error, words: impl FnOnce(&io::Error) -> String) -> NotConnected {
+        match Shortage::in_error(error) {
+            Some(shortage) => NotConnected::Short(shortage),
+            None => NotConnected::Refused(words(error)),
+        }
+    }
 }
 
 impl Connector {
@@ -54,67 +88,101 @@ impl Connector {
             .with_root_certificates(roots)
             .with_no_client_auth();
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Connector { tls: TlsConnector::from(Arc::new(config)), rule, watch })
+        let dial: Dial = Box::new(|address| Box::pin(TcpStream::connect(address)));
+        Ok(Connector { tls: TlsConnector::from(Arc::new(config)), rule, watch, dial })
+    }
+
+    /// The same, with another way to open a TCP connection.
+    #[cfg(test)]
+    pub(super) fn dialling(self, dial: Dial) -> Connector {
+        Connector { dial, ..self }
     }
 
     /// Opens a connection to one of the origin's addresses, tried in turn. The caller has a deadline,
     /// `within` from the start of the try; of it each address but the last gets an equal share.
+    /// `place` is the connection's part of what may be open.
     ///
     /// # Errors
-    /// A few words on why none could be opened.
+    /// Why none could be opened. An address that could not be tried counts for more than one that refused.
     pub(super) async fn connect(
         &self,
         origin: &Origin,
         names: &Arc<Names>,
+        place: Arc<Place>,
         within: Duration,
-    ) -> Result<Connection, String> {
+    ) -> Result<Connection, NotConnected> {
         let addresses = match &origin.host {
             Host::Ipv4(v4) => vec![SocketAddr::new(IpAddr::V4(*v4), origin.port)],
             Host::Ipv6(v6) => vec![SocketAddr::new(IpAddr::V6(*v6), origin.port)],
-            Host::Domain(name) => names.resolve(name, origin.port, &self.watch).await?,
+            Host::Domain(name) => names.resolve(name, origin.port, &self.watch, &place).await?,
         };
         let share = within / u32::try_from(addresses.len()).unwrap_or(1).max(1);
         let last = addresses.len().saturating_sub(1);
-        let mut why = "the name has no address".to_owned();
+        let mut why = NotConnected::Refused("the name has no address".to_owned());
         for (i, address) in addresses.into_iter().enumerate() {
             let opened = if i == last {
                 self.open(address).await
             } else {
-                tokio::time::timeout(share, self.open(address))
-                    .await
-                    .unwrap_or_else(|_| Err(format!("{} does not answer", address.ip())))
+                tokio::time::timeout(share, self.open(address)).await.unwrap_or_else(|_| {
+                    Err(NotConnected::Refused(format!("{} does not answer", address.ip())))
+                })
             };
             match opened {
-                Ok(stream) => return self.greet(stream, origin).await,
+                Ok(stream) => return self.greet(stream, origin, place).await,
+                Err(_) if matches!(why, NotConnected::Short(_)) => {}
                 Err(error) => why = error,
             }
         }
         Err(why)
     }
 
-    async fn open(&self, address: SocketAddr) -> Result<TcpStream, String> {
-        self.rule.check(address.ip())?;
-        let stream = TcpStream::connect(address).await.map_err(|error| words(&error))?;
-        stream.set_nodelay(true).map_err(|error| words(&error))?;
+    async fn open(&self, address: SocketAddr) -> Result<TcpStream, NotConnected> {
+        self.rule.check(address.ip()).map_err(NotConnected::Refused)?;
+        let stream = (self.dial)(address).await.map_err(|error| match NotConnected::new(&error, words) {
+            // Said as well when there is no port because there is no address.
+            NotConnected::Short(Shortage { of: Resource::Ports, .. }) if !has_source_address(address) => {
+                NotConnected::Refused(words(&error))
+            }
+            why => why,
+        })?;
+        stream.set_nodelay(true).map_err(|error| NotConnected::new(&error, words))?;
         Ok(stream)
     }
 
-    async fn greet(&self, stream: TcpStream, origin: &Origin) -> Result<Connection, String> {
+    async fn greet(
+        &self,
+        stream: TcpStream,
+        origin: &Origin,
+        place: Arc<Place>,
+    ) -> Result<Connection, NotConnected> {
         let stream = if origin.tls {
             let name = match &origin.host {
                 Host::Ipv4(v4) => ServerName::from(*v4),
                 Host::Ipv6(v6) => ServerName::from(*v6),
-                Host::Domain(name) => {
-                    ServerName::try_from(name.clone()).map_err(|_| format!("`{name}` is no name for TLS"))?
-                }
+                Host::Domain(name) => ServerName::try_from(name.clone())
+                    .map_err(|_| NotConnected::Refused(format!("`{name}` is no name for TLS")))?,
             };
             let stream = self.tls.connect(name, stream).await;
-            Stream::Tls(Box::new(stream.map_err(|error| format!("TLS failed: {}", words(&error)))?))
+            let failed = |error: &io::Error| format!("TLS failed: {}", words(error));
+            Stream::Tls(Box::new(stream.map_err(|error| NotConnected::new(&error, failed))?))
         } else {
             Stream::Plain(stream)
         };
-        Connection::open(stream).await.map_err(|error| error.to_string())
+        let opened = Connection::open(stream, place).await;
+        opened.map_err(|error| NotConnected::Refused(error.to_string()))
     }
+}
+
+/// Whether this machine has an address from which `to` can be reached: one without IPv6 has none for `::1`.
+/// Datagram sockets have ports of their own, and to connect one sends nothing.
+fn has_source_address(to: SocketAddr) -> bool {
+    let any = match to {
+        SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let connected = UdpSocket::bind((any, 0)).and_then(|socket| socket.connect(to));
+    let none = [io::ErrorKind::AddrNotAvailable, io::ErrorKind::NetworkUnreachable];
+    connected.err().is_none_or(|error| !none.contains(&error.kind()))
 }
 
 fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), DeliveryError> {
@@ -167,33 +235,57 @@ impl Names {
         name: &str,
         port: u16,
         watch: &Stopwatch,
-    ) -> Result<Vec<SocketAddr>, String> {
+        place: &Arc<Place>,
+    ) -> Result<Vec<SocketAddr>, NotConnected> {
         if let Some(addresses) = self.fresh(watch) {
-            return addresses;
+            return addresses.map_err(NotConnected::Refused);
         }
         let turn = Arc::clone(&self.turn).lock_owned().await;
         if let Some(addresses) = self.fresh(watch) {
-            return addresses;
+            return addresses.map_err(NotConnected::Refused);
         }
         let (names, name, watch) = (Arc::clone(self), name.to_owned(), watch.clone());
+        // The look-up has a descriptor open for as long as it takes, also when the try has given up.
+        let place = Arc::clone(place);
         let look_up = tokio::spawn(async move {
             let addresses = match tokio::net::lookup_host((name.as_str(), port)).await {
                 Ok(found) => Ok(found.take(ADDRESSES_MAX).collect()),
-                Err(error) => Err(format!("the name `{name}` can't be resolved: {}", reason(&error))),
+                Err(error) => Err(unresolved(&name, &error)),
             };
-            let wait = if addresses.is_ok() { KNOWN_FOR } else { UNKNOWN_FOR };
-            let known = Known { until: watch.elapsed() + wait, addresses: addresses.clone() };
-            *names.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(known);
-            drop(turn);
+            names.learn(&addresses, &watch);
+            drop((turn, place));
             addresses
         });
-        look_up.await.unwrap_or_else(|_| Err("the name look-up was stopped".to_owned()))
+        // Only a runtime that has no thread for it, or that ends, stops a look-up.
+        let stopped = |_| Err(NotConnected::Short(Shortage::of_threads()));
+        look_up.await.unwrap_or_else(stopped)
+    }
+
+    /// Keeps what a look-up came to; a shortage of ours tells nothing about the name.
+    pub(super) fn learn(&self, found: &Result<Vec<SocketAddr>, NotConnected>, watch: &Stopwatch) {
+        let (addresses, wait) = match found {
+            Ok(addresses) => (Ok(addresses.clone()), KNOWN_FOR),
+            Err(NotConnected::Refused(why)) => (Err(why.clone()), UNKNOWN_FOR),
+            Err(NotConnected::Short(_)) => return,
+        };
+        let known = Known { until: watch.elapsed() + wait, addresses };
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(known);
     }
 
     fn fresh(&self, watch: &Stopwatch) -> Option<Result<Vec<SocketAddr>, String>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let known = known.as_ref().filter(|known| watch.elapsed() < known.until)?;
         Some(known.addresses.clone())
+    }
+}
+
+/// What a failed look-up comes to. A resolver that can open neither its files nor a socket says the same as one
+/// whose server is away, so it is seen whether a socket can be opened.
+fn unresolved(name: &str, error: &io::Error) -> NotConnected {
+    let socket = || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).err();
+    match Shortage::in_look_up(error).or_else(|| Shortage::in_error(&socket()?)) {
+        Some(shortage) => NotConnected::Short(shortage),
+        None => NotConnected::Refused(format!("the name `{name}` can't be resolved: {}", reason(error))),
     }
 }
 

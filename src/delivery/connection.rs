@@ -5,7 +5,8 @@
 use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
-use std::task::{Context, Poll};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -16,6 +17,8 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
+
+use super::budget::Place;
 
 /// The body of a request.
 pub(super) type Body = Full<Bytes>;
@@ -29,13 +32,15 @@ pub(super) struct Connection {
     sender: http1::SendRequest<Body>,
     /// `None` once the connection has ended.
     driver: Option<Box<http1::Connection<TokioIo<Stream>, Body>>>,
+    /// After the socket, so that it is given back only once that is closed.
+    _place: Arc<Place>,
 }
 
 impl Connection {
-    pub(super) async fn open(stream: Stream) -> Result<Connection, hyper::Error> {
+    pub(super) async fn open(stream: Stream, place: Arc<Place>) -> Result<Connection, hyper::Error> {
         let (sender, driver) =
             http1::Builder::new().max_buf_size(HEAD_MAX).handshake(TokioIo::new(stream)).await?;
-        Ok(Connection { sender, driver: Some(Box::new(driver)) })
+        Ok(Connection { sender, driver: Some(Box::new(driver)), _place: place })
     }
 
     /// Lets the connection do what it can now.
@@ -50,12 +55,9 @@ impl Connection {
 
     /// Whether a request may be sent on it, as far as can be known: notices what the other side did
     /// while the connection lay idle.
-    pub(super) async fn is_usable(&mut self) -> bool {
-        poll_fn(|context| {
-            self.drive(context);
-            Poll::Ready(())
-        })
-        .await;
+    pub(super) fn is_usable(&mut self) -> bool {
+        // Nobody waits for it: whoever uses it next drives it with a waker of its own.
+        self.drive(&mut Context::from_waker(Waker::noop()));
         self.is_ready()
     }
 

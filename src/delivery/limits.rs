@@ -37,6 +37,11 @@ const SILENCE_MAX: Duration = Duration::from_millis(100);
 const FIRST_SILENCE_MAX: Duration = Duration::from_millis(50);
 const WAIT_MAX: Duration = Duration::from_millis(500);
 
+/// How long an endpoint opens no further connections after this process was short of one: doubled each time, so that
+/// a shortage costs little, and bounded, so that work goes on soon after it.
+const PAUSE_FIRST: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+
 /// The loads of all endpoints in this process's lane.
 #[derive(Debug)]
 pub struct Limits {
@@ -57,6 +62,16 @@ struct Load {
     latency_s: f64,
     /// When an attempt last ended here, or the first of those in flight began.
     last_progress: Timestamp,
+    /// Since an attempt could not begin because this process was short of a connection, and until one ends.
+    short: Option<Pause>,
+}
+
+/// While it lasts an endpoint has no more attempts in flight than those that have their connections; then one
+/// more may try.
+#[derive(Clone, Copy, Debug)]
+struct Pause {
+    until: Timestamp,
+    length: Duration,
 }
 
 /// What is to become of a message that comes to the door.
@@ -116,10 +131,10 @@ impl Limits {
     /// Starts an attempt at `endpoint` if one more may be in flight.
     pub fn start(&mut self, endpoint: &str, in_flight_max: u32, now: Timestamp) -> bool {
         let load = self.load(endpoint);
-        if load.in_flight == 0 {
+        if load.in_flight == 0 && load.short.is_none() {
             load.last_progress = now;
         }
-        let may = load.in_flight < load.slots(in_flight_max);
+        let may = load.in_flight < load.startable(in_flight_max, now);
         load.in_flight += u32::from(may);
         may
     }
@@ -128,6 +143,27 @@ impl Limits {
     pub fn finish(&mut self, endpoint: &str, took: Duration, now: Timestamp) {
         self.load(endpoint).progress(took, now);
         self.leave(endpoint);
+    }
+
+    /// Notes that an attempt did not begin, because this process was short of what a connection needs: its message
+    /// waits here again, and for a while nothing is started that would need one more connection.
+    pub fn put_off(&mut self, endpoint: &str, now: Timestamp) {
+        let Some(load) = self.loads.get_mut(endpoint) else { return };
+        load.in_flight = load.in_flight.saturating_sub(1);
+        load.slots = load.in_flight;
+        load.short = Some(match load.short {
+            // One of those that were started together.
+            Some(pause) if now < pause.until => pause,
+            last => {
+                let length = last.map_or(PAUSE_FIRST, |last| (last.length * 2).min(PAUSE_MAX));
+                Pause { until: now.after(length), length }
+            }
+        });
+    }
+
+    /// Whether attempts at `endpoint` have been put off and none has ended since the pause.
+    pub fn is_short(&self, endpoint: &str) -> bool {
+        self.loads.get(endpoint).is_some_and(|load| load.short.is_some())
     }
 
     /// Notes that an admitted message leaves the window without having been tried.
@@ -166,6 +202,7 @@ impl Load {
             slots: IN_FLIGHT_MIN,
             latency_s: 0.0,
             last_progress: Timestamp::EPOCH,
+            short: None,
         }
     }
 
@@ -174,13 +211,23 @@ impl Load {
         let pace = if took > self.latency_s { RISE } else { FALL };
         let weight = -(-since.as_secs_f64() / pace.as_secs_f64()).exp_m1();
         self.latency_s += (took - self.latency_s) * weight;
-        self.slots = in_flight_target(self.latency_s).min(self.slots + 1);
+        let pauses = self.short.is_some_and(|pause| now < pause.until);
+        self.slots = in_flight_target(self.latency_s).min(self.slots + u32::from(!pauses));
+        self.short = self.short.filter(|_| pauses);
         self.last_progress = now;
         self.in_flight = self.in_flight.saturating_sub(1);
     }
 
     fn slots(&self, in_flight_max: u32) -> u32 {
         self.slots.min(in_flight_max).max(1)
+    }
+
+    /// How many attempts may be in flight when another is to start.
+    fn startable(&self, in_flight_max: u32, now: Timestamp) -> u32 {
+        match self.short {
+            None => self.slots(in_flight_max),
+            Some(pause) => (self.slots + u32::from(now >= pause.until)).min(in_flight_max.max(1)),
+        }
     }
 
     /// How many of its messages may be here: those in flight, and as many as follow them soon.
@@ -200,7 +247,7 @@ impl Load {
 
     fn is_silent(&self, now: Timestamp) -> bool {
         let most = if self.latency_s > 0.0 { SILENCE_MAX } else { FIRST_SILENCE_MAX };
-        self.in_flight > 0 && now.since(self.last_progress) > most
+        (self.in_flight > 0 || self.short.is_some()) && now.since(self.last_progress) > most
     }
 
     fn is_slow(&self, in_flight_max: u32, now: Timestamp) -> bool {
@@ -298,7 +345,11 @@ mod tests {
     }
 
     fn start_all(limits: &mut Limits, max: u32, now: Timestamp) -> usize {
-        (0..).take_while(|_| limits.start("slow", max, now)).count()
+        start_all_of(limits, "slow", max, now)
+    }
+
+    fn start_all_of(limits: &mut Limits, endpoint: &str, max: u32, now: Timestamp) -> usize {
+        (0..).take_while(|_| limits.start(endpoint, max, now)).count()
     }
 
     #[test]
@@ -335,13 +386,64 @@ mod tests {
     }
 
     #[test]
+    fn a_shortage_leaves_the_attempts_that_have_their_connections() {
+        let mut limits = Limits::new(8_000);
+        fill(&mut limits, "slow", 200);
+        let total = limits.total();
+        assert_eq!(start_all(&mut limits, 200, NOW), 64);
+        // 24 connections can be had.
+        (0..40).for_each(|_| limits.put_off("slow", NOW));
+        assert_eq!((limits.in_flight(), limits.total()), (24, total), "the others wait here");
+        assert_eq!(start_all(&mut limits, 200, NOW), 0);
+        let soon = NOW.after(PAUSE_FIRST / 2);
+        limits.finish("slow", PAUSE_FIRST / 2, soon);
+        assert_eq!(start_all(&mut limits, 200, soon), 1, "on the connection that got free");
+        let mut now = NOW.after(PAUSE_FIRST);
+        for length in [100, 200, 400, 800, 1_600, 2_000, 2_000] {
+            assert_eq!(start_all(&mut limits, 200, now), 1, "one more tries, after each pause");
+            limits.put_off("slow", now);
+            let almost = now.after(Duration::from_millis(length - 1));
+            assert_eq!(start_all(&mut limits, 200, almost), 0, "{length} ms");
+            now = now.after(Duration::from_millis(length));
+        }
+        // The shortage is over: the one more has its connection.
+        assert_eq!((start_all(&mut limits, 200, now), limits.in_flight()), (1, 25));
+        for (ended, in_flight) in [(25, 49), (49, 64), (64, 64)] {
+            now = now.after(Duration::from_millis(5));
+            (0..ended).for_each(|_| limits.finish("slow", Duration::from_millis(5), now));
+            assert!(!limits.is_short("slow"));
+            start_all(&mut limits, 200, now);
+            assert_eq!(limits.in_flight(), in_flight);
+        }
+    }
+
+    #[test]
+    fn an_endpoint_without_any_connection_is_silent_until_one_attempt_ends() {
+        let mut limits = Limits::new(100);
+        let held = fill(&mut limits, "a", 64);
+        assert!(limits.start("a", 64, NOW));
+        limits.put_off("a", NOW);
+        let mut now = NOW;
+        for _ in 0..3 {
+            now = now.after(PAUSE_MAX);
+            assert_eq!(start_all_of(&mut limits, "a", 64, now), 1, "one tries");
+            limits.put_off("a", now);
+            assert_eq!(limits.admit("a", 64, now), Admission::Hold, "nobody waits behind it");
+        }
+        now = now.after(PAUSE_MAX);
+        assert!(limits.start("a", 64, now));
+        limits.finish("a", Duration::from_millis(1), now);
+        assert_eq!((limits.total(), limits.admit("a", 64, now)), (held - 1, Admission::Admitted));
+    }
+
+    #[test]
     fn a_setting_of_none_is_one() {
         assert!(Limits::new(10).start("a", 0, NOW));
     }
 
     proptest! {
         #[test]
-        fn counts_stay_true(moves in prop::collection::vec((0..4_u8, 0..3_u8), 0..300)) {
+        fn counts_stay_true(moves in prop::collection::vec((0..5_u8, 0..3_u8), 0..300)) {
             let mut limits = Limits::new(50);
             let mut waiting = [0_usize; 3];
             let mut flying = [0_usize; 3];
@@ -351,6 +453,7 @@ mod tests {
                     0 => waiting[i] += usize::from(limits.admit(&name, 5, NOW) == Admission::Admitted),
                     1 if waiting[i] > 0 && limits.start(&name, 5, NOW) => { waiting[i] -= 1; flying[i] += 1; }
                     2 if flying[i] > 0 => { limits.finish(&name, Duration::from_millis(1), NOW); flying[i] -= 1; }
+                    4 if flying[i] > 0 => { limits.put_off(&name, NOW); flying[i] -= 1; waiting[i] += 1; }
                     3 if waiting[i] > 0 => { limits.leave(&name); waiting[i] -= 1; }
                     _ => {}
                 }

@@ -1,33 +1,55 @@
 //! Kept connections, by origin: the one used last is used next, so that the others grow old and go.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::connect::{Connector, Names};
+use super::budget::{Budget, Place};
+use super::connect::{Connector, Names, NotConnected};
 use super::connection::Connection;
 use super::target::Origin;
+use crate::shortage::Shortage;
 
-/// All connections that lay idle for too long are closed about this often.
-const SWEEP: Duration = Duration::from_secs(5);
+/// How often idle connections are looked through. A receiver that closes one waits for us that long at most, and
+/// for [`UNDOUBTED`].
+pub(super) const SWEEP: Duration = Duration::from_secs(3);
+
+/// A connection that was in use so lately is not looked at.
+const UNDOUBTED: Duration = Duration::from_secs(1);
 
 /// After this long in idleness the system is asked once more whether the other side has closed.
 const DOUBTED_AFTER: Duration = Duration::from_millis(2);
 
+/// When idle connections must make room, one in so many goes, so that the search for the oldest pays for many.
+const CLOSED_AT_ONCE: usize = 16;
+
+/// How many connections there may be, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    /// Open at once, over all origins.
+    pub(super) open: usize,
+    /// Idle at once, over all origins, and of one.
+    pub(super) idle: usize,
+    pub(super) idle_of_origin: usize,
+    /// How long one is kept idle.
+    pub(super) idle_for: Duration,
+}
+
 /// Kept connections to all origins. Times are since the start of the process's deliveries.
 pub(super) struct Pool {
     connector: Connector,
-    idle_max: usize,
-    idle_for: Duration,
+    bounds: Bounds,
+    budget: Arc<Budget>,
     hosts: Mutex<HashMap<Origin, Arc<Host>>>,
-    next_sweep_ms: AtomicU64,
 }
 
 /// One origin's connections that are not in use.
 pub(super) struct Host {
     origin: Origin,
     names: Arc<Names>,
+    /// Open ones, in use and idle.
+    open: Arc<AtomicUsize>,
     idle: Mutex<Vec<Idle>>,
 }
 
@@ -37,9 +59,16 @@ struct Idle {
     until: Duration,
 }
 
+impl Host {
+    fn in_use(&self) -> usize {
+        let idle = lock(&self.idle).len();
+        self.open.load(Ordering::Relaxed).saturating_sub(idle)
+    }
+}
+
 impl Pool {
-    pub(super) fn new(connector: Connector, idle_max: usize, idle_for: Duration) -> Pool {
-        Pool { connector, idle_max, idle_for, hosts: Mutex::default(), next_sweep_ms: AtomicU64::new(0) }
+    pub(super) fn new(connector: Connector, bounds: Bounds) -> Pool {
+        Pool { connector, bounds, budget: Budget::new(bounds.open), hosts: Mutex::default() }
     }
 
     /// The place of an origin's connections.
@@ -48,17 +77,21 @@ impl Pool {
         if let Some(host) = hosts.get(origin) {
             return Arc::clone(host);
         }
-        let host = Arc::new(Host { origin: origin.clone(), names: Arc::default(), idle: Mutex::default() });
+        let host = Arc::new(Host {
+            origin: origin.clone(),
+            names: Arc::default(),
+            open: Arc::default(),
+            idle: Mutex::default(),
+        });
         hosts.insert(origin.clone(), Arc::clone(&host));
         host
     }
 
     /// A kept connection that is still open, as far as can be known; the others on the way are dropped.
     pub(super) async fn take(&self, host: &Host, now: Duration) -> Option<Connection> {
-        self.sweep(now);
         let mut asked = false;
         loop {
-            let mut idle = lock(&host.idle).pop()?;
+            let mut idle = self.pop(host)?;
             if now >= idle.until {
                 continue;
             }
@@ -68,56 +101,129 @@ impl Pool {
                 tokio::task::yield_now().await;
                 asked = true;
             }
-            if idle.connection.is_usable().await {
+            if idle.connection.is_usable() {
                 return Some(idle.connection);
             }
         }
     }
 
+    fn pop(&self, host: &Host) -> Option<Idle> {
+        let mut kept = lock(&host.idle);
+        let idle = kept.pop()?;
+        self.budget.leave_rest(1);
+        Some(idle)
+    }
+
     /// A new connection.
-    pub(super) async fn connect(&self, host: &Host, within: Duration) -> Result<Connection, String> {
-        self.connector.connect(&host.origin, &host.names, within).await
+    ///
+    /// # Errors
+    /// [`NotConnected`]: this process is short of something, or the receiver can't be reached.
+    pub(super) async fn connect(&self, host: &Host, within: Duration) -> Result<Connection, NotConnected> {
+        let place = self.place(host).map_err(NotConnected::Short)?;
+        self.connector.connect(&host.origin, &host.names, place, within).await
+    }
+
+    /// A place for a new connection; when all are taken, the oldest idle connections make room.
+    fn place(&self, host: &Host) -> Result<Arc<Place>, Shortage> {
+        let short = || Shortage::of_budget(self.budget.max());
+        if !self.budget.has_share(host.in_use()) {
+            return Err(short());
+        }
+        if let Some(place) = self.budget.take(&host.open) {
+            return Ok(place);
+        }
+        self.close_oldest();
+        self.budget.take(&host.open).ok_or_else(short)
     }
 
     /// Keeps a connection whose last answer was read to its end. `told` is how long the receiver
     /// says that it keeps it.
-    pub(super) async fn give_back(
+    pub(super) fn give_back(
         &self,
         host: &Host,
         mut connection: Connection,
         now: Duration,
         told: Option<Duration>,
     ) {
-        if !connection.is_ready() && !connection.is_usable().await {
+        if !connection.is_ready() && !connection.is_usable() {
             return;
         }
+        if self.budget.idle() >= self.bounds.idle {
+            self.close_oldest();
+        }
         // Sooner than the receiver, so that its close does not cross our next request.
-        let idle_for = told.map_or(self.idle_for, |told| self.idle_for.min(told.mul_f64(0.75)));
+        let idle_for = self.bounds.idle_for;
+        let idle_for = told.map_or(idle_for, |told| idle_for.min(told.mul_f64(0.75)));
         let mut idle = lock(&host.idle);
-        if idle.len() < self.idle_max {
+        if idle.len() < self.bounds.idle_of_origin {
             idle.push(Idle { connection, since: now, until: now + idle_for });
+            self.budget.rests();
         }
     }
 
-    /// Closes what has been idle for too long and forgets origins that nobody uses, every now and then.
-    fn sweep(&self, now: Duration) {
-        let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-        if now_ms < self.next_sweep_ms.load(Ordering::Relaxed) {
+    /// Closes what has been idle for too long and what the other side has closed, and forgets origins that nobody
+    /// uses. To be called every [`SWEEP`].
+    pub(super) async fn sweep(&self, now: Duration) {
+        for host in self.hosts() {
+            // Without the bound on what a task may do at a time, at which a closed connection seems open.
+            tokio::task::unconstrained(async {
+                self.retain(&host, |idle| {
+                    let doubted = now.saturating_sub(idle.since) >= UNDOUBTED;
+                    now < idle.until && (!doubted || idle.connection.is_usable())
+                });
+            })
+            .await;
+            // Others have their turn between two origins.
+            tokio::task::yield_now().await;
+        }
+        lock(&self.hosts).retain(|_, host| Arc::strong_count(host) > 1 || !lock(&host.idle).is_empty());
+    }
+
+    /// Closes a part of the idle connections: those that have not been used for longest.
+    fn close_oldest(&self) {
+        let hosts = self.hosts();
+        let mut since: Vec<Duration> = Vec::new();
+        for host in &hosts {
+            since.extend(lock(&host.idle).iter().map(|idle| idle.since));
+        }
+        if since.is_empty() {
             return;
         }
-        let next = now_ms.saturating_add(u64::try_from(SWEEP.as_millis()).unwrap_or(u64::MAX));
-        self.next_sweep_ms.store(next, Ordering::Relaxed);
-        lock(&self.hosts).retain(|_, host| {
-            let mut idle = lock(&host.idle);
-            idle.retain(|idle| now < idle.until);
-            !idle.is_empty() || Arc::strong_count(host) > 1
-        });
+        let mut left = since.len().div_ceil(CLOSED_AT_ONCE);
+        let (_, last, _) = since.select_nth_unstable(left - 1);
+        for host in &hosts {
+            self.retain(host, |idle| {
+                let goes = idle.since <= *last && left > 0;
+                left -= usize::from(goes);
+                !goes
+            });
+        }
+    }
+
+    /// Closes those idle connections of an origin that `stays` says no of.
+    fn retain(&self, host: &Host, stays: impl FnMut(&mut Idle) -> bool) {
+        let mut idle = lock(&host.idle);
+        let before = idle.len();
+        idle.retain_mut(stays);
+        self.budget.leave_rest(before - idle.len());
+    }
+
+    fn hosts(&self) -> Vec<Arc<Host>> {
+        lock(&self.hosts).values().cloned().collect()
+    }
+
+    /// How many connections are open, in use or idle.
+    #[cfg(test)]
+    pub(super) fn open(&self) -> usize {
+        self.budget.in_use() + self.budget.idle()
     }
 
     /// How many connections are kept, over all origins.
     #[cfg(test)]
     pub(super) fn idle(&self) -> usize {
-        lock(&self.hosts).values().map(|host| lock(&host.idle).len()).sum()
+        let counted = self.hosts().iter().map(|host| lock(&host.idle).len()).sum();
+        assert_eq!(counted, self.budget.idle(), "the budget counts the same");
+        counted
     }
 }
 

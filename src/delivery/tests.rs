@@ -5,6 +5,7 @@ mod calls;
 mod connections;
 mod hostile;
 mod receiver;
+mod shortages;
 mod tls;
 
 use super::*;
@@ -46,25 +47,42 @@ fn with_options(clock: Clock, options: DeliveryOptions) -> Delivery {
     Delivery::new(clock, installation, options).unwrap()
 }
 
+/// A delivery whose TCP connections are opened as `dial` says.
+fn dialling(dial: connect::Dial) -> Delivery {
+    let (clock, options) = (Clock::system(), DeliveryOptions::default());
+    let connector = Connector::new(None, AddressRule::default(), clock.stopwatch()).unwrap();
+    Delivery::over(connector.dialling(dial), clock.stopwatch(), clock, Uuid::nil(), &options)
+}
+
 /// Delivers with a deadline that only a defect reaches.
 async fn deliver(delivery: &Delivery, url: &str) -> Outcome {
-    delivery.deliver(&ticket(7), &endpoint(url, 10 * SLACK)).await
+    delivery.deliver(&ticket(7), &endpoint(url, 10 * SLACK)).await.unwrap()
 }
 
 /// Delivers with the short deadline, and asserts that it was kept.
 async fn deliver_soon(delivery: &Delivery, url: &str) -> Outcome {
     let watch = Clock::system().stopwatch();
-    let outcome = delivery.deliver(&ticket(7), &endpoint(url, DEADLINE)).await;
+    let outcome = delivery.deliver(&ticket(7), &endpoint(url, DEADLINE)).await.unwrap();
     assert!(watch.elapsed() < DEADLINE + SLACK, "took {:?}", watch.elapsed());
     outcome
 }
 
+fn network(delivery: &Delivery) -> &Network {
+    match &delivery.way {
+        Way::Network(network) => network,
+        Way::Script(_) => panic!("a script has no network"),
+    }
+}
+
 /// How many connections a delivery keeps.
 fn idle(delivery: &Delivery) -> usize {
-    match &delivery.way {
-        Way::Network(network) => network.pool.idle(),
-        Way::Script(_) => 0,
-    }
+    network(delivery).pool.idle()
+}
+
+/// What its timer does every few seconds.
+async fn sweep(delivery: &Delivery) {
+    let network = network(delivery);
+    network.pool.sweep(network.watch.elapsed()).await;
 }
 
 #[tokio::test]
@@ -72,7 +90,7 @@ async fn a_script_stands_in_for_the_network() {
     let script: Script = Arc::new(|ticket, endpoint| {
         Box::pin(async move {
             let progress = Progress { status: Some(202), ..Progress::new(Duration::ZERO) };
-            outcome(&endpoint, ticket.created_at, progress, Ok(()))
+            Ok(outcome(&endpoint, ticket.created_at, progress, Ok(())))
         })
     });
     let delivery = Delivery::scripted(Clock::system(), script);

@@ -126,6 +126,14 @@ pub const METRICS: &[Metric] = &[
         "messages that the janitor gave back: instance_died, batch_orphaned, ticket_lost",
     ),
     metric(
+        Counter,
+        "ams_put_off_total",
+        "connections",
+        &["of"],
+        "connections to receivers or from clients of the API that had to wait because this process was short of \
+         descriptors, ports or memory; none of them is an attempt",
+    ),
+    metric(
         Gauge,
         "ams_part_up",
         "0 or 1",

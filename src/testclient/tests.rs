@@ -54,7 +54,7 @@ async fn send(delivery: &Delivery, url: &str, id: i64) -> Outcome {
         due_at: None,
     };
     let endpoint = Endpoint { timeout: Duration::from_millis(300), ..Endpoint::new("default", url) };
-    delivery.deliver(&ticket, &endpoint).await
+    delivery.deliver(&ticket, &endpoint).await.unwrap()
 }
 
 #[tokio::test]

@@ -21,6 +21,8 @@ pub struct Rates {
     pub after: u32,
     pub crash: u32,
     pub outage: u32,
+    /// In thousandths of attempts.
+    pub short: u32,
 }
 
 /// Decides the fate of each call, and remembers how often.
@@ -57,6 +59,11 @@ impl Faults {
             self.crashed.notify_one();
             std::future::pending::<()>().await;
         }
+    }
+
+    /// Whether the process is short of what this attempt needs.
+    pub fn is_short(&self) -> bool {
+        self.happens(self.rates.short)
     }
 
     /// Whether the store is away; it leaves for up to half a minute, so that leases run out and others do not.

@@ -15,6 +15,7 @@ use ams::producer::{Producer, ProducerOptions};
 use ams::queue::embedded::EmbeddedQueue;
 use ams::retry::Lane;
 use ams::service::{Directory, Parts, Presence};
+use ams::shortage::{Resource, Shortage};
 use ams::store::sqlite::SqliteStore;
 use ams::store::{Endpoint, Store};
 use ams::telemetry::Metrics;
@@ -84,7 +85,8 @@ impl World {
         fastrand::seed(seed);
         let calm = fastrand::u32(0..4) == 0;
         let rate = |max| if calm { 0 } else { fastrand::u32(0..=max) };
-        let rates = Rates { before: rate(20), after: rate(20), crash: rate(4), outage: rate(2) };
+        let rates =
+            Rates { before: rate(20), after: rate(20), crash: rate(4), outage: rate(2), short: rate(300) };
         World {
             store: Arc::new(SqliteStore::in_memory().unwrap()),
             receivers: Arc::default(),
@@ -246,6 +248,12 @@ impl World {
                 if row.epoch == ticket.epoch && row.due_at.or(row.send_at) > Some(clock.now()) {
                     receivers.lock().unwrap().early.push(format!("{row:?} was tried at {}", clock.now()));
                 }
+                if faults.is_short() {
+                    return Err(Shortage {
+                        of: Resource::Descriptors,
+                        why: "the simulation took them".into(),
+                    });
+                }
                 *receivers.lock().unwrap().tried.entry(ticket.id).or_default() += 1;
                 faults.maybe_crash().await;
                 let took = Duration::from_millis(fastrand::u64(0..200));
@@ -265,7 +273,7 @@ impl World {
                     }
                 }
                 faults.maybe_crash().await;
-                Outcome { started_at: clock.now(), ..outcome(class) }
+                Ok(Outcome { started_at: clock.now(), ..outcome(class) })
             })
         })
     }

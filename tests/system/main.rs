@@ -18,4 +18,5 @@ mod observed;
 mod operator;
 mod proxy;
 mod quickstart;
+mod shortage;
 mod upgrade;

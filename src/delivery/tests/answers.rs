@@ -28,7 +28,7 @@ async fn the_signature_covers_the_bytes_that_arrive() {
     let receiver = Receiver::answering("HTTP/1.1 204 No Content\r\n\r\n").await;
     let secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
     let signed = Endpoint { secret: Some(secret.into()), ..endpoint(&receiver.url, SLACK) };
-    delivery().deliver(&ticket(7), &signed).await;
+    delivery().deliver(&ticket(7), &signed).await.unwrap();
     let request = receiver.requests().remove(0);
     let (head, body) = request.split_once("\r\n\r\n").unwrap();
     let header = |name: &str| {
@@ -130,7 +130,7 @@ async fn what_can_not_be_asked_for_makes_no_connection() {
         (&ticket(7), &with_user, "a user name or password"),
         (&reserved, &good, "`host`"),
     ] {
-        let outcome = delivery().deliver(ticket, endpoint).await;
+        let outcome = delivery().deliver(ticket, endpoint).await.unwrap();
         assert_eq!((outcome.class, outcome.status), (Class::Invalid, None));
         assert!(outcome.error.as_ref().unwrap().contains(why), "{outcome:?}");
         assert_eq!(outcome.address, endpoint.url.replace("user:planted", "(hidden)"));

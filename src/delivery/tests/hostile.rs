@@ -199,7 +199,7 @@ async fn an_answer_before_the_request_was_read_counts() {
     .await;
     let large = Ticket { content: "x".repeat(20_000_000), ..ticket(7) };
     let delivery = delivery();
-    let outcome = delivery.deliver(&large, &endpoint(&receiver.url, 10 * SLACK)).await;
+    let outcome = delivery.deliver(&large, &endpoint(&receiver.url, 10 * SLACK)).await.unwrap();
     assert_eq!((outcome.status, outcome.answer.as_str()), (Some(413), "big"));
     assert_ended(&receiver, &delivery, &outcome, Class::Rejected, "").await;
 }

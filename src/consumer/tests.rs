@@ -1,0 +1,241 @@
+//! A consumer on embedded parts whose deliveries a script makes up.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::sync::Notify;
+
+use super::*;
+use crate::cache::memory::MemoryCache;
+use crate::clock::{Clock, Timestamp};
+use crate::delivery::Script;
+use crate::message::{Class, MessageId, NewMessage, Outcome, Status, Ticket, Times};
+use crate::producer::{Producer, ProducerOptions};
+use crate::queue::embedded::EmbeddedQueue;
+use crate::service::{Directory, Presence};
+use crate::shortage::{Resource, Shortage};
+use crate::store::sqlite::SqliteStore;
+use crate::store::{Endpoint, Store};
+
+const COUNT: i64 = 100;
+
+/// A store with endpoints and messages, and what a process needs beside it.
+struct Bench {
+    parts: Parts,
+    lane: Lane,
+}
+
+impl Bench {
+    /// `COUNT` messages for each of these endpoints.
+    async fn new(endpoints: &[Endpoint]) -> Bench {
+        let clock = Clock::virtual_from(Timestamp::EPOCH);
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
+        for endpoint in endpoints {
+            store.put_endpoint(endpoint).await.unwrap();
+            let message = NewMessage {
+                recipient: "+90".into(),
+                content: "Hello".into(),
+                endpoint: Some(endpoint.name.clone()),
+                ..NewMessage::default()
+            };
+            let messages: Vec<_> = (0..COUNT).map(|_| message.clone()).collect();
+            store.insert(&messages, clock.now()).await.unwrap();
+        }
+        let parts = Parts {
+            presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "test")),
+            directory: Arc::new(Directory::new(Arc::clone(&store))),
+            queue: Arc::new(EmbeddedQueue::new(1, clock.clone())),
+            cache: Arc::new(MemoryCache::new()),
+            metrics: Arc::default(),
+            clock,
+            store,
+        };
+        parts.presence.renew().await.unwrap();
+        parts.directory.refresh().await.unwrap();
+        let lane = Lane {
+            topic: "messages".into(),
+            group: "group".into(),
+            next: "messages-retry".into(),
+            fresh: true,
+            tries: 1,
+            interval: Duration::from_secs(3),
+            interval_max: Duration::from_secs(3),
+        };
+        Bench { parts, lane }
+    }
+
+    /// Works until `done`, then stops cleanly.
+    async fn run(&self, script: Script, done: impl Future<Output = ()>) {
+        let (stop, alive) = (CancellationToken::new(), CancellationToken::new());
+        let options = ProducerOptions {
+            fresh_lane: self.lane.topic.clone(),
+            batch: 1_000,
+            room: 1_000,
+            poll: Duration::from_millis(100),
+            pacing: None,
+        };
+        let mut producer = Some(Producer::new(self.parts.clone(), options));
+        let delivery = Arc::new(Delivery::scripted(self.parts.clock.clone(), script));
+        let consumer =
+            ConsumerOptions { lane: self.lane.clone(), window: 1_000, drain: Duration::from_secs(30) };
+        let wake = Notify::new();
+        let work = async {
+            tokio::join!(
+                producer.take().unwrap().run(&stop, &wake),
+                run(self.parts.clone(), delivery, consumer, &stop),
+            );
+            alive.cancel();
+        };
+        let until = async {
+            tokio::time::timeout(Duration::from_secs(600), done).await.expect("it is done in time");
+            stop.cancel();
+        };
+        tokio::join!(work, until, self.parts.presence.run(&alive), self.parts.directory.run(&alive));
+    }
+
+    /// Waits until so many messages have this status.
+    async fn until(&self, status: Status, count: usize) {
+        let mut tick = tokio::time::interval(Duration::from_millis(100));
+        while self.with(status).await < count {
+            tick.tick().await;
+        }
+    }
+
+    async fn with(&self, status: Status) -> usize {
+        let all: Vec<_> = (1..=2 * COUNT).map(MessageId).collect();
+        let messages = self.parts.store.messages(&all).await.unwrap();
+        messages.iter().filter(|message| message.status == status).count()
+    }
+}
+
+fn accepted(clock: &Clock) -> Outcome {
+    Outcome {
+        class: Class::Accepted,
+        status: Some(200),
+        address: "http://localhost:3000/".into(),
+        error: None,
+        answer: String::new(),
+        provider_message_id: None,
+        provider_message: None,
+        retry_after_ms: None,
+        started_at: clock.now(),
+        times: Times::default(),
+    }
+}
+
+fn no_descriptor() -> Shortage {
+    Shortage { of: Resource::Descriptors, why: "the test took them".to_owned() }
+}
+
+/// Takes so long that others can end meanwhile.
+async fn take(millis: u64) {
+    let _ = tokio::time::timeout(Duration::from_millis(millis), std::future::pending::<()>()).await;
+}
+
+/// A receiver to which only so many connections can be had at once; it notes in which order messages came.
+fn scarce(clock: &Clock, connections: usize, came: &Arc<Mutex<Vec<i64>>>) -> Script {
+    let (clock, came, open) = (clock.clone(), Arc::clone(came), Arc::new(AtomicUsize::new(0)));
+    Arc::new(move |ticket: Ticket, _| {
+        let (clock, came, open) = (clock.clone(), Arc::clone(&came), Arc::clone(&open));
+        Box::pin(async move {
+            if open.fetch_add(1, Ordering::SeqCst) >= connections {
+                open.fetch_sub(1, Ordering::SeqCst);
+                return Err(no_descriptor());
+            }
+            came.lock().unwrap().push(ticket.id.0);
+            take(50).await;
+            open.fetch_sub(1, Ordering::SeqCst);
+            Ok(accepted(&clock))
+        })
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_that_could_not_be_tried_waits_in_its_turn_and_no_attempt_is_recorded() {
+    for connections in [1, 7] {
+        let bench = Bench::new(&[Endpoint::new("default", "http://localhost:3000")]).await;
+        let came = Arc::default();
+        let script = scarce(&bench.parts.clock, connections, &came);
+        bench.run(script, bench.until(Status::Sent, COUNT as usize)).await;
+        let came = came.lock().unwrap().clone();
+        let mut sorted = came.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, (1..=COUNT).collect::<Vec<_>>(), "each came once");
+        if connections == 1 {
+            assert_eq!(came, sorted, "in their order");
+        }
+        for id in 1..=COUNT {
+            let attempts = bench.parts.store.attempts(MessageId(id)).await.unwrap();
+            assert_eq!(attempts.iter().map(|a| a.class).collect::<Vec<_>>(), [Class::Accepted], "{id}");
+        }
+        let metrics = bench.parts.metrics.encode();
+        assert!(!metrics.contains("ams_put_off_total{of=\"descriptors\"} 0"), "{metrics}");
+        assert!(metrics.contains("verdict=\"released\"} 0"), "nothing was written for it: {metrics}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lasting_shortage_costs_few_attempts_and_is_over_when_it_is_over() {
+    let bench = Bench::new(&[Endpoint::new("default", "http://localhost:3000")]).await;
+    let (clock, asked) = (bench.parts.clock.clone(), Arc::new(AtomicUsize::new(0)));
+    let back = clock.now().after(Duration::from_secs(120));
+    let script: Script = {
+        let (clock, asked) = (clock.clone(), Arc::clone(&asked));
+        Arc::new(move |_, _| {
+            let clock = clock.clone();
+            asked.fetch_add(1, Ordering::SeqCst);
+            let tried = if clock.now() < back { Err(no_descriptor()) } else { Ok(accepted(&clock)) };
+            Box::pin(std::future::ready(tried))
+        })
+    };
+    let done = async {
+        take(110_000).await;
+        let lasting = bench.parts.metrics.shortages(clock.now());
+        assert_eq!(lasting.len(), 1, "it is shown all the time");
+        assert!(clock.now().since(lasting[0].since) > Duration::from_secs(100), "{lasting:?}");
+        let asked = asked.load(Ordering::SeqCst);
+        assert!((50..300).contains(&asked), "{asked} in 110 s");
+        bench.until(Status::Sent, COUNT as usize).await;
+        assert!(clock.now().since(back) < Duration::from_secs(5), "it goes on soon");
+        take(6_000).await;
+        assert_eq!(bench.parts.metrics.shortages(clock.now()), []);
+    };
+    bench.run(script, done).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_without_ports_does_not_hold_up_another() {
+    let endpoints = ["short", "well"].map(|name| Endpoint::new(name, "http://localhost:3000"));
+    let bench = Bench::new(&endpoints).await;
+    let clock = bench.parts.clock.clone();
+    let script: Script = {
+        let clock = clock.clone();
+        Arc::new(move |_, endpoint| {
+            let clock = clock.clone();
+            Box::pin(async move {
+                take(5).await;
+                if endpoint.name == "well" { Ok(accepted(&clock)) } else { Err(no_descriptor()) }
+            })
+        })
+    };
+    let start = clock.now();
+    bench.run(script, bench.until(Status::Sent, COUNT as usize)).await;
+    assert!(clock.now().since(start) < Duration::from_secs(5), "took {:?}", clock.now().since(start));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_gives_back_what_waits_for_a_shortage_to_end() {
+    let bench = Bench::new(&[Endpoint::new("default", "http://localhost:3000")]).await;
+    let script: Script = Arc::new(|_, _| Box::pin(std::future::ready(Err(no_descriptor()))));
+    bench.run(script, bench.until(Status::Processing, 64)).await;
+    assert_eq!(bench.with(Status::Processing).await, 0);
+    for id in 1..=COUNT {
+        assert_eq!(bench.parts.store.attempts(MessageId(id)).await.unwrap(), [], "{id}");
+    }
+    // The next process sends them all.
+    let came = Arc::default();
+    let script = scarce(&bench.parts.clock, 10, &came);
+    bench.run(script, bench.until(Status::Sent, COUNT as usize)).await;
+    assert_eq!(came.lock().unwrap().len(), COUNT as usize);
+}
