@@ -10,7 +10,9 @@ mod begin;
 mod busy;
 mod desk;
 mod early;
+mod heartbeat;
 mod recorder;
+mod unreadable;
 
 use std::time::Duration;
 
@@ -23,6 +25,7 @@ use crate::retry::Lane;
 use crate::service::{self, Parts};
 
 use desk::Desk;
+use heartbeat::Heartbeat;
 
 pub(crate) use recorder::publish_dead_letters;
 
@@ -50,12 +53,28 @@ pub async fn run(
     if service::persist(&name, stop, || register(&parts, lane)).await.is_none() {
         return;
     }
-    let Some(subscription) = service::persist(&name, stop, || subscribe(&parts, &options)).await else {
-        return;
+    // Ends with the work, which may end by itself.
+    let reads = stop.child_token();
+    let heartbeat = Heartbeat::new(parts.clone(), lane.clone());
+    let work = async {
+        if let Some(subscription) = service::persist(&name, stop, || subscribe(&parts, &options)).await {
+            work(&parts, delivery, &options, subscription, stop).await;
+        }
+        reads.cancel();
     };
+    tokio::join!(work, heartbeat.run(&reads));
+}
+
+async fn work(
+    parts: &Parts,
+    delivery: std::sync::Arc<Delivery>,
+    options: &ConsumerOptions,
+    subscription: Subscription,
+    stop: &CancellationToken,
+) {
     let (records, taken) = mpsc::unbounded_channel();
     let (recorded, written) = mpsc::unbounded_channel();
-    let metrics = parts.metrics.lane(&lane.topic);
+    let metrics = parts.metrics.lane(&options.lane.topic);
     let recorder = recorder::run(parts.clone(), metrics.clone(), taken, recorded);
     let desk = Desk::new(parts.clone(), metrics, delivery, options.clone(), subscription, records);
     let (desk_done, ()) = tokio::join!(desk.run(written, stop), recorder);
@@ -63,6 +82,8 @@ pub async fn run(
 }
 
 async fn register(parts: &Parts, lane: &Lane) -> Result<(), crate::store::StoreError> {
+    // Said first: settings of a group that nobody has heard of would be replaced.
+    heartbeat::say(parts, lane).await?;
     if let Some(before) = parts.store.put_lane(lane, parts.clock.now()).await? {
         tracing::warn!(
             lane = lane.topic,

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Timestamp;
@@ -43,6 +44,8 @@ pub struct Janitor {
     parts: Parts,
     leading: watch::Receiver<Option<Reign>>,
     rounds: u64,
+    /// Dead letters on their way: their lane may be slow or gone, and the rest of the round must not wait for it.
+    letters: Option<JoinHandle<()>>,
 }
 
 impl Service for Janitor {
@@ -70,7 +73,7 @@ impl Janitor {
         for why in [DIED, ORPHANED, LOST] {
             parts.metrics.recovered(why, 0);
         }
-        Janitor { parts, leading, rounds: 0 }
+        Janitor { parts, leading, rounds: 0, letters: None }
     }
 
     /// Works until `stop`.
@@ -151,7 +154,7 @@ impl Janitor {
         let mut depths = BTreeMap::new();
         for lane in &directory.lanes {
             if batches.iter().any(|batch| batch.lane == lane.topic) {
-                match self.parts.queue.depth(&lane.topic, &lane.group).await {
+                match self.parts.depth(lane).await {
                     Ok(depth) => drop(depths.insert(lane.topic.clone(), depth)),
                     Err(error) => tracing::debug!("the depth of {} is unknown: {error}", lane.topic),
                 }
@@ -160,13 +163,16 @@ impl Janitor {
         depths
     }
 
-    async fn publish_left_letters(&self, now: Timestamp) -> Result<(), StoreError> {
+    async fn publish_left_letters(&mut self, now: Timestamp) -> Result<(), StoreError> {
+        if self.letters.as_ref().is_some_and(|letters| !letters.is_finished()) {
+            return Ok(());
+        }
         let before = Timestamp::from_micros(
             now.as_micros() - i64::try_from(DEAD_LETTER_AGE.as_micros()).unwrap_or(i64::MAX),
         );
         let letters = self.parts.store.dead_letters(before, 1_000).await?;
         if !letters.is_empty() {
-            publish_dead_letters(self.parts.clone(), letters).await;
+            self.letters = Some(tokio::spawn(publish_dead_letters(self.parts.clone(), letters)));
         }
         Ok(())
     }

@@ -10,6 +10,8 @@ pub mod embedded;
 pub mod kafka;
 mod watermark;
 
+use std::collections::BTreeMap;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -25,6 +27,9 @@ pub enum QueueError {
     /// The broker can't be reached or did not answer in time; the call may have happened. Try again.
     #[error("the queue is unavailable: {0}")]
     Unavailable(String),
+    /// The lane takes no record as large as one of these: repeating it is useless, a smaller one may go.
+    #[error("a record is too large for the lane: {0}")]
+    TooLarge(String),
     /// The broker refused this: repeating it is useless until somebody mends what the sentence names.
     #[error("the queue refused: {0}")]
     Refused(String),
@@ -32,6 +37,11 @@ pub enum QueueError {
 
 /// The result of a queue call.
 pub type Result<T> = std::result::Result<T, QueueError>;
+
+/// The largest record of a lane, in bytes: a content of 1 MiB may grow six times when JSON escapes it.
+pub const RECORD_MAX: usize = 8 << 20;
+/// What a consumer is given of a record that is larger, in bytes: enough to see what it is. Any lane takes so much.
+pub const RECORD_CUT: usize = 64 << 10;
 
 /// One record to publish.
 #[derive(Clone, Debug)]
@@ -49,6 +59,15 @@ pub struct Taken {
     pub published_at: Timestamp,
     pub key: Bytes,
     pub value: Bytes,
+    /// Bytes of the value as it was published: more than `value` has when it was too large for a lane and was cut.
+    pub size: usize,
+}
+
+impl Taken {
+    /// Whether only the start of the value is here.
+    pub fn is_cut(&self) -> bool {
+        self.size > self.value.len()
+    }
 }
 
 /// Names a taken record to the subscription that gave it.
@@ -91,6 +110,18 @@ pub struct Depth {
     pub end: i64,
 }
 
+/// Of several groups' depths of one lane, the furthest position in each partition. Every group takes each ticket,
+/// and the first to come begins it: what one of them has passed, none has still to begin.
+pub fn furthest(groups: impl IntoIterator<Item = Vec<Depth>>) -> Vec<Depth> {
+    let mut furthest = BTreeMap::<i32, Depth>::new();
+    for depth in groups.into_iter().flatten() {
+        let known = furthest.entry(depth.partition).or_insert(depth);
+        known.position = known.position.max(depth.position);
+        known.end = known.end.max(depth.end);
+    }
+    furthest.into_values().collect()
+}
+
 /// The queue.
 #[async_trait]
 pub trait Queue: Send + Sync + 'static {
@@ -113,4 +144,20 @@ pub trait Queue: Send + Sync + 'static {
 
     /// Whether the broker answers.
     async fn ping(&self) -> Result<()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_furthest_group_of_each_partition_counts() {
+        let depth = |partition, position, end| Depth { partition, position, end };
+        let (ours, theirs) = (vec![depth(0, 5, 9), depth(1, 2, 2)], vec![depth(0, 3, 10), depth(2, 1, 4)]);
+        for groups in [vec![ours.clone(), theirs.clone()], vec![theirs, ours.clone()]] {
+            assert_eq!(furthest(groups), [depth(0, 5, 10), depth(1, 2, 2), depth(2, 1, 4)]);
+        }
+        assert_eq!(furthest([ours.clone()]), ours);
+        assert_eq!(furthest([]), []);
+    }
 }

@@ -17,7 +17,7 @@ pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(24 * 3600);
 pub struct Lane {
     /// The topic it reads.
     pub topic: String,
-    /// The consumer group that reads it; its positions tell the producer how much room the lane has.
+    /// The consumer group of the consumer that registered it; see [`LaneGroup`] for all that read it.
     pub group: String,
     /// Where a message goes once this lane's tries are used up.
     pub next: String,
@@ -29,6 +29,28 @@ pub struct Lane {
     pub interval: Duration,
     /// No wait is longer.
     pub interval_max: Duration,
+}
+
+/// A consumer group of a lane, as one of its consumers last said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LaneGroup {
+    /// The lane it reads.
+    pub topic: String,
+    /// Its name at the broker.
+    pub group: String,
+    /// When one of its consumers was last heard of.
+    pub seen_at: Timestamp,
+}
+
+impl LaneGroup {
+    /// The groups of `topic` that are alive: those heard of within `lease` of the one heard of last. When all
+    /// are silent, that is those that fell silent last. Empty when none was ever heard of.
+    pub fn living<'a>(groups: &'a [LaneGroup], topic: &str, lease: Duration) -> Vec<&'a str> {
+        let of_lane = || groups.iter().filter(|group| group.topic == topic);
+        let Some(newest) = of_lane().map(|group| group.seen_at).max() else { return Vec::new() };
+        let living = of_lane().filter(|group| newest.since(group.seen_at) < lease);
+        living.map(|group| group.group.as_str()).collect()
+    }
 }
 
 impl Lane {
@@ -261,5 +283,23 @@ pub(crate) mod tests {
             }
             prop_assert!(lane_try <= tries);
         }
+    }
+
+    #[test]
+    fn groups_that_are_silent_for_a_lease_do_not_count_beside_others() {
+        let seen = |topic: &str, group: &str, second: u64| LaneGroup {
+            topic: topic.into(),
+            group: group.into(),
+            seen_at: Timestamp::EPOCH.after(Duration::from_secs(second)),
+        };
+        let lease = Duration::from_secs(10);
+        let (ours, theirs) = (seen("a", "ours", 109), seen("a", "theirs", 100));
+        let groups = [ours, theirs, seen("b", "ours", 500)];
+        assert_eq!(LaneGroup::living(&groups, "a", lease), ["ours", "theirs"]);
+        let later = [seen("a", "ours", 110), groups[1].clone()];
+        assert_eq!(LaneGroup::living(&later, "a", lease), ["ours"]);
+        // However long ago: the last that were heard of, while nobody else is.
+        assert_eq!(LaneGroup::living(&groups[1..2], "a", lease), ["theirs"]);
+        assert!(LaneGroup::living(&groups, "c", lease).is_empty());
     }
 }

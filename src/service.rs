@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cache::Cache;
 use crate::clock::Clock;
-use crate::queue::Queue;
+use crate::queue::{Depth, Queue, furthest};
+use crate::retry::Lane;
 use crate::store::Store;
 use crate::telemetry::Metrics;
 
@@ -33,6 +34,20 @@ pub struct Parts {
     pub metrics: Arc<Metrics>,
     pub presence: Arc<Presence>,
     pub directory: Arc<Directory>,
+}
+
+impl Parts {
+    /// How far a lane has been read and written, for the furthest of its groups in each partition. Empty when the
+    /// lane does not exist.
+    ///
+    /// # Errors
+    /// Those of the queue, for whichever group.
+    pub async fn depth(&self, lane: &Lane) -> crate::queue::Result<Vec<Depth>> {
+        let directory = self.directory.snapshot();
+        let groups = directory.groups_of(lane).into_iter();
+        let depths = groups.map(|group| self.queue.depth(&lane.topic, group));
+        Ok(furthest(futures_util::future::try_join_all(depths).await?))
+    }
 }
 
 /// What a step did.

@@ -36,7 +36,7 @@ use crate::clock::Timestamp;
 use crate::message::{
     Attempt, Epoch, Held, Message, MessageId, NewMessage, Outcome, Status, Ticket, Verdict,
 };
-use crate::retry::Lane;
+use crate::retry::{Lane, LaneGroup};
 
 pub use standing::Standing;
 
@@ -502,6 +502,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// Registers a lane; the newest wins. Returns what stood there before, if it was different.
     async fn put_lane(&self, lane: &Lane, now: Timestamp) -> Result<Option<Lane>>;
+
+    /// The consumer groups of all lanes, also those that were not heard of lately.
+    async fn lane_groups(&self) -> Result<Vec<LaneGroup>>;
+
+    /// Notes that a group reads a lane. Groups of that lane that were silent for an hour before go.
+    async fn put_lane_group(&self, group: &LaneGroup) -> Result<()>;
 
     /// One message.
     async fn message(&self, id: MessageId) -> Result<Option<Message>>;

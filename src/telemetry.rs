@@ -44,6 +44,7 @@ pub struct Metrics {
     is_active_producer: Family<Words<0>, Gauge>,
     queue_wait: Family<Names<1>, Histogram>,
     stale: Family<Words<1>, Counter>,
+    unreadable: Family<Names<2>, Counter>,
     in_flight: Family<Names<1>, Gauge>,
     attempts: Family<Names<2>, Counter>,
     attempt_seconds: Family<Names<1>, Histogram>,
@@ -86,6 +87,7 @@ impl Default for Metrics {
             is_active_producer: Family::default(),
             queue_wait: Family::new_with_constructor(seconds),
             stale: Family::default(),
+            unreadable: Family::default(),
             in_flight: Family::default(),
             attempts: Family::default(),
             attempt_seconds: Family::new_with_constructor(seconds),
@@ -122,6 +124,7 @@ impl Metrics {
         register(&mut all, "ams_is_active_producer", &self.is_active_producer);
         register(&mut all, "ams_queue_wait_seconds", &self.queue_wait);
         register(&mut all, "ams_stale_total", &self.stale);
+        register(&mut all, "ams_unreadable_records_total", &self.unreadable);
         register(&mut all, "ams_in_flight", &self.in_flight);
         register(&mut all, "ams_attempts_total", &self.attempts);
         register(&mut all, "ams_attempt_seconds", &self.attempt_seconds);
@@ -192,6 +195,12 @@ impl Metrics {
     /// without which a first one could not be seen as a growth.
     pub fn stale(&self, at: &'static str, count: usize) {
         self.stale.get_or_create(&[("stage", at)]).inc_by(count as u64);
+    }
+
+    /// Records of a lane that are no tickets ended so: `published`, `cut`, `given_up`. Telling of none shows a 0.
+    pub fn unreadable(&self, lane: &str, end: &'static str, count: usize) {
+        let labels = [("lane", lane.to_owned()), ("end", end.to_owned())];
+        self.unreadable.get_or_create(&labels).inc_by(count as u64);
     }
 
     /// The janitor gave rows back: `why` is `instance_died`, `batch_orphaned`, `ticket_lost`. Telling of none

@@ -180,7 +180,7 @@ async fn lag(parts: &Parts) -> BTreeMap<String, i64> {
 pub(super) async fn depths(parts: &Parts) -> Vec<(String, Vec<Depth>)> {
     let directory = parts.directory.snapshot();
     let depths = directory.lanes.iter().map(|lane| async move {
-        let depth = tokio::time::timeout(ANSWER, parts.queue.depth(&lane.topic, &lane.group)).await;
+        let depth = tokio::time::timeout(ANSWER, parts.depth(lane)).await;
         Some((lane.topic.clone(), depth.ok()?.ok()?))
     });
     futures_util::future::join_all(depths).await.into_iter().flatten().collect()

@@ -44,14 +44,11 @@ impl Surroundings {
         };
         let queue = match lane.filter(|_| message.status == Status::Queued) {
             None => Queue::Unasked,
-            Some(lane) => {
-                let depth = parts.queue.depth(&lane.topic, &lane.group);
-                match tokio::time::timeout(super::status::ANSWER, depth).await {
-                    Ok(Ok(depth)) => Queue::Behind(depth.iter().map(|d| d.end - d.position).sum()),
-                    Ok(Err(error)) => Queue::Away(error.to_string()),
-                    Err(_) => Queue::Away("it does not answer".to_owned()),
-                }
-            }
+            Some(lane) => match tokio::time::timeout(super::status::ANSWER, parts.depth(lane)).await {
+                Ok(Ok(depth)) => Queue::Behind(depth.iter().map(|d| d.end - d.position).sum()),
+                Ok(Err(error)) => Queue::Away(error.to_string()),
+                Err(_) => Queue::Away("it does not answer".to_owned()),
+            },
         };
         Surroundings {
             endpoint_missing: !directory.endpoints.contains_key(&message.endpoint),

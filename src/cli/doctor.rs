@@ -22,7 +22,9 @@ use crate::app;
 use crate::clock::Clock;
 use crate::config::{CacheConfig, Config, QueueConfig, Raw, Role, SETTINGS, StoreConfig};
 use crate::delivery::{Delivery, DeliveryOptions};
+use crate::queue::furthest;
 use crate::redact;
+use crate::service::Snapshot;
 use crate::store::{Endpoint, Store, StoreError};
 use crate::telemetry;
 
@@ -215,22 +217,24 @@ async fn look_at_queue(config: &Config, store: Option<&dyn Store>) -> Vec<Findin
         return vec![fault(about, format!("{brokers}: {why}; start it, or mend KAFKA_BROKERS"))];
     }
     let mut findings = vec![ok(about, format!("{brokers} answers"))];
-    let mut lanes = match store {
-        Some(store) => in_time(store.lanes()).await.unwrap_or_default(),
-        None => Vec::new(),
-    };
-    if lanes.is_empty() {
-        lanes = vec![config.lane.clone(), config.retry_lane.clone()];
+    let mut known = Snapshot::default();
+    if let Some(store) = store {
+        known.lanes = in_time(store.lanes()).await.unwrap_or_default();
+        known.groups = in_time(store.lane_groups()).await.unwrap_or_default();
     }
-    let mut topics: Vec<(String, String)> =
-        lanes.iter().map(|l| (l.topic.clone(), l.group.clone())).collect();
-    for lane in &lanes {
+    if known.lanes.is_empty() {
+        known.lanes = vec![config.lane.clone(), config.retry_lane.clone()];
+    }
+    let mut topics: Vec<(&str, Vec<&str>)> =
+        known.lanes.iter().map(|lane| (lane.topic.as_str(), known.groups_of(lane))).collect();
+    for lane in &known.lanes {
         if !topics.iter().any(|(topic, _)| *topic == lane.next) {
-            topics.push((lane.next.clone(), lane.group.clone()));
+            topics.push((&lane.next, vec![&lane.group]));
         }
     }
-    for (topic, group) in &topics {
-        let depth = in_time(queue.depth(topic, group)).await;
+    for (topic, groups) in &topics {
+        let depths = futures_util::future::try_join_all(groups.iter().map(|group| queue.depth(topic, group)));
+        let depth = in_time(depths).await.map(furthest);
         findings.push(judge::lane(topic, depth.as_deref().map_err(String::as_str)));
     }
     findings

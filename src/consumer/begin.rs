@@ -2,27 +2,23 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Timestamp;
 use crate::message::{Epoch, Held, MessageId, Ticket};
-use crate::queue::{LaneRecord, Receipt, Taken};
-use crate::retry::dead_letter_of;
+use crate::queue::{RECORD_MAX, Receipt, Taken};
 use crate::service::{self, Parts};
 use crate::store::{Begin, BegunMessage, Endpoint, InstanceId, LeaseId};
 
 /// Tickets begun in one call, at most.
 pub(super) const BATCH: usize = 2_000;
 
-/// Tickets that wait for the next begin call, sorted by what is to become of them.
+/// Tickets that wait for the next begin call.
 #[derive(Debug, Default)]
 pub(super) struct Arrivals {
     /// Admitted: to be begun.
     pub(super) admitted: Vec<Admitted>,
-    /// Not tickets at all: to be dead-lettered raw, with the reason.
-    pub(super) unreadable: Vec<(Bytes, Bytes, String)>,
-    /// The records all of these came from.
+    /// The records they came from.
     pub(super) receipts: Vec<Receipt>,
 }
 
@@ -87,6 +83,9 @@ pub(super) struct Started {
 
 /// The ticket in a record.
 pub(super) fn parse(taken: &Taken) -> Result<Ticket, String> {
+    if taken.is_cut() {
+        return Err(format!("the record has {} bytes; a ticket has at most {RECORD_MAX}", taken.size));
+    }
     let text =
         std::str::from_utf8(&taken.value).map_err(|error| format!("the record is not UTF-8: {error}"))?;
     serde_json::from_str(text).map_err(|error| format!("the record is not a ticket: {error}"))
@@ -94,18 +93,9 @@ pub(super) fn parse(taken: &Taken) -> Result<Ticket, String> {
 
 /// Does what is to be done with a group of arrivals; waits for the store as long as it takes. When
 /// `stop` comes first, nothing is said to be done, and the tickets will come again.
-pub(super) async fn start(
-    parts: Parts,
-    lane: String,
-    arrivals: Arrivals,
-    stop: CancellationToken,
-) -> Started {
+pub(super) async fn start(parts: Parts, arrivals: Arrivals, stop: CancellationToken) -> Started {
     let watch = parts.clock.stopwatch();
-    let done = futures_util::future::join(
-        dead_letter_raw(&parts, &lane, &arrivals.unreadable, &stop),
-        begin(&parts, &arrivals.admitted, &stop),
-    );
-    let (Some(()), Some((lease, instance, messages))) = done.await else {
+    let Some((lease, instance, messages)) = begin(&parts, &arrivals.admitted, &stop).await else {
         let stale = arrivals.admitted.into_iter().map(|admitted| admitted.endpoint).collect();
         return Started { stale, ..Started::default() };
     };
@@ -184,38 +174,6 @@ pub(super) async fn hold(parts: Parts, refused: Refused, stop: CancellationToken
         parts.metrics.batch("hold", tickets.len(), watch.elapsed());
     }
     refused.receipts
-}
-
-async fn dead_letter_raw(
-    parts: &Parts,
-    lane: &str,
-    unreadable: &[(Bytes, Bytes, String)],
-    stop: &CancellationToken,
-) -> Option<()> {
-    if unreadable.is_empty() {
-        return Some(());
-    }
-    let records: Vec<_> = unreadable
-        .iter()
-        .map(|(key, value, reason)| LaneRecord {
-            key: key.clone(),
-            value: value.clone(),
-            headers: vec![("reason", reason.clone())],
-        })
-        .collect();
-    let directory = parts.directory.snapshot();
-    let to = dead_letter_of(lane, &directory.lanes).to_owned();
-    // The reason may quote the record, so it stays out of the log.
-    tracing::warn!(
-        lane,
-        "{} unreadable records on {lane} go to {to}; their header `reason` says why",
-        records.len()
-    );
-    service::persist("dead-letter lane", stop, || async {
-        parts.queue.ensure(std::slice::from_ref(&to)).await?;
-        parts.queue.publish(&to, records.clone()).await.map(drop)
-    })
-    .await
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use super::begin::{self, Admitted, Arrivals, BATCH, Job, Refused, Started};
 use super::busy::{Busy, TRIAL};
 use super::early::Early;
 use super::recorder::Judged;
+use super::unreadable::Letters;
 use crate::clock::Timestamp;
 use crate::delivery::limits::{Admission, Limits};
 use crate::delivery::{Delivery, Tried};
@@ -36,7 +37,7 @@ const SLOW_FOR: Duration = Duration::from_millis(300);
 /// Endpoints said to be busy, at most.
 const SAID_MAX: usize = 1_000;
 
-type Call<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+pub(super) type Call<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 pub(super) struct Desk {
     parts: Parts,
@@ -50,6 +51,8 @@ pub(super) struct Desk {
     early: Early<Arrival>,
     /// Taken, and neither admitted nor held yet: their endpoint will have room in a moment.
     door: VecDeque<Arrival>,
+    /// Taken, and no tickets.
+    letters: Letters,
     arrivals: Arrivals,
     /// The begin call under way: one at a time, so that what arrives meanwhile goes together.
     beginning: Option<Call<Started>>,
@@ -111,6 +114,7 @@ impl Desk {
     ) -> Desk {
         Desk {
             limits: Limits::new(options.window),
+            letters: Letters::new(&options.lane.topic, &parts.metrics),
             parts,
             metrics,
             delivery,
@@ -150,6 +154,7 @@ impl Desk {
         let mut ended = Vec::new();
         loop {
             let takes = self.door.is_empty()
+                && self.letters.has_room()
                 && self.unrecorded < self.options.window
                 && self.arrivals.len() < BATCH
                 && self.refused.rows.len() < self.options.window;
@@ -171,6 +176,7 @@ impl Desk {
                     self.holding = None;
                     self.done(receipts);
                 }
+                receipts = self.letters.done() => self.done(receipts),
                 freed = under_way(&mut self.freeing) => self.freed(freed),
                 said = under_way(&mut self.saying) => {
                     self.saying = None;
@@ -191,6 +197,7 @@ impl Desk {
             }
             self.admit();
             self.begin();
+            self.letters.publish(&self.parts);
         }
         self.drain(written).await
     }
@@ -214,10 +221,7 @@ impl Desk {
                         _ => self.door.push_back(Arrival { ticket, ready_at, receipt }),
                     }
                 }
-                Err(reason) => {
-                    self.arrivals.receipts.push(taken.receipt);
-                    self.arrivals.unreadable.push((taken.key, taken.value, reason));
-                }
+                Err(reason) => self.letters.add(taken, reason),
             }
         }
     }
@@ -310,9 +314,7 @@ impl Desk {
     fn begin(&mut self) {
         if self.beginning.is_none() && !self.arrivals.is_empty() {
             let arrivals = std::mem::take(&mut self.arrivals);
-            let lane = self.options.lane.topic.clone();
-            self.beginning =
-                Some(Box::pin(begin::start(self.parts.clone(), lane, arrivals, self.stop.clone())));
+            self.beginning = Some(Box::pin(begin::start(self.parts.clone(), arrivals, self.stop.clone())));
         }
     }
 
@@ -523,7 +525,7 @@ impl Desk {
 }
 
 /// Waits for a call that may not be there.
-async fn under_way<T>(call: &mut Option<Call<T>>) -> T {
+pub(super) async fn under_way<T>(call: &mut Option<Call<T>>) -> T {
     match call {
         Some(call) => call.await,
         None => std::future::pending().await,

@@ -105,11 +105,11 @@ impl Rooms {
             self.next_refresh = now.after(REFRESH);
             return;
         }
-        let queue = Arc::clone(&self.parts.queue);
+        let parts = self.parts.clone();
         self.asking = Some(tokio::spawn(async move {
             let mut answers = Vec::with_capacity(questions.len());
             for (lane, before) in questions {
-                let depth = queue.depth(&lane.topic, &lane.group).await?;
+                let depth = parts.depth(&lane).await?;
                 answers.push((lane.topic, before, depth));
             }
             Ok(answers)

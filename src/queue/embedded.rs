@@ -163,7 +163,8 @@ impl Member {
                 room -= 1;
                 let receipt = Receipt { partition: i as i32, generation: group.generation, offset };
                 let (published_at, key, value) = (*published_at, record.key.clone(), record.value.clone());
-                taken.push(Taken { receipt, published_at, key, value });
+                let size = value.len();
+                taken.push(Taken { receipt, published_at, key, value, size });
             }
         }
         taken

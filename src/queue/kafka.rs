@@ -22,7 +22,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::Producer;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use super::{Depth, LaneRecord, Queue, QueueError, Result, Subscription};
+use super::{Depth, LaneRecord, Queue, QueueError, RECORD_MAX, Result, Subscription};
 use crate::store::Place;
 
 use log::LogContext;
@@ -30,8 +30,6 @@ use publisher::Publisher;
 
 /// Partitions of a lane that we create: enough for a dozen consumers.
 const PARTITIONS: i32 = 12;
-/// A content of 1 MiB may grow six times when JSON escapes it.
-const RECORD_BYTES_MAX: &str = "8388608";
 /// The longest a question to the broker may take.
 const ANSWER: Duration = Duration::from_secs(5);
 
@@ -66,7 +64,7 @@ impl KafkaQueue {
             .set("reconnect.backoff.max.ms", "2000")
             .set("topic.metadata.refresh.interval.ms", "5000")
             .set("topic.metadata.propagation.max.ms", "1000")
-            .set("message.max.bytes", RECORD_BYTES_MAX)
+            .set("message.max.bytes", RECORD_MAX.to_string())
             .set("log.connection.close", "false");
         for (key, value) in &options.client {
             config.set(key, value);
@@ -128,11 +126,12 @@ impl Queue for KafkaQueue {
             return Ok(());
         }
         let admin: AdminClient<DefaultClientContext> = self.config.create().map_err(refused)?;
+        let record_max = RECORD_MAX.to_string();
         let topics: Vec<_> = missing
             .iter()
             .map(|name| {
                 NewTopic::new(name, PARTITIONS, TopicReplication::Fixed(-1))
-                    .set("max.message.bytes", RECORD_BYTES_MAX)
+                    .set("max.message.bytes", &record_max)
             })
             .collect();
         let options = AdminOptions::new().operation_timeout(Some(ANSWER)).request_timeout(Some(ANSWER));
@@ -183,7 +182,7 @@ impl Queue for KafkaQueue {
     }
 
     async fn subscribe(&self, lane: &str, group: &str, window: usize) -> Result<Subscription> {
-        poller::subscribe(&self.config, lane, group, window)
+        poller::subscribe(&self.config, lane, group, window, self.asker(group)?)
     }
 
     async fn depth(&self, lane: &str, group: &str) -> Result<Vec<Depth>> {
@@ -237,7 +236,8 @@ fn depth(asker: &BaseConsumer<LogContext>, lane: &str) -> std::result::Result<Ve
     Ok((0..count)
         .filter_map(|partition| {
             let (end, first) = (at(&ends, partition)?, at(&firsts, partition).unwrap_or(0));
-            let position = at(&committed, partition).unwrap_or(first).clamp(first, end.max(first));
+            // A position past the end is one of a log that was there before: who stands there is sent to the start.
+            let position = at(&committed, partition).filter(|at| *at <= end).unwrap_or(first).max(first);
             Some(Depth { partition, position, end })
         })
         .collect())
@@ -260,6 +260,21 @@ fn refused(error: KafkaError) -> QueueError {
             QueueError::Refused(format!("the Kafka setting {key} is `{value}`: {why}; mend or unset it"))
         }
         other => QueueError::Refused(other.to_string()),
+    }
+}
+
+/// What a failed publishing means for its caller.
+fn unpublished(error: KafkaError) -> QueueError {
+    match error.rdkafka_error_code() {
+        Some(RDKafkaErrorCode::MessageSizeTooLarge) => QueueError::TooLarge(error.to_string()),
+        Some(
+            RDKafkaErrorCode::TopicAuthorizationFailed
+            | RDKafkaErrorCode::ClusterAuthorizationFailed
+            | RDKafkaErrorCode::InvalidTopic
+            | RDKafkaErrorCode::PolicyViolation
+            | RDKafkaErrorCode::InvalidRecord,
+        ) => QueueError::Refused(error.to_string()),
+        _ => unavailable(error),
     }
 }
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use tokio_util::sync::CancellationToken;
 
-use super::{Service, Step};
-use crate::retry::{Lane, Policy, dead_letter_of};
+use super::{LEASE, Service, Step};
+use crate::retry::{Lane, LaneGroup, Policy, dead_letter_of};
 use crate::store::{Endpoint, Result, Store, StoreError};
 
 const REFRESH: Duration = Duration::from_secs(1);
@@ -25,6 +25,8 @@ pub struct Directory {
 pub struct Snapshot {
     pub endpoints: HashMap<String, Arc<Endpoint>>,
     pub lanes: Vec<Lane>,
+    /// The consumer groups of all lanes.
+    pub groups: Vec<LaneGroup>,
     /// Names of the endpoints that take messages, for claims.
     pub open: Vec<String>,
 }
@@ -33,6 +35,13 @@ impl Snapshot {
     /// The endpoint of that name, when it exists and is enabled.
     pub fn open_endpoint(&self, name: &str) -> Option<&Arc<Endpoint>> {
         self.endpoints.get(name).filter(|endpoint| endpoint.enabled)
+    }
+
+    /// The consumer groups whose positions tell how far `lane` has been read: the living ones, or those that fell
+    /// silent last. Before any was heard of, the one that registered the lane.
+    pub fn groups_of<'a>(&'a self, lane: &'a Lane) -> Vec<&'a str> {
+        let living = LaneGroup::living(&self.groups, &lane.topic, LEASE);
+        if living.is_empty() { vec![&lane.group] } else { living }
     }
 
     /// What decides after a try at `endpoint` on `lane`.
@@ -63,10 +72,10 @@ impl Directory {
     /// Those of the store; what was known stays.
     pub async fn refresh(&self) -> Result<()> {
         let endpoints = self.store.endpoints().await?;
-        let lanes = self.store.lanes().await?;
+        let (lanes, groups) = (self.store.lanes().await?, self.store.lane_groups().await?);
         let open = endpoints.iter().filter(|endpoint| endpoint.enabled).map(|e| e.name.clone()).collect();
         let endpoints = endpoints.into_iter().map(|e| (e.name.clone(), Arc::new(e))).collect();
-        self.snapshot.store(Arc::new(Snapshot { endpoints, lanes, open }));
+        self.snapshot.store(Arc::new(Snapshot { endpoints, lanes, groups, open }));
         Ok(())
     }
 
@@ -82,5 +91,22 @@ impl Service for &Directory {
 
     async fn step(&mut self) -> Result<Step> {
         self.refresh().await.map(|()| Step::Idle(REFRESH))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Timestamp;
+    use crate::retry::tests::lane;
+
+    #[test]
+    fn a_lane_has_the_groups_that_were_heard_of_else_the_one_that_registered_it() {
+        let messages = lane("messages", "messages-dlq", true, 1);
+        let mut known = Snapshot { lanes: vec![messages.clone()], ..Snapshot::default() };
+        assert_eq!(known.groups_of(&messages), [messages.group.as_str()]);
+        let seen_at = Timestamp::EPOCH;
+        known.groups.push(LaneGroup { topic: "messages".into(), group: "theirs".into(), seen_at });
+        assert_eq!(known.groups_of(&messages), ["theirs"]);
     }
 }

@@ -86,6 +86,7 @@ macro_rules! store_conformance {
             healing::pacing_holds_over_all_leaders,
             knowing::an_endpoint_is_created_and_replaced,
             knowing::the_newest_lane_wins,
+            knowing::the_groups_of_a_lane_are_known_by_when_they_were_seen,
             knowing::dead_letters_wait_until_they_are_published,
             knowing::an_unknown_message_has_nothing,
             knowing::attempts_read_back_in_order,

@@ -342,6 +342,14 @@ impl Store for PostgresStore {
         self.call(async |db| registry::put_lane(db, lane, now).await).await
     }
 
+    async fn lane_groups(&self) -> Result<Vec<LaneGroup>> {
+        self.call(async |db| registry::lane_groups(db).await).await
+    }
+
+    async fn put_lane_group(&self, group: &LaneGroup) -> Result<()> {
+        self.call(async |db| registry::put_lane_group(db, group).await).await
+    }
+
     async fn message(&self, id: MessageId) -> Result<Option<Message>> {
         self.call(async |db| Ok(read::messages(db, &[id.0]).await?.pop())).await
     }

@@ -37,7 +37,7 @@ use super::{
 };
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
-use crate::retry::Lane;
+use crate::retry::{Lane, LaneGroup};
 
 use worker::{Call, Worker};
 
@@ -332,6 +332,15 @@ impl Store for SqliteStore {
     async fn put_lane(&self, lane: &Lane, now: Timestamp) -> Result<Option<Lane>> {
         let lane = lane.clone();
         self.write(move |db| registry::put_lane(db, &lane, now)).await
+    }
+
+    async fn lane_groups(&self) -> Result<Vec<LaneGroup>> {
+        self.read(registry::lane_groups).await
+    }
+
+    async fn put_lane_group(&self, group: &LaneGroup) -> Result<()> {
+        let group = group.clone();
+        self.write(move |db| registry::put_lane_group(db, &group)).await
     }
 
     async fn message(&self, id: MessageId) -> Result<Option<Message>> {

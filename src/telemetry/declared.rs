@@ -87,6 +87,14 @@ pub const METRICS: &[Metric] = &[
         &["stage"],
         "what the store refused because its ticket was stale: tickets at begin, failures at record",
     ),
+    metric(
+        Counter,
+        "ams_unreadable_records_total",
+        "records",
+        &["lane", "end"],
+        "records on a lane that are no tickets, by what became of them on the dead-letter lane: published, \
+         cut (published in part), given_up (the dead-letter lane did not take them)",
+    ),
     metric(Gauge, "ams_in_flight", "tries", &["lane"], "tries under way in this process"),
     metric(
         Counter,

@@ -11,6 +11,7 @@ fn all() -> Metrics {
     metrics.batch("claim", 1_000, Duration::from_millis(7));
     metrics.is_active_producer(true);
     metrics.stale("begin", 2);
+    metrics.unreadable("messages", "cut", 2);
     metrics.recovered("ticket_lost", 4);
     metrics.part("cache", false, Duration::from_millis(500));
     let lane = metrics.lane("messages");

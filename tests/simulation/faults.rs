@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ams::clock::{Clock, Timestamp};
 use ams::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
-use ams::retry::Lane;
+use ams::retry::{Lane, LaneGroup};
 use ams::store::operate::*;
 use ams::store::*;
 use async_trait::async_trait;
@@ -150,6 +150,8 @@ faulty! {
     delete_endpoint(name: &str) -> Deletion;
     lanes() -> Vec<Lane>;
     put_lane(lane: &Lane, now: Timestamp) -> Option<Lane>;
+    lane_groups() -> Vec<LaneGroup>;
+    put_lane_group(group: &LaneGroup) -> ();
     message(id: MessageId) -> Option<Message>;
     messages(ids: &[MessageId]) -> Vec<Message>;
     search(filter: &Filter, from: Cursor, limit: usize) -> Found;

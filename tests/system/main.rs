@@ -18,5 +18,7 @@ mod observed;
 mod operator;
 mod proxy;
 mod quickstart;
+mod recreated;
 mod shortage;
+mod strangers;
 mod upgrade;

@@ -3,6 +3,11 @@
 //! librdkafka wants to be polled and nothing else done in between, so nothing here waits for anything
 //! but the poll itself. Commits are hints: they are sent without waiting, and what they miss comes
 //! again and is found stale.
+//!
+//! A client can be left behind for good: librdkafka ignores the leaders of a lane that was made anew when their
+//! epoch is lower than the one it knew, and goes on at its old position in the new log. So somebody else asks the
+//! broker now and then how far the group has come (`watch`): where records wait and none comes, the client is
+//! made anew and starts at what the group has committed, or at the beginning.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,12 +25,16 @@ use tokio::sync::mpsc::{self, error::TryRecvError, error::TrySendError};
 use tokio::sync::oneshot;
 
 use super::log::LogContext;
-use super::refused;
+use super::{blocking, depth, refused};
 use crate::clock::{Clock, Stopwatch, Timestamp};
-use crate::queue::{QueueError, Receipt, Result, Subscription, Taken, Watermark};
+use crate::queue::{
+    Depth, QueueError, RECORD_CUT, RECORD_MAX, Receipt, Result, Subscription, Taken, Watermark,
+};
 
 /// Records given at once, at most.
 const BATCH: usize = 1_000;
+/// Their bytes; the last record may come on top.
+const BATCH_BYTES: usize = 8 << 20;
 const POLL: Duration = Duration::from_millis(10);
 /// How long to wait for the client when nothing is out that could be done meanwhile.
 const REST: Duration = Duration::from_millis(100);
@@ -37,6 +46,13 @@ const COMMIT: Duration = Duration::from_millis(150);
 /// How often positions are committed that have not moved. One may have been lost on its way, and a lane that was
 /// deleted and made anew has none: whoever asks would hear that the group has yet to read what it has in fact passed.
 const REPEAT: Duration = Duration::from_secs(5);
+/// How often the broker is asked whether records wait that do not come.
+const WATCH: Duration = Duration::from_secs(3);
+/// After so many answers in a row that say so the client is made anew: longer than a lost commit stays lost.
+const UNREAD_MAX: u32 = 3;
+/// Each time that this did not help it takes twice as many, up to so many, some 5 minutes: a log can have places
+/// that are never read, such as the marks of another program's transactions.
+const UNREAD_LIMIT: u32 = 100;
 /// How long the end waits for its last commit.
 const LAST_COMMIT: Duration = Duration::from_secs(1);
 
@@ -47,6 +63,7 @@ pub(super) fn subscribe(
     lane: &str,
     group: &str,
     window: usize,
+    asker: Arc<BaseConsumer<LogContext>>,
 ) -> Result<Subscription> {
     let mut config = config.clone();
     config
@@ -68,6 +85,8 @@ pub(super) fn subscribe(
     let (ended, closed) = oneshot::channel();
     let client = connect(&config, lane)?;
     let clock = Clock::system();
+    let (tell, told) = mpsc::channel(1);
+    tokio::spawn(watch(asker, lane.to_owned(), tell));
     let poller = Poller {
         lane: lane.to_owned(),
         config,
@@ -75,6 +94,8 @@ pub(super) fn subscribe(
         window,
         give,
         receipts,
+        told,
+        patience: UNREAD_MAX,
         pending: Vec::new(),
         stuck: None,
         paused: false,
@@ -99,6 +120,22 @@ fn connect(config: &ClientConfig, lane: &str) -> Result<Client> {
     Ok(client)
 }
 
+/// Asks how far the group has come, for as long as anybody wants to know.
+async fn watch(asker: Arc<BaseConsumer<LogContext>>, lane: String, tell: mpsc::Sender<Vec<Depth>>) {
+    loop {
+        tokio::select! {
+            () = tell.closed() => return,
+            () = tokio::time::sleep(WATCH) => {}
+        }
+        let (asker, name) = (Arc::clone(&asker), lane.clone());
+        match blocking(move || depth(&asker, &name)).await {
+            // When the poller has gone the next turn ends this.
+            Ok(depths) => drop(tell.send(depths).await),
+            Err(error) => tracing::debug!(target: "kafka", "how far {lane} was read is unknown: {error}"),
+        }
+    }
+}
+
 struct Poller {
     lane: String,
     config: ClientConfig,
@@ -106,6 +143,10 @@ struct Poller {
     window: usize,
     give: mpsc::Sender<Vec<Taken>>,
     receipts: mpsc::UnboundedReceiver<Vec<Receipt>>,
+    /// How far the group has come, as others see it.
+    told: mpsc::Receiver<Vec<Depth>>,
+    /// Answers in a row that have the client made anew.
+    patience: u32,
     /// Taken from the client and not given on yet.
     pending: Vec<Taken>,
     /// Since when a whole batch waits for a reader that is busy.
@@ -127,6 +168,7 @@ impl Poller {
             }
             self.give();
             self.hold_back();
+            self.check();
             if self.since_commit.elapsed() >= COMMIT {
                 self.commit();
             }
@@ -156,14 +198,18 @@ impl Poller {
             _ if self.pending.is_empty() => POLL,
             _ => Duration::ZERO,
         };
-        while self.pending.len() < BATCH {
+        let mut bytes = bytes(&self.pending);
+        while self.pending.len() < BATCH && bytes < BATCH_BYTES {
             let taken = match self.client.poll(wait) {
                 None => return,
                 Some(Err(error)) => Err(error),
                 Some(Ok(message)) => Ok(self.client.context().trackers().take(&message)),
             };
             match taken {
-                Ok(taken) => self.pending.push(taken),
+                Ok(taken) => {
+                    bytes += taken.value.len();
+                    self.pending.push(taken);
+                }
                 Err(error) => return self.failed(&error),
             }
             wait = Duration::ZERO;
@@ -173,16 +219,35 @@ impl Poller {
     /// Most errors pass by themselves; a client that is dead for good is replaced.
     fn failed(&mut self, error: &KafkaError) {
         tracing::debug!(target: "kafka", lane = self.lane, "{}: {error}", self.lane);
-        if self.client.client().fatal_error().is_none() {
-            return;
+        if self.client.client().fatal_error().is_some() {
+            self.renew(&error.to_string());
         }
+    }
+
+    /// Makes the client anew when records wait on its partitions and it does not get them.
+    fn check(&mut self) {
+        let Ok(depths) = self.told.try_recv() else { return };
+        let takes = !self.paused && self.stuck.is_none() && self.pending.is_empty();
+        let (unread, behind) = self.client.context().trackers().unread(&depths, takes);
+        if unread >= self.patience {
+            self.patience = (self.patience * 2).min(UNREAD_LIMIT);
+            self.renew("records wait there and do not come; was the lane made anew?");
+        } else if !behind {
+            self.patience = UNREAD_MAX;
+        }
+    }
+
+    fn renew(&mut self, why: &str) {
         match connect(&self.config, &self.lane) {
             Ok(client) => {
-                tracing::warn!(target: "kafka", lane = self.lane, "the client of {} is made anew: {error}", self.lane);
-                // Receipts of the old client must not count for the new one.
-                let generation = self.client.context().trackers().generation;
-                client.context().trackers().generation = generation + 1;
+                tracing::warn!(target: "kafka", lane = self.lane, "the client of {} is made anew: {why}", self.lane);
+                // Receipts of the old client must not count for the new one, nor its positions for the lane.
+                let mut old = self.client.context().trackers();
+                client.context().trackers().generation = old.generation + 1;
+                old.partitions.clear();
+                drop(old);
                 self.client = client;
+                self.paused = false;
             }
             Err(error) => tracing::warn!(target: "kafka", lane = self.lane, "{}: {error}", self.lane),
         }
@@ -196,7 +261,7 @@ impl Poller {
             // A reader that has gone will drop the other end too.
             Ok(()) | Err(TrySendError::Closed(_)) => self.stuck = None,
             Err(TrySendError::Full(back)) => {
-                if back.len() >= BATCH && self.stuck.is_none() {
+                if (back.len() >= BATCH || bytes(&back) >= BATCH_BYTES) && self.stuck.is_none() {
                     self.stuck = Some(self.clock.stopwatch());
                 }
                 self.pending = back;
@@ -260,6 +325,11 @@ fn commit(client: &BaseConsumer<Assignment>, lane: &str, positions: &[(i32, i64)
     }
 }
 
+/// Bytes of the values of a batch.
+fn bytes(batch: &[Taken]) -> usize {
+    batch.iter().map(|taken| taken.value.len()).sum()
+}
+
 /// What is out of each assigned partition.
 #[derive(Default)]
 struct Trackers {
@@ -274,6 +344,8 @@ struct Tracker {
     watermark: Watermark,
     committed: Option<i64>,
     last: Option<i64>,
+    /// How often in a row the broker was heard to have records for us that did not come.
+    unread: u32,
 }
 
 impl Trackers {
@@ -295,12 +367,17 @@ impl Trackers {
             *tracker = Tracker { generation: self.generation, ..Tracker::default() };
         }
         tracker.last = Some(offset);
+        tracker.unread = 0;
         tracker.watermark.take(offset);
+        let value = message.payload().unwrap_or_default();
+        // What no lane takes is no ticket: its start says what it is, and the rest must not fill the memory.
+        let kept = if value.len() > RECORD_MAX { &value[..RECORD_CUT] } else { value };
         Taken {
             receipt: Receipt { partition, generation: tracker.generation, offset },
             published_at: Timestamp::from_micros(message.timestamp().to_millis().unwrap_or(0) * 1_000),
             key: Bytes::copy_from_slice(message.key().unwrap_or_default()),
-            value: Bytes::copy_from_slice(message.payload().unwrap_or_default()),
+            value: Bytes::copy_from_slice(kept),
+            size: value.len(),
         }
     }
 
@@ -316,6 +393,21 @@ impl Trackers {
 
     fn out(&self) -> usize {
         self.partitions.values().map(|tracker| tracker.watermark.out()).sum()
+    }
+
+    /// Compares with what the broker says of the group. Returns how often in a row it has now said of some partition
+    /// of ours that records wait there while we have none of them, and whether it says so of any. Means nothing
+    /// while we do not take (`takes`).
+    fn unread(&mut self, depths: &[Depth], takes: bool) -> (u32, bool) {
+        let (mut most, mut behind) = (0, false);
+        for depth in depths {
+            let Some(tracker) = self.partitions.get_mut(&depth.partition) else { continue };
+            behind |= depth.position < depth.end;
+            let waits = takes && depth.position < depth.end && tracker.watermark.out() == 0;
+            tracker.unread = if waits { tracker.unread + 1 } else { 0 };
+            most = most.max(tracker.unread);
+        }
+        (most, behind)
     }
 
     /// Has all positions count as moved.
@@ -388,5 +480,35 @@ impl ConsumerContext for Assignment {
         if let Err(error) = result {
             tracing::debug!(target: "kafka", "positions were not committed: {error}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn depth(partition: i32, position: i64, end: i64) -> Depth {
+        Depth { partition, position, end }
+    }
+
+    #[test]
+    fn records_that_wait_and_do_not_come_are_counted_answer_by_answer() {
+        let mut trackers = Trackers::default();
+        trackers.assign(&[0, 1]);
+        let behind = [depth(0, 5, 5), depth(1, 3, 9), depth(2, 0, 9)];
+        for unread in 1..4 {
+            assert_eq!(trackers.unread(&behind, true), (unread, true));
+        }
+        assert_eq!(trackers.unread(&behind, false), (0, true), "nothing is taken: it is full or paused");
+        assert_eq!(trackers.unread(&behind, true), (1, true));
+        assert_eq!(trackers.unread(&[depth(0, 5, 5), depth(1, 9, 9)], true), (0, false));
+        assert_eq!(trackers.unread(&[depth(2, 0, 9)], true), (0, false), "another member's");
+        // What is out is on its way: a slow reader is no reason.
+        trackers.unread(&behind, true);
+        trackers.partitions.get_mut(&1).unwrap().watermark.take(3);
+        assert_eq!(trackers.unread(&behind, true), (0, true));
+        trackers.unread(&behind, true);
+        trackers.assign(&[0, 1]);
+        assert_eq!(trackers.unread(&behind, true), (1, true), "a new assignment has its time");
     }
 }

@@ -14,7 +14,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, Prod
 use tokio::sync::oneshot;
 
 use super::log::LogContext;
-use super::unavailable;
+use super::{unavailable, unpublished};
 use crate::queue::{LaneRecord, Result};
 use crate::store::Place;
 
@@ -95,18 +95,22 @@ impl Publisher {
             }
         }
         let published = answer.await.unwrap_or_else(|_| Err(KafkaError::Canceled));
-        if published.is_err() && client.client().fatal_error().is_some() {
-            self.replace(&client)?;
+        if let Err(error) = &published {
+            // A client that gets nothing out may know leaders of a lane that was made anew since, and keeps to them.
+            let late = error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageTimedOut);
+            if late || client.client().fatal_error().is_some() {
+                self.replace(&client, error)?;
+            }
         }
-        published.map(|offset| Place { partition, offset }).map_err(unavailable)
+        published.map(|offset| Place { partition, offset }).map_err(unpublished)
     }
 
     /// Makes a new client in the place of a dead one, unless somebody else has.
-    fn replace(&self, dead: &Arc<Client>) -> Result<()> {
+    fn replace(&self, dead: &Arc<Client>, why: &KafkaError) -> Result<()> {
         if !Arc::ptr_eq(&self.client.load(), dead) {
             return Ok(());
         }
-        tracing::warn!(target: "kafka", "the producing client has failed for good and is made anew");
+        tracing::warn!(target: "kafka", "the producing client is made anew: {why}");
         self.client.store(connect(&self.config).map_err(unavailable)?);
         Ok(())
     }

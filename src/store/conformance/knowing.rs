@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{Bench, RETRY, pairs, text};
 use crate::clock::Clock;
 use crate::message::{Class, MessageId, NewMessage, Status};
-use crate::retry::Lane;
+use crate::retry::{Lane, LaneGroup};
 use crate::store::{Endpoint, Store};
 
 pub(crate) async fn an_endpoint_is_created_and_replaced(store: Arc<dyn Store>) {
@@ -52,6 +52,31 @@ pub(crate) async fn the_newest_lane_wins(store: Arc<dyn Store>) {
     let fresh = Lane { topic: "messages".to_owned(), fresh: true, ..lane };
     assert_eq!(put(&fresh).await, None);
     assert_eq!(bench.store.lanes().await.unwrap().len(), 2);
+}
+
+pub(crate) async fn the_groups_of_a_lane_are_known_by_when_they_were_seen(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let seen = |topic: &str, group: &str| LaneGroup {
+        topic: topic.to_owned(),
+        group: group.to_owned(),
+        seen_at: bench.now(),
+    };
+    assert_eq!(bench.store.lane_groups().await.unwrap(), []);
+    let (ours, elsewhere) = (seen("messages", "ours"), seen(RETRY, "ours"));
+    for group in [&ours, &elsewhere, &ours] {
+        bench.store.put_lane_group(group).await.unwrap();
+    }
+    assert_eq!(bench.store.lane_groups().await.unwrap(), [ours.clone(), elsewhere.clone()]);
+    bench.pass(3_600);
+    let theirs = seen("messages", "theirs");
+    bench.store.put_lane_group(&theirs).await.unwrap();
+    // One whose clock is behind takes nothing back.
+    bench.store.put_lane_group(&LaneGroup { seen_at: ours.seen_at, ..theirs.clone() }).await.unwrap();
+    assert_eq!(bench.store.lane_groups().await.unwrap(), [ours, theirs.clone(), elsewhere.clone()]);
+    bench.pass(1);
+    let theirs = LaneGroup { seen_at: bench.now(), ..theirs };
+    bench.store.put_lane_group(&theirs).await.unwrap();
+    assert_eq!(bench.store.lane_groups().await.unwrap(), [theirs, elsewhere], "silent for an hour");
 }
 
 pub(crate) async fn dead_letters_wait_until_they_are_published(store: Arc<dyn Store>) {

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use deadpool_postgres::Object;
+use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::{optional_time, time, written};
 use crate::clock::Timestamp;
-use crate::retry::Lane;
+use crate::retry::{Lane, LaneGroup};
 use crate::store::{About, Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError};
 
 /// The random number of this store.
@@ -210,4 +211,29 @@ pub(super) async fn put_lane(db: &Object, lane: &Lane, now: Timestamp) -> Result
     ];
     db.execute(statement, &values).await?;
     Ok(before.filter(|before| before != lane))
+}
+
+/// The consumer groups of all lanes.
+pub(super) async fn lane_groups(db: &Object) -> Result<Vec<LaneGroup>> {
+    let statement =
+        "/* ams:lane_groups */ select topic, consumer_group, seen_at from lane_groups order by 1, 2";
+    let statement = db.prepare_cached(statement).await?;
+    let rows = db.query(&statement, &[]).await?;
+    let group = |row: &Row| LaneGroup { topic: row.get(0), group: row.get(1), seen_at: time(row, 2) };
+    Ok(rows.iter().map(group).collect())
+}
+
+/// Notes that a group reads a lane; groups that nobody has heard of for long go.
+pub(super) async fn put_lane_group(db: &Object, group: &LaneGroup) -> Result<()> {
+    let statement = db
+        .prepare_cached(
+            "/* ams:put_lane_group */ with gone as (delete from lane_groups where topic = $1 \
+                 and consumer_group <> $2 and seen_at < $3::timestamptz - interval '1 hour') \
+             insert into lane_groups (topic, consumer_group, seen_at) values ($1, $2, $3) \
+             on conflict (topic, consumer_group) do update \
+             set seen_at = greatest(lane_groups.seen_at, excluded.seen_at)",
+        )
+        .await?;
+    db.execute(&statement, &[&group.topic, &group.group, &written(group.seen_at)]).await?;
+    Ok(())
 }

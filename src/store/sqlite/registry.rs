@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{json, list, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
-use crate::retry::Lane;
+use crate::retry::{Lane, LaneGroup};
 use crate::store::{About, Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError};
 
 /// The random number of this store.
@@ -190,6 +190,33 @@ pub(super) fn put_lane(db: &Connection, lane: &Lane, now: Timestamp) -> Result<O
         now.as_micros(),
     ])?;
     Ok(before.filter(|before| before != lane))
+}
+
+/// The consumer groups of all lanes.
+pub(super) fn lane_groups(db: &Connection) -> Result<Vec<LaneGroup>> {
+    let mut statement = db.prepare_cached(
+        "/* ams:lane_groups */ select topic, consumer_group, seen_at from lane_groups order by 1, 2",
+    )?;
+    let groups = statement.query_map([], |row| {
+        Ok(LaneGroup { topic: text(row, 0)?, group: text(row, 1)?, seen_at: our_time(row, 2)? })
+    })?;
+    Ok(groups.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Notes that a group reads a lane; groups that nobody has heard of for long go.
+pub(super) fn put_lane_group(db: &Connection, group: &LaneGroup) -> Result<()> {
+    let seen_at = group.seen_at.as_micros();
+    db.prepare_cached(
+        "/* ams:forget_lane_groups */ delete from lane_groups where topic = ?1 \
+         and consumer_group <> ?2 and seen_at < ?3 - 3600000000",
+    )?
+    .execute(params![group.topic, group.group, seen_at])?;
+    db.prepare_cached(
+        "/* ams:put_lane_group */ insert into lane_groups (topic, consumer_group, seen_at) values (?1, ?2, ?3) \
+         on conflict (topic, consumer_group) do update set seen_at = max(seen_at, excluded.seen_at)",
+    )?
+    .execute(params![group.topic, group.group, seen_at])?;
+    Ok(())
 }
 
 fn millis(value: i64) -> Duration {

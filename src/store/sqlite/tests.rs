@@ -68,8 +68,9 @@ mod shell {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new/folder/ams.db");
         let store = SqliteStore::open(&path).unwrap();
-        assert_eq!(store.missing_migrations().await.unwrap().len(), 5);
-        assert_eq!(store.migrate().await.unwrap()[0], "V1__messages");
+        let missing = store.missing_migrations().await.unwrap();
+        assert_eq!(missing[0], "V1__messages");
+        assert_eq!(store.migrate().await.unwrap(), missing);
         File { store, path, _folder: folder }
     }
 
@@ -273,8 +274,8 @@ mod shell {
         let Err(StoreError::Version(sentence)) = SqliteStore::open(&file.path) else {
             panic!("it was opened")
         };
-        assert!(sentence.contains("V6__later"), "{sentence}");
-        file.sqlite3("delete from refinery_schema_history where version = 6").unwrap();
+        assert!(sentence.contains("__later"), "{sentence}");
+        file.sqlite3("delete from refinery_schema_history where name = 'later'").unwrap();
         file.sqlite3("update refinery_schema_history set checksum = '1' where version = 1").unwrap();
         assert!(matches!(SqliteStore::open(&file.path), Err(StoreError::Version(_))));
     }
