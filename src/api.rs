@@ -213,7 +213,7 @@ pub async fn serve(
             },
         };
         // The log says when a shortage is over, also in a process that has no other timer for it.
-        parts.metrics.shortages(parts.clock.now());
+        parts.metrics.shortages(parts.clock.instant());
         // A connection without it only answers later; it still answers.
         let _ = stream.set_nodelay(true);
         let (router, stop) = (router.clone(), stop.clone());
@@ -230,7 +230,7 @@ pub async fn serve(
 /// Says why no connection could be accepted: what this process is short of, or that a client went away meanwhile.
 fn not_accepted(error: &std::io::Error, parts: &Parts) {
     match Shortage::in_error(error) {
-        Some(shortage) => parts.metrics.put_off(&shortage, parts.clock.now()),
+        Some(shortage) => parts.metrics.put_off(&shortage, parts.clock.reading()),
         None => tracing::debug!("a connection could not be accepted: {error}"),
     }
 }

@@ -96,7 +96,7 @@ impl App {
         let migrates = self.config.role == Role::Up;
         let ready = service::persist("store", stop, || async {
             match if migrates { self.migrate().await } else { self.check_version().await } {
-                Err(StoreError::Version(sentence)) => Ok(Err(AppError(sentence))),
+                Err(StoreError::Unsupported(sentence)) => Ok(Err(AppError(sentence))),
                 Err(error) => Err(error),
                 Ok(()) => self.begin_service().await.map(Ok),
             }

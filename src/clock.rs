@@ -18,10 +18,16 @@ impl Timestamp {
     /// 1970-01-01T00:00:00Z.
     pub const EPOCH: Timestamp = Timestamp(0);
 
-    /// The moment `micros` microseconds after the Unix epoch, held within the years that RFC 3339 can write.
+    /// 0001-01-01T00:00:00Z: RFC 3339 can't write an earlier one that every program reads alike.
+    pub const MIN: Timestamp = Timestamp(-62_135_596_800_000_000);
+
+    /// 9999-12-31T23:59:59.999999Z, the usual "never": the last one that RFC 3339 can write.
+    pub const MAX: Timestamp = Timestamp(253_402_300_799_999_999);
+
+    /// The moment `micros` microseconds after the Unix epoch, held between [`Timestamp::MIN`] and
+    /// [`Timestamp::MAX`].
     pub fn from_micros(micros: i64) -> Timestamp {
-        const MAX: i64 = 253_402_207_200_000_000; // jiff's last moment, in December of 9999
-        Timestamp(micros.clamp(-62_135_596_800_000_000, MAX))
+        Timestamp(micros).clamp(Timestamp::MIN, Timestamp::MAX)
     }
 
     /// Microseconds since the Unix epoch.
@@ -39,9 +45,17 @@ impl Timestamp {
     /// # Errors
     /// A sentence that says what is wrong with the text.
     pub fn parse(text: &str) -> Result<Timestamp, String> {
-        let parsed: jiff::Timestamp =
-            text.parse().map_err(|error| format!("`{text}` is not an RFC 3339 time: {error}"))?;
-        Ok(Timestamp::from_micros(parsed.as_microsecond()))
+        let micros = match text.parse::<jiff::Timestamp>() {
+            Ok(time) => time.as_microsecond(),
+            Err(error) => {
+                civil_micros(text).ok_or_else(|| format!("`{text}` is not an RFC 3339 time: {error}"))?
+            }
+        };
+        let time = Timestamp(micros);
+        match (Timestamp::MIN..=Timestamp::MAX).contains(&time) {
+            true => Ok(time),
+            false => Err(format!("`{text}` does not lie between the years 1 and 9999")),
+        }
     }
 
     /// This moment and `wait` later.
@@ -56,12 +70,25 @@ impl Timestamp {
     }
 }
 
+/// The Unix epoch as jiff's civil time, whose range covers the whole of year 9999; that of its timestamps ends a
+/// day earlier, so that every one of them can be written in every time zone.
+const CIVIL_EPOCH: jiff::civil::DateTime = jiff::civil::DateTime::constant(1970, 1, 1, 0, 0, 0, 0);
+
+/// Microseconds since the Unix epoch of an RFC 3339 text that jiff's timestamps can't hold.
+fn civil_micros(text: &str) -> Option<i64> {
+    let pieces = jiff::fmt::temporal::Pieces::parse(text).ok()?;
+    let civil = pieces.date().to_datetime(pieces.time()?);
+    let offset = jiff::SignedDuration::from_secs(pieces.to_numeric_offset()?.seconds().into());
+    i64::try_from((civil.duration_since(CIVIL_EPOCH) - offset).as_micros()).ok()
+}
+
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match jiff::Timestamp::from_microsecond(self.0) {
-            Ok(time) => time.fmt(f),
-            Err(_) => write!(f, "{}us", self.0),
+        if let Ok(time) = jiff::Timestamp::from_microsecond(self.0) {
+            return time.fmt(f);
         }
+        let since_epoch = jiff::SignedDuration::from_micros(self.0);
+        write!(f, "{}Z", CIVIL_EPOCH.saturating_add(since_epoch))
     }
 }
 
@@ -78,6 +105,35 @@ impl<'de> Deserialize<'de> for Timestamp {
     }
 }
 
+/// A moment of this process, for intervals inside it: nobody can set the clock that it is read from. Two processes
+/// can't compare theirs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Instant(Duration);
+
+impl Instant {
+    /// Before everything that this process has read.
+    pub const START: Instant = Instant(Duration::ZERO);
+
+    /// This moment and `wait` later.
+    pub fn after(self, wait: Duration) -> Instant {
+        Instant(self.0.saturating_add(wait))
+    }
+
+    /// How long after `earlier` this is; zero when it is not.
+    pub fn since(self, earlier: Instant) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// The present, read once for a whole step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Now {
+    /// What is written down, and compared with what others wrote down.
+    pub time: Timestamp,
+    /// What intervals inside this process are measured by.
+    pub instant: Instant,
+}
+
 /// Tells the time, and how long things took.
 #[derive(Clone, Debug)]
 pub struct Clock(Source);
@@ -85,9 +141,25 @@ pub struct Clock(Source);
 #[derive(Clone, Debug)]
 enum Source {
     System,
-    Manual(Arc<AtomicI64>),
-    Virtual { start: Timestamp, zero: tokio::time::Instant },
+    Manual(Arc<Hands>),
+    /// Follows tokio's time; `set` says how far somebody has set the wall clock, in microseconds.
+    Virtual {
+        start: Timestamp,
+        zero: tokio::time::Instant,
+        set: Arc<AtomicI64>,
+    },
 }
+
+/// A manual clock's, in microseconds.
+#[derive(Debug)]
+struct Hands {
+    wall: AtomicI64,
+    passed: AtomicI64,
+}
+
+/// Where the instants of the machine's clock begin, the same for all clocks of a process.
+#[expect(clippy::disallowed_methods, reason = "this is the clock")]
+static START: std::sync::LazyLock<std::time::Instant> = std::sync::LazyLock::new(std::time::Instant::now);
 
 impl Clock {
     /// The machine's clock.
@@ -97,14 +169,14 @@ impl Clock {
 
     /// A clock that stands at `start` until [`Clock::advance`] moves it.
     pub fn manual(start: Timestamp) -> Clock {
-        Clock(Source::Manual(Arc::new(AtomicI64::new(start.0))))
+        Clock(Source::Manual(Arc::new(Hands { wall: start.0.into(), passed: 0.into() })))
     }
 
     /// A clock that stands at `start` now and follows the tokio runtime's time, which a paused
     /// runtime moves without waiting. For the simulation.
     #[expect(clippy::disallowed_methods, reason = "this is the clock")]
     pub fn virtual_from(start: Timestamp) -> Clock {
-        Clock(Source::Virtual { start, zero: tokio::time::Instant::now() })
+        Clock(Source::Virtual { start, zero: tokio::time::Instant::now(), set: Arc::default() })
     }
 
     /// The time.
@@ -115,18 +187,33 @@ impl Clock {
                 let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
                 Timestamp::from_micros(since.map_or(0, |d| i64::try_from(d.as_micros()).unwrap_or(i64::MAX)))
             }
-            Source::Manual(micros) => Timestamp::from_micros(micros.load(Ordering::SeqCst)),
-            Source::Virtual { start, zero } => start.after(zero.elapsed()),
+            Source::Manual(hands) => Timestamp::from_micros(hands.wall.load(Ordering::SeqCst)),
+            Source::Virtual { start, zero, set } => {
+                let now = start.after(zero.elapsed());
+                Timestamp::from_micros(now.0.saturating_add(set.load(Ordering::SeqCst)))
+            }
         }
     }
 
-    /// A reading for measuring how long something takes: never goes back when somebody sets the clock.
-    #[expect(clippy::disallowed_methods, reason = "this is the clock")]
-    pub fn stopwatch(&self) -> Stopwatch {
+    /// The present moment of this process.
+    pub fn instant(&self) -> Instant {
         match &self.0 {
-            Source::System => Stopwatch(Start::Instant(std::time::Instant::now())),
-            _ => Stopwatch(Start::Clock(self.clone(), self.now())),
+            Source::System => Instant(START.elapsed()),
+            Source::Manual(hands) => {
+                Instant(Duration::from_micros(hands.passed.load(Ordering::SeqCst).unsigned_abs()))
+            }
+            Source::Virtual { zero, .. } => Instant(zero.elapsed()),
         }
+    }
+
+    /// The time and the moment.
+    pub fn reading(&self) -> Now {
+        Now { time: self.now(), instant: self.instant() }
+    }
+
+    /// A reading for measuring how long something takes: never goes back when somebody sets the clock.
+    pub fn stopwatch(&self) -> Stopwatch {
+        Stopwatch { clock: self.clone(), start: self.instant() }
     }
 
     /// Moves a manual clock on by `by`.
@@ -134,28 +221,37 @@ impl Clock {
     /// # Panics
     /// When the clock is not a manual one: only a test can call this, and it has made a mistake.
     pub fn advance(&self, by: Duration) {
-        let Source::Manual(micros) = &self.0 else { panic!("only a manual clock can be advanced") };
-        micros.fetch_add(i64::try_from(by.as_micros()).unwrap_or(i64::MAX), Ordering::SeqCst);
+        let Source::Manual(hands) = &self.0 else { panic!("only a manual clock can be advanced") };
+        let by = i64::try_from(by.as_micros()).unwrap_or(i64::MAX);
+        hands.wall.fetch_add(by, Ordering::SeqCst);
+        hands.passed.fetch_add(by, Ordering::SeqCst);
+    }
+
+    /// Sets a test's wall clock by so many microseconds, as an administrator or a time server does. No time passes.
+    ///
+    /// # Panics
+    /// When the clock is the machine's: only a test can call this, and it has made a mistake.
+    pub fn set_wall(&self, by_micros: i64) {
+        let wall = match &self.0 {
+            Source::System => panic!("the machine's clock can't be set"),
+            Source::Manual(hands) => &hands.wall,
+            Source::Virtual { set, .. } => set,
+        };
+        wall.fetch_add(by_micros, Ordering::SeqCst);
     }
 }
 
 /// Measures from the moment [`Clock::stopwatch`] made it.
 #[derive(Clone, Debug)]
-pub struct Stopwatch(Start);
-
-#[derive(Clone, Debug)]
-enum Start {
-    Instant(std::time::Instant),
-    Clock(Clock, Timestamp),
+pub struct Stopwatch {
+    clock: Clock,
+    start: Instant,
 }
 
 impl Stopwatch {
     /// How long ago this was made.
     pub fn elapsed(&self) -> Duration {
-        match &self.0 {
-            Start::Instant(start) => start.elapsed(),
-            Start::Clock(clock, start) => clock.now().since(*start),
-        }
+        self.clock.instant().since(self.start)
     }
 }
 
@@ -169,6 +265,22 @@ mod tests {
         assert_eq!(time.to_string(), "2026-11-23T09:00:00.25Z");
         assert_eq!(serde_json::from_str::<Timestamp>("\"2026-11-23T09:00:00.25Z\"").unwrap(), time);
         assert!(Timestamp::parse("tomorrow").unwrap_err().contains("tomorrow"));
+        for text in [
+            "0001-01-01T00:00:00Z",
+            "9999-12-30T22:00:00.000001Z",
+            "9999-12-31T23:59:59Z",
+            "9999-12-31T23:59:59.999999Z",
+        ] {
+            assert_eq!(Timestamp::parse(text).unwrap().to_string(), text);
+        }
+        let east = Timestamp::parse("9999-12-31T23:59:59+01:00").unwrap();
+        assert_eq!(east.to_string(), "9999-12-31T22:59:59Z");
+        for text in ["9999-12-31T23:59:59-01:00", "0001-01-01T00:00:00+01:00", "-000001-01-01T00:00:00Z"] {
+            assert!(Timestamp::parse(text).unwrap_err().contains("years 1 and 9999"), "{text}");
+        }
+        for text in ["9999-12-31T23:59:59", "9999-12-32T00:00:00Z", "10000-01-01T00:00:00Z", "9999-12-31"] {
+            assert!(Timestamp::parse(text).unwrap_err().contains("is not an RFC 3339 time"), "{text}");
+        }
         for micros in [i64::MIN, i64::MAX] {
             let edge = Timestamp::from_micros(micros);
             assert_eq!(Timestamp::parse(&edge.to_string()).unwrap(), edge);
@@ -184,5 +296,21 @@ mod tests {
         assert_eq!(watch.elapsed(), Duration::from_secs(1));
         assert_eq!(clock.now().since(Timestamp::from_micros(5)), Duration::from_secs(1));
         assert_eq!(Timestamp::from_micros(5).since(clock.now()), Duration::ZERO);
+    }
+
+    #[test]
+    fn setting_the_wall_clock_lets_no_time_pass() {
+        let start = Timestamp::EPOCH.after(Duration::from_secs(7_200));
+        let clock = Clock::manual(start);
+        let (watch, before) = (clock.stopwatch(), clock.instant());
+        clock.set_wall(-3_600_000_000);
+        clock.advance(Duration::from_secs(2));
+        let Now { time, instant } = clock.reading();
+        assert_eq!(start.since(time), Duration::from_secs(3_598));
+        assert_eq!(
+            (watch.elapsed(), instant.since(before)),
+            (Duration::from_secs(2), Duration::from_secs(2))
+        );
+        assert_eq!(before.since(instant), Duration::ZERO);
     }
 }

@@ -6,6 +6,8 @@
 //! a lease, so everybody gets a whole lease's time to speak up first. The leader's row says since when
 //! the store has been there, because the janitor may itself have been away.
 
+mod silence;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -13,12 +15,14 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::clock::Timestamp;
+use crate::clock::{Now, Timestamp};
 use crate::consumer::publish_dead_letters;
 use crate::producer::Reign;
 use crate::queue::Depth;
-use crate::service::{self, LEASE, Parts, Service, Step};
-use crate::store::{Batch, BatchId, StoreError};
+use crate::service::{self, Backoff, LEASE, Parts, Service, Step};
+use crate::store::{Batch, BatchId, Recovery, StoreError};
+
+use silence::Silence;
 
 const ROUND: Duration = Duration::from_secs(1);
 /// A dead letter that its consumer has not published by then is published here.
@@ -44,6 +48,9 @@ pub struct Janitor {
     parts: Parts,
     leading: watch::Receiver<Option<Reign>>,
     rounds: u64,
+    silence: Silence,
+    /// Of making partitions: it must keep nothing else from being done.
+    partitions: Backoff,
     /// Dead letters on their way: their lane may be slow or gone, and the rest of the round must not wait for it.
     letters: Option<JoinHandle<()>>,
 }
@@ -57,10 +64,10 @@ impl Service for Janitor {
     /// # Errors
     /// Those of the store. The broker's are taken as "not now": its positions are only hints.
     async fn step(&mut self) -> Result<Step, StoreError> {
-        let now = self.parts.clock.now();
+        let now = self.parts.clock.reading();
         let reign = *self.leading.borrow();
         // After an outage the first bid says how long the store was away; nobody is judged before it.
-        if let Some(reign) = reign.filter(|reign| now < reign.until) {
+        if let Some(reign) = reign.filter(|reign| now.instant < reign.until) {
             self.round(reign.steady_since, now).await?;
         }
         Ok(Step::Idle(ROUND))
@@ -73,7 +80,14 @@ impl Janitor {
         for why in [DIED, ORPHANED, LOST] {
             parts.metrics.recovered(why, 0);
         }
-        Janitor { parts, leading, rounds: 0, letters: None }
+        Janitor {
+            parts,
+            leading,
+            rounds: 0,
+            silence: Silence::default(),
+            partitions: Backoff::new("partitions"),
+            letters: None,
+        }
     }
 
     /// Works until `stop`.
@@ -81,15 +95,20 @@ impl Janitor {
         service::run(&mut self, stop, &Notify::new()).await;
     }
 
-    async fn round(&mut self, steady_since: Timestamp, now: Timestamp) -> Result<(), StoreError> {
+    async fn round(&mut self, steady_since: Timestamp, moment: Now) -> Result<(), StoreError> {
+        let now = moment.time;
         if self.rounds.is_multiple_of(5) {
-            self.parts.store.make_partitions().await?;
+            self.make_partitions().await;
         }
         self.rounds += 1;
         let sure = now.since(steady_since) >= LEASE;
         self.settle_batches(now, sure).await?;
         if sure {
-            let recovered = self.parts.store.recover(now).await?;
+            let silent = self.silence.longer_than(LEASE, moment.instant);
+            // Hosts whose clocks differ by a little have leases that end a little later.
+            let latest = now.after(LEASE * 2);
+            let recovered = self.parts.store.recover(&Recovery { now, latest, silent: &silent }).await?;
+            self.silence.watch(&recovered.ahead, moment.instant);
             if recovered.messages > 0 {
                 tracing::warn!(
                     "{} messages of {} processes that died are due again",
@@ -101,6 +120,14 @@ impl Janitor {
             self.publish_left_letters(now).await?;
         }
         self.finish_jobs(now).await
+    }
+
+    /// Makes partitions ahead. Nobody waits for them, because the default one takes what has none of its own.
+    async fn make_partitions(&mut self) {
+        match self.parts.store.make_partitions().await {
+            Ok(()) => self.partitions.succeeded(),
+            Err(error) => drop(self.partitions.failed(&error)),
+        }
     }
 
     /// Goes on with jobs whose caller has gone away.
@@ -228,7 +255,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::clock::Clock;
+    use crate::clock::{Clock, Instant};
     use crate::service::{Directory, Presence};
     use crate::store::sqlite::SqliteStore;
     use crate::store::{InstanceId, Place, Store};
@@ -265,7 +292,7 @@ mod tests {
         parts.presence.renew().await.unwrap();
         let instance = parts.presence.instance().unwrap();
         let reign =
-            Reign { steady_since: Timestamp::EPOCH, until: Timestamp::EPOCH.after(Duration::from_secs(4)) };
+            Reign { steady_since: Timestamp::EPOCH, until: Instant::START.after(Duration::from_secs(4)) };
         let (led, leading) = watch::channel(Some(reign));
         let mut janitor = Janitor::new(parts.clone(), leading);
 
@@ -277,7 +304,7 @@ mod tests {
             "its lease could not be renewed before"
         );
 
-        led.send_replace(Some(Reign { steady_since: now, until: now.after(LEASE * 2) }));
+        led.send_replace(Some(Reign { steady_since: now, until: clock.instant().after(LEASE * 2) }));
         janitor.step().await.unwrap();
         assert!(parts.store.renew(instance, now, now).await.unwrap(), "it has had no time to renew");
 

@@ -17,7 +17,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::clock::Timestamp;
+use crate::clock::{Instant, Now, Timestamp};
 use crate::message::{Held, MessageId, Ticket};
 use crate::service::{self, Parts, Service, Step};
 use crate::store::{BatchId, Bid, Claim, Claimed, Due, DueNow, InstanceId, Pacing, Result, StoreError};
@@ -73,7 +73,7 @@ pub struct Reign {
     /// Since when there has been an active producer without a break.
     pub steady_since: Timestamp,
     /// When it ends unless it is renewed: nothing is known of the store from then on.
-    pub until: Timestamp,
+    pub until: Instant,
 }
 
 /// One producer: active or standing by.
@@ -87,18 +87,18 @@ pub struct Producer {
     publishing: JoinSet<()>,
     /// Set when a claim's answer was lost: then the ledger may hold batches that we don't know of.
     unsure: bool,
-    led_until: Timestamp,
+    led_until: Instant,
     /// Somebody has paused all producers.
     paused: bool,
     cursor: MessageId,
-    next_bid: Timestamp,
-    next_sweep: Timestamp,
-    next_timed: Timestamp,
-    burst_until: Timestamp,
-    next_unhold: Timestamp,
+    next_bid: Instant,
+    next_sweep: Instant,
+    next_timed: Instant,
+    burst_until: Instant,
+    next_unhold: Instant,
     /// Endpoints whose new rows would only wait on the lane; nothing is known of them at rest.
     busy: Vec<String>,
-    next_busy: Timestamp,
+    next_busy: Instant,
     passing: Passing,
     gap: Duration,
 }
@@ -113,7 +113,7 @@ impl Service for Producer {
     /// Those of the store; nothing is lost by any of them, and all of it passes by waiting.
     async fn step(&mut self) -> Result<Step> {
         while self.publishing.try_join_next().is_some() {}
-        let now = self.parts.clock.now();
+        let now = self.parts.clock.reading();
         let Some(instance) = self.parts.presence.instance() else {
             return Ok(Step::Idle(GAP_MAX));
         };
@@ -123,11 +123,11 @@ impl Service for Producer {
         if self.paused {
             return Ok(Step::Idle(GAP_MAX.max(self.options.poll)));
         }
-        self.rooms.refresh(&self.options.fresh_lane, now).await;
+        self.rooms.refresh(&self.options.fresh_lane, now.instant).await;
         if self.unsure {
             self.give_back_unknown(instance).await?;
         }
-        if now >= self.next_unhold {
+        if now.instant >= self.next_unhold {
             self.unhold(now).await?;
         }
         let DueNow { new, lanes } = self.due(now).await?;
@@ -140,7 +140,7 @@ impl Service for Producer {
             self.passing = Passing::default();
             self.busy.clear();
         }
-        if now >= self.next_timed {
+        if now.instant >= self.next_timed {
             worked |= self.claim_timed(&lanes, instance, now).await?;
         }
         Ok(self.rest(worked, now))
@@ -160,16 +160,16 @@ impl Producer {
             leading: watch::Sender::new(None),
             publishing: JoinSet::new(),
             unsure: false,
-            led_until: Timestamp::EPOCH,
+            led_until: Instant::START,
             paused: false,
             cursor: MessageId(0),
-            next_bid: Timestamp::EPOCH,
-            next_sweep: Timestamp::EPOCH,
-            next_timed: Timestamp::EPOCH,
-            burst_until: Timestamp::EPOCH,
-            next_unhold: Timestamp::EPOCH,
+            next_bid: Instant::START,
+            next_sweep: Instant::START,
+            next_timed: Instant::START,
+            burst_until: Instant::START,
+            next_unhold: Instant::START,
             busy: Vec::new(),
-            next_busy: Timestamp::EPOCH,
+            next_busy: Instant::START,
             passing: Passing::default(),
             gap: GAP_MIN,
         }
@@ -191,69 +191,69 @@ impl Producer {
 
     /// After work the next look follows at once; then the gap doubles up to the poll interval. In a burst the
     /// looks begin at even times, however long each takes.
-    fn rest(&mut self, worked: bool, now: Timestamp) -> Step {
+    fn rest(&mut self, worked: bool, now: Now) -> Step {
         if worked {
             self.gap = GAP_MIN;
             return Step::Worked;
         }
         let mut gap = self.gap.min(self.options.poll);
         self.gap = (gap * 2).min(self.options.poll);
-        if now < self.burst_until {
-            gap = gap.min(self.next_timed.since(self.parts.clock.now())).max(GAP_MIN);
+        if now.instant < self.burst_until {
+            gap = gap.min(self.next_timed.since(self.parts.clock.instant())).max(GAP_MIN);
         }
         Step::Idle(gap)
     }
 
     /// Bids for leadership when it is time to. A leader that could not renew stops before its term ends.
-    async fn lead(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool> {
-        if now < self.next_bid {
-            return Ok(now < self.led_until);
+    async fn lead(&mut self, instance: InstanceId, now: Now) -> Result<bool> {
+        if now.instant < self.next_bid {
+            return Ok(now.instant < self.led_until);
         }
-        let until = now.after(LEADERSHIP);
-        let bid = Bid { instance, now, until, paced_until: None, pacing: self.options.pacing };
-        let led = now < self.led_until;
+        let (until, led_until) = (now.time.after(LEADERSHIP), now.instant.after(LEADERSHIP));
+        let bid = Bid { instance, now: now.time, until, paced_until: None, pacing: self.options.pacing };
+        let led = now.instant < self.led_until;
         let won =
             self.parts.store.lead(&bid).await.inspect_err(|_| self.parts.metrics.is_active_producer(led))?;
         self.parts.metrics.is_active_producer(won.is_some());
-        self.next_bid = now.after(BID);
+        self.next_bid = now.instant.after(BID);
         match won {
             Some(leadership) => {
-                self.led_until = until;
+                self.led_until = led_until;
                 self.paused = leadership.paused;
                 if !led {
                     tracing::info!(instance = instance.0, "instance {} is the active producer", instance.0);
                     self.cursor = MessageId(0);
                     self.unsure = true;
                     if let Some(pacer) = &mut self.pacer {
-                        pacer.inherit(leadership.paced_until);
+                        let left = leadership.paced_until.map_or(Duration::ZERO, |ends| ends.since(now.time));
+                        pacer.inherit(left, now.instant);
                     }
                 }
             }
-            None => self.led_until = Timestamp::EPOCH,
+            None => self.led_until = Instant::START,
         }
-        self.leading
-            .send_replace(won.map(|leadership| Reign { steady_since: leadership.steady_since, until }));
+        self.leading.send_replace(won.map(|led| Reign { steady_since: led.steady_since, until: led_until }));
         Ok(won.is_some())
     }
 
     /// What is worth claiming: after work new rows, without a question, and else what the store says. One
     /// question in place of a claim for each lane keeps a producer at rest below 1 % of a core.
-    async fn due(&self, now: Timestamp) -> Result<DueNow> {
-        if now < self.next_timed {
+    async fn due(&self, now: Now) -> Result<DueNow> {
+        if now.instant < self.next_timed {
             return match self.gap {
                 GAP_MIN => Ok(DueNow { new: true, lanes: Vec::new() }),
-                _ => self.parts.store.due(&[], now).await,
+                _ => self.parts.store.due(&[], now.time).await,
             };
         }
         let directory = self.parts.directory.snapshot();
         let topics = directory.lanes.iter().map(|lane| lane.topic.as_str());
         let lanes: Vec<&str> = std::iter::once("").chain(topics).collect();
-        self.parts.store.due(&lanes, now.after(Ticket::AHEAD)).await
+        self.parts.store.due(&lanes, now.time.after(Ticket::AHEAD)).await
     }
 
     /// Claims new rows that appeared behind the cursor, when it is time to.
-    async fn claim_late(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool> {
-        if now < self.next_sweep {
+    async fn claim_late(&mut self, instance: InstanceId, now: Now) -> Result<bool> {
+        if now.instant < self.next_sweep {
             return Ok(false);
         }
         let (due, pass_busy) = (Due::up_to(self.cursor), self.passing.has_left());
@@ -261,7 +261,7 @@ impl Producer {
         match taken {
             Taken::Full(_) => return Ok(true),
             Taken::NoRoom => return Ok(false),
-            Taken::Some(_) | Taken::Nothing => self.next_sweep = now.after(SWEEP),
+            Taken::Some(_) | Taken::Nothing => self.next_sweep = now.instant.after(SWEEP),
         }
         if pass_busy {
             match self.claim(instance, Look { due, most: HOLD, pass_busy: false }, now).await? {
@@ -274,7 +274,7 @@ impl Producer {
     }
 
     /// Claims new rows after the cursor. Asks which endpoints are busy while there are any.
-    async fn claim_fresh(&mut self, instance: InstanceId, now: Timestamp) -> Result<bool> {
+    async fn claim_fresh(&mut self, instance: InstanceId, now: Now) -> Result<bool> {
         let (after, pass_busy) = (self.cursor, self.passing.passes());
         let up_to = if pass_busy { after.0.saturating_add(LEFT_MAX) } else { i64::MAX };
         let due = Due::New { after, up_to: MessageId(up_to) };
@@ -289,35 +289,36 @@ impl Producer {
             Taken::Nothing => self.passing.claimed(false, 0),
             Taken::NoRoom => {}
         }
-        if now >= self.next_busy {
+        if now.instant >= self.next_busy {
             self.busy = self.parts.store.busy().await?;
-            self.next_busy = now.after(BUSY);
+            self.next_busy = now.instant.after(BUSY);
         }
         Ok(matches!(taken, Taken::Full(_) | Taken::Some(_)))
     }
 
     /// Claims rows whose time has almost come, lane by lane. A paced first try takes its place in the window in
     /// which it goes out, so it is not claimed ahead.
-    async fn claim_timed(&mut self, lanes: &[String], instance: InstanceId, now: Timestamp) -> Result<bool> {
+    async fn claim_timed(&mut self, lanes: &[String], instance: InstanceId, now: Now) -> Result<bool> {
         let mut full = false;
         for lane in lanes {
             let paced = lane.is_empty() && self.pacer.is_some();
-            let by = if paced { now } else { now.after(Ticket::AHEAD) };
+            let by = if paced { now.time } else { now.time.after(Ticket::AHEAD) };
             let look = Look { due: Due::Timed { lane, by }, most: self.options.batch, pass_busy: false };
             let taken = self.claim(instance, look, now).await?;
             full |= matches!(taken, Taken::Full(_));
             if matches!(taken, Taken::Full(rows) | Taken::Some(rows) if rows.late) {
-                self.burst_until = now.after(BURST);
+                self.burst_until = now.instant.after(BURST);
             }
         }
         if !full {
-            self.next_timed = now.after(if now < self.burst_until { TIMED_LATE } else { TIMED });
+            self.next_timed =
+                now.instant.after(if now.instant < self.burst_until { TIMED_LATE } else { TIMED });
         }
         Ok(full)
     }
 
     /// One claim, as large as room and pacing allow.
-    async fn claim(&mut self, owner: InstanceId, look: Look<'_>, now: Timestamp) -> Result<Taken> {
+    async fn claim(&mut self, owner: InstanceId, look: Look<'_>, now: Now) -> Result<Taken> {
         let Look { due, most, pass_busy } = look;
         let (lane, first_tries) = match due {
             Due::Timed { lane, .. } if !lane.is_empty() => (lane, false),
@@ -325,21 +326,22 @@ impl Producer {
         };
         let mut limit = self.rooms.room(lane).min(most);
         if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
-            limit = limit.min(pacer.allowance(now));
-            if limit > 0 && pacer.opens_window(now) {
+            limit = limit.min(pacer.allowance(now.instant));
+            if limit > 0 && pacer.opens_window(now.instant) {
                 // The window is written down before it is used: a successor must not use it again.
+                let written = |at: Instant| now.time.after(at.since(now.instant));
                 let bid = Bid {
                     instance: owner,
-                    now,
-                    until: self.led_until,
-                    paced_until: Some(pacer.window_end(now)),
+                    now: now.time,
+                    until: written(self.led_until),
+                    paced_until: Some(written(pacer.window_end(now.instant))),
                     pacing: self.options.pacing,
                 };
                 if self.parts.store.lead(&bid).await?.is_none() {
-                    self.led_until = Timestamp::EPOCH;
+                    self.led_until = Instant::START;
                     return Ok(Taken::Nothing);
                 }
-                pacer.open_window(now);
+                pacer.open_window(now.instant);
             }
         }
         if limit == 0 || self.publishing.len() >= PUBLISHING_MAX {
@@ -347,10 +349,13 @@ impl Producer {
         }
         let directory = self.parts.directory.snapshot();
         let (open, busy) = (&directory.open, &self.busy);
-        let claim = Claim { due, limit, lane, open, busy, pass_busy, owner, now };
+        let claim = Claim { due, limit, lane, open, busy, pass_busy, owner, now: now.time };
         let watch = self.parts.clock.stopwatch();
         let claimed = self.parts.store.claim(&claim).await.inspect_err(|_| self.unsure = true)?;
         let Some(last) = claimed.last else { return Ok(Taken::Nothing) };
+        for id in &claimed.unreadable {
+            tracing::error!(id = id.0, "message {id} can't be read and is dead; its reason says why");
+        }
         self.parts.metrics.batch("claim", claimed.tickets.len(), watch.elapsed());
         let late = claimed.tickets.iter().any(|ticket| ticket.due_at.is_none());
         let rows = Rows { seen: claimed.seen, last, late };
@@ -394,19 +399,19 @@ impl Producer {
     }
 
     /// Frees rows that were held for an endpoint which is open again.
-    async fn unhold(&mut self, now: Timestamp) -> Result<()> {
+    async fn unhold(&mut self, now: Now) -> Result<()> {
         let directory = self.parts.directory.snapshot();
         let mut more = false;
         for (endpoint, held) in self.parts.store.held().await? {
             if held == Held::EndpointClosed && directory.open_endpoint(&endpoint).is_some() {
-                let freed = self.parts.store.unhold(&endpoint, held, self.options.batch, now).await?;
+                let freed = self.parts.store.unhold(&endpoint, held, self.options.batch, now.time).await?;
                 more |= freed > 0;
             }
         }
         if more {
-            self.next_sweep = now;
+            self.next_sweep = now.instant;
         } else {
-            self.next_unhold = now.after(UNHOLD);
+            self.next_unhold = now.instant.after(UNHOLD);
         }
         Ok(())
     }

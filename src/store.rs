@@ -22,6 +22,7 @@
 
 #[cfg(test)]
 pub(crate) mod conformance;
+mod leadership;
 pub mod operate;
 pub mod postgres;
 pub mod sqlite;
@@ -38,6 +39,7 @@ use crate::message::{
 };
 use crate::retry::{Lane, LaneGroup};
 
+pub use leadership::{Bid, Leadership, Pacing};
 pub use standing::Standing;
 
 use operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
@@ -52,9 +54,10 @@ pub enum StoreError {
     /// The store refused the values: repeating it is useless.
     #[error("the store refused the values: {0}")]
     Refused(String),
-    /// The store's migrations are older or newer than this program knows.
+    /// This program can't work on the store, however often it tries: its migrations are of another version, or
+    /// its database has another encoding.
     #[error("{0}")]
-    Version(String),
+    Unsupported(String),
     /// A defect of ours or of the database's contents; the sentence says where.
     #[error("the store failed: {0}")]
     Internal(String),
@@ -64,7 +67,7 @@ pub enum StoreError {
 pub type Result<T> = std::result::Result<T, StoreError>;
 
 /// A running process's number in the `instances` table; never used again for another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct InstanceId(pub i64);
 
 /// One process of AMS, as others see it. It lives as long as it renews its lease.
@@ -132,54 +135,10 @@ pub enum Whole {
     Conflicts(Vec<usize>),
 }
 
-/// At most `count` first tries per `interval`, over all producers together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pacing {
-    pub count: usize,
-    pub interval: Duration,
-}
-
-impl Pacing {
-    /// What a store has written down: a count, and an interval in milliseconds.
-    fn of(count: i64, ms: i64) -> Pacing {
-        Pacing {
-            count: usize::try_from(count).unwrap_or(0),
-            interval: Duration::from_millis(ms.unsigned_abs()),
-        }
-    }
-
-    /// What a store writes down.
-    fn numbers(self) -> (i64, i64) {
-        (
-            i64::try_from(self.count).unwrap_or(i64::MAX),
-            i64::try_from(self.interval.as_millis()).unwrap_or(i64::MAX),
-        )
-    }
-}
-
-/// An instance's wish to be the one active producer.
-#[derive(Clone, Copy, Debug)]
-pub struct Bid {
-    pub instance: InstanceId,
-    pub now: Timestamp,
-    /// Until when it leads without saying so again.
-    pub until: Timestamp,
-    /// No further first tries before this time; `None` leaves what stands in the store.
-    pub paced_until: Option<Timestamp>,
-    /// Its own setting, for people to see.
-    pub pacing: Option<Pacing>,
-}
-
-/// What the one active producer has to know of its predecessor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Leadership {
-    /// Since when somebody has led without a break of 1 s or more between two terms: so long every
-    /// instance could have renewed its lease.
-    pub steady_since: Timestamp,
-    /// The pacing window that stands in the store ends then: pacing holds over all producers together.
-    pub paced_until: Option<Timestamp>,
-    /// Somebody has paused all producers: nothing may be claimed.
-    pub paused: bool,
+/// The latest time that is still taken for the present by which another process was working. What lies beyond was
+/// written by a clock that was wrong, and must not keep anybody waiting until then.
+fn latest_present(now: Timestamp) -> Timestamp {
+    now.after(Duration::from_secs(120))
 }
 
 /// Which rows a claim looks at.
@@ -245,6 +204,20 @@ pub struct Claimed {
     pub seen: usize,
     /// The highest id looked at.
     pub last: Option<MessageId>,
+    /// Rows that can't be read, by bytes that are no UTF-8 or numbers that no program holds. They are dead now, with
+    /// the reason, so that no other row waits behind them.
+    pub unreadable: Vec<MessageId>,
+}
+
+/// A JSON column as it is shown. What the program can't hold (a nesting of thousands, a number of a thousand
+/// digits) is shown as its text, because whatever a sender may store can be read back.
+fn json_or_text(json: &str) -> serde_json::Value {
+    serde_json::from_str(json).unwrap_or_else(|_| serde_json::Value::String(json.to_owned()))
+}
+
+/// Why a message is dead that the claim could not read.
+fn unreadable_reason(why: &str) -> String {
+    format!("the message can't be read: {why}")
 }
 
 /// Where the broker put a batch.
@@ -338,13 +311,26 @@ pub struct DeadLetter {
     pub dead_at: Timestamp,
 }
 
-/// How many rows a recovery gave back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What a recovery looks at.
+#[derive(Clone, Copy, Debug)]
+pub struct Recovery<'a> {
+    pub now: Timestamp,
+    /// No lease ends later that was renewed by now.
+    pub latest: Timestamp,
+    /// Instances of [`Recovered::ahead`] that have not renewed their lease for as long as one lasts, by the caller's
+    /// own watch. They are dead, too, although their lease has not run out.
+    pub silent: &'a [InstanceId],
+}
+
+/// What a recovery found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Recovered {
-    /// Instances whose lease had run out.
+    /// How many instances were dead.
     pub instances: u64,
-    /// Messages that they were working on.
+    /// How many messages they were working on. These are due again.
     pub messages: u64,
+    /// Instances whose lease ends later than any can, and when they renewed it last: their clock was ahead.
+    pub ahead: Vec<(InstanceId, Timestamp)>,
 }
 
 /// A count that stops counting: `more` says that there are at least `count`.
@@ -389,7 +375,7 @@ pub trait Store: Send + Sync + 'static {
     /// How the store's migrations stand to those that this program knows.
     ///
     /// # Errors
-    /// [`StoreError::Version`] when the store needs a program that knows others: a newer one, or one of
+    /// [`StoreError::Unsupported`] when the store needs a program that knows others: a newer one, or one of
     /// another line.
     async fn standing(&self) -> Result<Standing>;
 
@@ -475,9 +461,9 @@ pub trait Store: Send + Sync + 'static {
     /// is still to come.
     async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64>;
 
-    /// Takes away the instances whose lease has run out, and gives back what they, and instances that
-    /// have retired, had begun and not recorded.
-    async fn recover(&self, now: Timestamp) -> Result<Recovered>;
+    /// Takes away the instances whose lease has run out or that are silent, and gives back what they, and instances
+    /// that have retired, had begun and not recorded.
+    async fn recover(&self, recovery: &Recovery<'_>) -> Result<Recovered>;
 
     /// Dead letters written before `before` that are not marked as published, oldest first.
     async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>>;

@@ -17,7 +17,7 @@ use prometheus_client::metrics::gauge::Gauge as WholeGauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{self, Registry};
 
-use crate::clock::Timestamp;
+use crate::clock::{Instant, Now};
 use crate::message::{Class, Times, Verdict};
 use crate::shortage::{Resource, Shortage};
 
@@ -210,13 +210,13 @@ impl Metrics {
     }
 
     /// This process could not open or accept a connection, because it is short of something.
-    pub fn put_off(&self, shortage: &Shortage, now: Timestamp) {
+    pub fn put_off(&self, shortage: &Shortage, now: Now) {
         self.put_off.get_or_create(&[("of", shortage.of.as_str())]).inc();
         self.shortages.met(shortage, now);
     }
 
     /// What this process is short of; to be asked now and then, so that the log says when a shortage is over.
-    pub fn shortages(&self, now: Timestamp) -> Vec<Lasting> {
+    pub fn shortages(&self, now: Instant) -> Vec<Lasting> {
         self.shortages.lasting_at(now)
     }
 

@@ -202,6 +202,24 @@ fn nothing_in_the_program_can_panic_unexplained_or_is_unfinished() {
     assert_none("no unwrap outside tests, nothing unfinished or ignored, no sleeping tests", &broken);
 }
 
+/// A driver's `get` panics on a value that the type can't hold, and one row then stops everything.
+#[test]
+fn no_value_of_a_row_is_read_by_a_call_that_panics() {
+    let mut broken = Vec::new();
+    let of_store = |path: &str| path.starts_with("src/store/postgres") && !is_test_file(path);
+    for (path, text) in sources().into_iter().filter(|(path, _)| of_store(path)) {
+        for (number, line) in program(&text).lines().enumerate() {
+            if [".get(", ".get::<"].iter().any(|call| line.contains(&format!("row{call}")))
+                || line.contains("await?.get(")
+                || line.contains("await?.get::<")
+            {
+                broken.push(format!("{path}:{}: {}", number + 1, line.trim()));
+            }
+        }
+    }
+    assert_none("values of a row are read by try_get", &broken);
+}
+
 #[test]
 fn migrations_come_in_pairs() {
     let names = |folder: &str| -> BTreeSet<String> {

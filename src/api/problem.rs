@@ -302,7 +302,7 @@ impl From<StoreError> for Problem {
                 tracing::warn!("the store refused a message that the intake let through: {why}");
                 Problem::new(Code::InvalidMessage, "the store refused it; the log of AMS says why")
             }
-            StoreError::Unavailable(_) | StoreError::Version(_) => {
+            StoreError::Unavailable(_) | StoreError::Unsupported(_) => {
                 tracing::warn!("a request had to be turned away: {error}");
                 Problem::new(Code::Unavailable, "try again in a moment; /readyz says more")
             }

@@ -123,7 +123,7 @@ pub(super) struct ShortageView {
 }
 
 fn shortages(parts: &Parts) -> Vec<ShortageView> {
-    let lasting = parts.metrics.shortages(parts.clock.now()).into_iter();
+    let lasting = parts.metrics.shortages(parts.clock.instant()).into_iter();
     let view =
         |Lasting { shortage, since, .. }| ShortageView { of: shortage.of.as_str(), why: shortage.why, since };
     lasting.map(view).collect()

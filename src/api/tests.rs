@@ -49,7 +49,7 @@ impl Api {
         };
         parts.presence.renew().await.unwrap();
         let (instance, now) = (parts.presence.instance().unwrap(), clock.now());
-        let until = now.after(Duration::from_secs(3600));
+        let until = now.after(Duration::from_secs(60));
         let bid = Bid { instance, now, until, paced_until: None, pacing: None };
         assert!(store.lead(&bid).await.unwrap().is_some(), "a producer is there");
         let intake =
@@ -287,10 +287,10 @@ async fn a_shortage_is_shown_and_the_process_is_ready_all_the_same() {
     let (_, ready) = api.get("/readyz").await;
     assert_eq!(ready["shortages"], json!([]));
     let shortage = Shortage { of: Resource::Ports, why: "no port is left".to_owned() };
-    let now = Clock::system().now();
+    let now = Clock::system().reading();
     api.metrics.put_off(&shortage, now);
     let (status, ready) = api.get("/readyz").await;
-    let shown = json!([{"of": "ports", "why": "no port is left", "since": now}]);
+    let shown = json!([{"of": "ports", "why": "no port is left", "since": now.time}]);
     assert_eq!((status, &ready["ready"], &ready["shortages"]), (StatusCode::OK, &json!(true), &shown));
     assert_eq!(api.get("/v1/status").await.1["shortages"], shown);
     let metrics = api.call(Method::GET, "/metrics", &[], String::new()).await.2;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::begin::BATCH;
-use crate::clock::Timestamp;
+use crate::clock::Instant;
 
 /// After this, rows that were made due and did not come here are believed to have gone to another consumer.
 const EXPECTED: Duration = Duration::from_secs(2);
@@ -15,15 +15,15 @@ pub(super) const TRIAL: usize = 32;
 pub(super) struct Busy {
     /// Rows made due that have not come back as tickets.
     pub(super) expected: usize,
-    pub(super) since: Timestamp,
+    pub(super) since: Instant,
     /// How many of those there may be.
     trial: usize,
     /// When it was last seen to be slow.
-    pub(super) slow_at: Timestamp,
+    pub(super) slow_at: Instant,
 }
 
 impl Busy {
-    pub(super) fn new(now: Timestamp, slow_at: Timestamp) -> Busy {
+    pub(super) fn new(now: Instant, slow_at: Instant) -> Busy {
         Busy { expected: 0, since: now, trial: TRIAL, slow_at }
     }
 
@@ -36,7 +36,7 @@ impl Busy {
     }
 
     /// Rows to make due now, when there is room for this many more.
-    pub(super) fn wanted(&mut self, room: usize, now: Timestamp) -> usize {
+    pub(super) fn wanted(&mut self, room: usize, now: Instant) -> usize {
         if self.expected > 0 && now.since(self.since) > EXPECTED {
             self.expected = 0;
             self.trial = TRIAL;
@@ -51,7 +51,7 @@ mod tests {
 
     #[test]
     fn rows_that_never_come_are_made_due_a_few_at_a_time() {
-        let start = Timestamp::EPOCH.after(EXPECTED);
+        let start = Instant::START.after(EXPECTED);
         let mut busy = Busy::new(start, start);
         assert_eq!((busy.wanted(10, start), busy.wanted(1_000, start)), (10, TRIAL));
         // All of them come, round by round.

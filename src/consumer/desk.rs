@@ -15,7 +15,7 @@ use super::busy::{Busy, TRIAL};
 use super::early::Early;
 use super::recorder::Judged;
 use super::unreadable::Letters;
-use crate::clock::Timestamp;
+use crate::clock::{Instant, Now, Timestamp};
 use crate::delivery::limits::{Admission, Limits};
 use crate::delivery::{Delivery, Tried};
 use crate::message::{Held, Outcome, Ticket, Verdict};
@@ -57,7 +57,7 @@ pub(super) struct Desk {
     /// The begin call under way: one at a time, so that what arrives meanwhile goes together.
     beginning: Option<Call<Started>>,
     refused: Refused,
-    hold_at: Timestamp,
+    hold_at: Instant,
     /// The call under way that holds rows: apart from the other, which must not wait for it.
     holding: Option<Call<Vec<Receipt>>>,
     waiting: BTreeMap<String, VecDeque<Job>>,
@@ -74,7 +74,7 @@ pub(super) struct Desk {
     /// The call under way that says which endpoints are busy, and what was said last, and by whom.
     saying: Option<Call<Option<Said>>>,
     said: Option<Said>,
-    next_held: Timestamp,
+    next_held: Instant,
     stop: CancellationToken,
 }
 
@@ -126,7 +126,7 @@ impl Desk {
             arrivals: Arrivals::default(),
             beginning: None,
             refused: Refused::default(),
-            hold_at: Timestamp::EPOCH,
+            hold_at: Instant::START,
             holding: None,
             waiting: BTreeMap::new(),
             turns: 0,
@@ -137,7 +137,7 @@ impl Desk {
             freeing: None,
             saying: None,
             said: None,
-            next_held: Timestamp::EPOCH,
+            next_held: Instant::START,
             stop: CancellationToken::new(),
         }
     }
@@ -183,7 +183,7 @@ impl Desk {
                     self.said = said.or(self.said.take());
                 }
                 () = self.early.due(&self.parts.clock) => {
-                    let now = self.parts.clock.now();
+                    let now = self.parts.clock.instant();
                     self.door.extend(std::iter::from_fn(|| self.early.take(now)));
                 }
                 _ = tick.tick() => self.tick(),
@@ -204,7 +204,7 @@ impl Desk {
 
     /// Parses a taken batch: tickets go to the door, each at its time.
     fn arrive(&mut self, batch: Vec<Taken>) {
-        let now = self.parts.clock.now();
+        let Now { time: now, instant } = self.parts.clock.reading();
         for taken in batch {
             match begin::parse(&taken) {
                 Ok(mut ticket) => {
@@ -216,7 +216,8 @@ impl Desk {
                     match ticket.due_at.take().map(|at| at.min(now.after(Ticket::AHEAD))) {
                         Some(at) if at > now => {
                             let ready_at = ready_at.max(at);
-                            self.early.keep(Arrival { ticket, ready_at, receipt }, at);
+                            self.early
+                                .keep(Arrival { ticket, ready_at, receipt }, instant.after(at.since(now)));
                         }
                         _ => self.door.push_back(Arrival { ticket, ready_at, receipt }),
                     }
@@ -231,7 +232,7 @@ impl Desk {
         if self.door.is_empty() {
             return;
         }
-        let (directory, now) = (self.parts.directory.snapshot(), self.parts.clock.now());
+        let (directory, now) = (self.parts.directory.snapshot(), self.parts.clock.instant());
         while let Some(arrival) = self.door.pop_front() {
             let (ticket, receipt) = (&arrival.ticket, arrival.receipt);
             let held = match directory.open_endpoint(&ticket.endpoint) {
@@ -266,7 +267,7 @@ impl Desk {
     }
 
     /// Notes that a ticket was refused, and says so at once when its endpoint has just become busy.
-    fn refused(&mut self, endpoint: String, now: Timestamp) {
+    fn refused(&mut self, endpoint: String, now: Instant) {
         let new = !self.busy.contains_key(&endpoint);
         let busy = self.busy.entry(endpoint).or_insert(Busy::new(now, now));
         busy.slow_at = now;
@@ -277,7 +278,7 @@ impl Desk {
 
     /// Says which endpoints are busy, when that has changed, so that the producer holds their new rows
     /// instead of sending them here. Only first tries are held like that.
-    fn say(&mut self, now: Timestamp) {
+    fn say(&mut self, now: Instant) {
         let Some(instance) = self.parts.presence.instance() else { return };
         if !self.options.lane.fresh || self.saying.is_some() {
             return;
@@ -352,7 +353,7 @@ impl Desk {
         let Some(queue) = self.waiting.get_mut(endpoint) else {
             return;
         };
-        let now = self.parts.clock.now();
+        let now = self.parts.clock.instant();
         while !queue.is_empty() && self.limits.start(endpoint, in_flight_max, now) {
             let Some(job) = queue.pop_front() else { break };
             let (parts, delivery) = (self.parts.clone(), Arc::clone(&self.delivery));
@@ -374,17 +375,17 @@ impl Desk {
     /// Judges a try that ended, and gives its slot to the next.
     fn finish(&mut self, job: Job, outcome: Option<Outcome>, took: Duration) {
         let endpoint = Arc::clone(&job.endpoint);
-        self.limits.finish(&endpoint.name, took, self.parts.clock.now());
+        self.limits.finish(&endpoint.name, took, self.parts.clock.instant());
         self.judge(job, outcome, took);
         self.try_next(&endpoint.name, endpoint.in_flight_max);
     }
 
     /// Puts a message back in its turn: this process was short of a connection for it, so it has not been tried.
     fn put_off(&mut self, job: Job, shortage: &Shortage) {
-        let now = self.parts.clock.now();
+        let now = self.parts.clock.reading();
         self.parts.metrics.put_off(shortage, now);
         let name = job.endpoint.name.clone();
-        self.limits.put_off(&name, now);
+        self.limits.put_off(&name, now.instant);
         let queue = self.waiting.entry(name.clone()).or_default();
         queue.insert(queue.partition_point(|other| other.turn < job.turn), job);
         self.put_off.insert(name);
@@ -433,7 +434,7 @@ impl Desk {
     fn tick(&mut self) {
         self.metrics.in_flight(self.limits.in_flight());
         self.limits.forget_idle();
-        let now = self.parts.clock.now();
+        let now = self.parts.clock.instant();
         self.take_up();
         // The log says when one is over.
         self.parts.metrics.shortages(now);
@@ -470,7 +471,7 @@ impl Desk {
 
     fn freed(&mut self, freed: Freed) {
         self.freeing = None;
-        let now = self.parts.clock.now();
+        let now = self.parts.clock.instant();
         for (name, asked, got) in freed.freed {
             if got < asked {
                 self.busy.remove(&name);
@@ -480,7 +481,7 @@ impl Desk {
             }
         }
         for name in freed.found {
-            self.busy.entry(name).or_insert(Busy::new(now, Timestamp::EPOCH));
+            self.busy.entry(name).or_insert(Busy::new(now, Instant::START));
         }
     }
 

@@ -191,7 +191,7 @@ async fn a_lasting_shortage_costs_few_attempts_and_is_over_when_it_is_over() {
     };
     let done = async {
         take(110_000).await;
-        let lasting = bench.parts.metrics.shortages(clock.now());
+        let lasting = bench.parts.metrics.shortages(clock.instant());
         assert_eq!(lasting.len(), 1, "it is shown all the time");
         assert!(clock.now().since(lasting[0].since) > Duration::from_secs(100), "{lasting:?}");
         let asked = asked.load(Ordering::SeqCst);
@@ -199,7 +199,7 @@ async fn a_lasting_shortage_costs_few_attempts_and_is_over_when_it_is_over() {
         bench.until(Status::Sent, COUNT as usize).await;
         assert!(clock.now().since(back) < Duration::from_secs(5), "it goes on soon");
         take(6_000).await;
-        assert_eq!(bench.parts.metrics.shortages(clock.now()), []);
+        assert_eq!(bench.parts.metrics.shortages(clock.instant()), []);
     };
     bench.run(script, done).await;
 }

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::clock::Timestamp;
+use crate::clock::Instant;
 
 /// Attempts in flight with which a receiver that answers at once is kept fully busy (24 to 64 were
 /// best in the design's measurement; 512 cost a third more CPU per message).
@@ -61,7 +61,7 @@ struct Load {
     /// Moving mean of the time an attempt takes, in seconds.
     latency_s: f64,
     /// When an attempt last ended here, or the first of those in flight began.
-    last_progress: Timestamp,
+    last_progress: Instant,
     /// Since an attempt could not begin because this process was short of a connection, and until one ends.
     short: Option<Pause>,
 }
@@ -70,7 +70,7 @@ struct Load {
 /// more may try.
 #[derive(Clone, Copy, Debug)]
 struct Pause {
-    until: Timestamp,
+    until: Instant,
     length: Duration,
 }
 
@@ -102,7 +102,7 @@ impl Limits {
     }
 
     /// How many more messages of `endpoint` would be admitted now.
-    pub fn room(&self, endpoint: &str, in_flight_max: u32, now: Timestamp) -> usize {
+    pub fn room(&self, endpoint: &str, in_flight_max: u32, now: Instant) -> usize {
         let unknown = Load::new();
         let load = self.loads.get(endpoint).unwrap_or(&unknown);
         // Each admission takes one from what is free and adds one to what it has: hence half of the rest.
@@ -111,7 +111,7 @@ impl Limits {
     }
 
     /// Admits one message of `endpoint`, or says what to do with it.
-    pub fn admit(&mut self, endpoint: &str, in_flight_max: u32, now: Timestamp) -> Admission {
+    pub fn admit(&mut self, endpoint: &str, in_flight_max: u32, now: Instant) -> Admission {
         if self.room(endpoint, in_flight_max, now) > 0 {
             self.load(endpoint).admitted += 1;
             self.total += 1;
@@ -124,12 +124,12 @@ impl Limits {
     }
 
     /// Whether messages of `endpoint` come faster than it gets through them.
-    pub fn is_slow(&self, endpoint: &str, in_flight_max: u32, now: Timestamp) -> bool {
+    pub fn is_slow(&self, endpoint: &str, in_flight_max: u32, now: Instant) -> bool {
         self.loads.get(endpoint).is_some_and(|load| load.is_slow(in_flight_max, now))
     }
 
     /// Starts an attempt at `endpoint` if one more may be in flight.
-    pub fn start(&mut self, endpoint: &str, in_flight_max: u32, now: Timestamp) -> bool {
+    pub fn start(&mut self, endpoint: &str, in_flight_max: u32, now: Instant) -> bool {
         let load = self.load(endpoint);
         if load.in_flight == 0 && load.short.is_none() {
             load.last_progress = now;
@@ -140,14 +140,14 @@ impl Limits {
     }
 
     /// Notes that an attempt at `endpoint` ended after `took`; its message leaves the window.
-    pub fn finish(&mut self, endpoint: &str, took: Duration, now: Timestamp) {
+    pub fn finish(&mut self, endpoint: &str, took: Duration, now: Instant) {
         self.load(endpoint).progress(took, now);
         self.leave(endpoint);
     }
 
     /// Notes that an attempt did not begin, because this process was short of what a connection needs: its message
     /// waits here again, and for a while nothing is started that would need one more connection.
-    pub fn put_off(&mut self, endpoint: &str, now: Timestamp) {
+    pub fn put_off(&mut self, endpoint: &str, now: Instant) {
         let Some(load) = self.loads.get_mut(endpoint) else { return };
         load.in_flight = load.in_flight.saturating_sub(1);
         load.slots = load.in_flight;
@@ -201,12 +201,12 @@ impl Load {
             in_flight: 0,
             slots: IN_FLIGHT_MIN,
             latency_s: 0.0,
-            last_progress: Timestamp::EPOCH,
+            last_progress: Instant::START,
             short: None,
         }
     }
 
-    fn progress(&mut self, took: Duration, now: Timestamp) {
+    fn progress(&mut self, took: Duration, now: Instant) {
         let (took, since) = (took.as_secs_f64(), now.since(self.last_progress));
         let pace = if took > self.latency_s { RISE } else { FALL };
         let weight = -(-since.as_secs_f64() / pace.as_secs_f64()).exp_m1();
@@ -223,7 +223,7 @@ impl Load {
     }
 
     /// How many attempts may be in flight when another is to start.
-    fn startable(&self, in_flight_max: u32, now: Timestamp) -> u32 {
+    fn startable(&self, in_flight_max: u32, now: Instant) -> u32 {
         match self.short {
             None => self.slots(in_flight_max),
             Some(pause) => (self.slots + u32::from(now >= pause.until)).min(in_flight_max.max(1)),
@@ -231,7 +231,7 @@ impl Load {
     }
 
     /// How many of its messages may be here: those in flight, and as many as follow them soon.
-    fn bound(&self, in_flight_max: u32, now: Timestamp) -> usize {
+    fn bound(&self, in_flight_max: u32, now: Instant) -> usize {
         let slots = self.slots(in_flight_max);
         let waiting = if self.is_silent(now) { 0 } else { self.soon(slots) };
         slots as usize + waiting
@@ -245,12 +245,12 @@ impl Load {
         soon.min(WAITING_MAX)
     }
 
-    fn is_silent(&self, now: Timestamp) -> bool {
+    fn is_silent(&self, now: Instant) -> bool {
         let most = if self.latency_s > 0.0 { SILENCE_MAX } else { FIRST_SILENCE_MAX };
         (self.in_flight > 0 || self.short.is_some()) && now.since(self.last_progress) > most
     }
 
-    fn is_slow(&self, in_flight_max: u32, now: Timestamp) -> bool {
+    fn is_slow(&self, in_flight_max: u32, now: Instant) -> bool {
         let slots = self.slots(in_flight_max);
         self.is_silent(now)
             || self.soon(slots) < WAITING_MAX && self.admitted >= self.bound(in_flight_max, now)
@@ -270,7 +270,7 @@ mod tests {
 
     use super::*;
 
-    const NOW: Timestamp = Timestamp::EPOCH;
+    const NOW: Instant = Instant::START;
 
     fn fill(limits: &mut Limits, endpoint: &str, max: u32) -> usize {
         (0..).take_while(|_| limits.admit(endpoint, max, NOW) == Admission::Admitted).count()
@@ -344,11 +344,11 @@ mod tests {
         }
     }
 
-    fn start_all(limits: &mut Limits, max: u32, now: Timestamp) -> usize {
+    fn start_all(limits: &mut Limits, max: u32, now: Instant) -> usize {
         start_all_of(limits, "slow", max, now)
     }
 
-    fn start_all_of(limits: &mut Limits, endpoint: &str, max: u32, now: Timestamp) -> usize {
+    fn start_all_of(limits: &mut Limits, endpoint: &str, max: u32, now: Instant) -> usize {
         (0..).take_while(|_| limits.start(endpoint, max, now)).count()
     }
 

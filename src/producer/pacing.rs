@@ -1,6 +1,8 @@
 //! How many first tries may still start in this interval. Pure.
 
-use crate::clock::Timestamp;
+use std::time::Duration;
+
+use crate::clock::Instant;
 use crate::store::Pacing;
 
 /// Counts what an interval has used. Windows follow one another on a fixed grid, so a late look does
@@ -9,42 +11,43 @@ use crate::store::Pacing;
 pub(super) struct Pacer {
     pacing: Pacing,
     /// When the present window ends; nothing is known before the first.
-    ends: Timestamp,
+    ends: Instant,
     used: usize,
 }
 
 impl Pacer {
     pub(super) fn new(pacing: Pacing) -> Pacer {
-        Pacer { pacing, ends: Timestamp::EPOCH, used: 0 }
+        Pacer { pacing, ends: Instant::START, used: 0 }
     }
 
-    /// Takes over from a predecessor: the window that it had opened counts as used up.
-    pub(super) fn inherit(&mut self, paced_until: Option<Timestamp>) {
-        if let Some(ends) = paced_until {
-            self.ends = ends;
+    /// Takes over from a predecessor: the window that it had opened, of which so much is left, counts as used up. No
+    /// window is longer than the interval, whatever a clock that was wrong has written down.
+    pub(super) fn inherit(&mut self, left: Duration, now: Instant) {
+        if left > Duration::ZERO {
+            self.ends = now.after(left.min(self.pacing.interval));
             self.used = self.pacing.count;
         }
     }
 
     /// How many first tries may start now.
-    pub(super) fn allowance(&self, now: Timestamp) -> usize {
+    pub(super) fn allowance(&self, now: Instant) -> usize {
         if self.opens_window(now) { self.pacing.count } else { self.pacing.count - self.used }
     }
 
     /// Whether a claim now would be the first of a new window.
-    pub(super) fn opens_window(&self, now: Timestamp) -> bool {
+    pub(super) fn opens_window(&self, now: Instant) -> bool {
         now >= self.ends
     }
 
     /// When a window opened now would end.
-    pub(super) fn window_end(&self, now: Timestamp) -> Timestamp {
+    pub(super) fn window_end(&self, now: Instant) -> Instant {
         let late = now.since(self.ends);
         let on_grid = self.ends.after(self.pacing.interval);
         if late < self.pacing.interval { on_grid } else { now.after(self.pacing.interval) }
     }
 
     /// Opens a window.
-    pub(super) fn open_window(&mut self, now: Timestamp) {
+    pub(super) fn open_window(&mut self, now: Instant) {
         self.ends = self.window_end(now);
         self.used = 0;
     }
@@ -57,14 +60,12 @@ impl Pacer {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use proptest::prelude::*;
 
     use super::*;
 
-    fn at(ms: u64) -> Timestamp {
-        Timestamp::from_micros(1_700_000_000_000_000).after(Duration::from_millis(ms))
+    fn at(ms: u64) -> Instant {
+        Instant::START.after(Duration::from_secs(60) + Duration::from_millis(ms))
     }
 
     fn pacer() -> Pacer {
@@ -91,10 +92,12 @@ mod tests {
     #[test]
     fn a_successor_waits_for_its_predecessors_window() {
         let mut pacer = pacer();
-        pacer.inherit(Some(at(700)));
+        pacer.inherit(Duration::from_millis(200), at(500));
         assert_eq!((take(&mut pacer, 600), take(&mut pacer, 700)), (0, 100));
+        pacer.inherit(Duration::from_secs(3_600), at(800));
+        assert_eq!((take(&mut pacer, 1_799), take(&mut pacer, 1_800)), (0, 100));
         let mut first = super::Pacer::new(Pacing { count: 3, interval: Duration::from_secs(60) });
-        first.inherit(None);
+        first.inherit(Duration::ZERO, at(0));
         assert_eq!(take(&mut first, 0), 3);
     }
 

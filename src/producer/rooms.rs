@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::task::JoinHandle;
 
-use crate::clock::Timestamp;
+use crate::clock::Instant;
 use crate::queue::{Depth, QueueError};
 use crate::service::{Backoff, Parts};
 use crate::store::BatchId;
@@ -19,7 +19,7 @@ pub(super) struct Rooms {
     parts: Parts,
     limit: usize,
     lanes: HashMap<String, Room>,
-    next_refresh: Timestamp,
+    next_refresh: Instant,
     asking: Option<JoinHandle<Result<Answers, QueueError>>>,
     backoff: Backoff,
     /// A lock because publishing tasks end on their own; held for a look-up only, never over an await.
@@ -58,7 +58,7 @@ impl Rooms {
             parts,
             limit,
             lanes: HashMap::new(),
-            next_refresh: Timestamp::EPOCH,
+            next_refresh: Instant::START,
             asking: None,
             backoff: Backoff::new("room on the lanes"),
             under_way: Arc::default(),
@@ -68,7 +68,7 @@ impl Rooms {
     /// Asks the broker how far each lane's group has come, when it is time to. The question goes on
     /// beside the claims, because a broker may take its time. While it gives no answer, rooms are as they were
     /// last known.
-    pub(super) async fn refresh(&mut self, fresh_lane: &str, now: Timestamp) {
+    pub(super) async fn refresh(&mut self, fresh_lane: &str, now: Instant) {
         // Before any consumer has registered the fresh lane, tickets may already wait for it there.
         self.lanes.entry(fresh_lane.to_owned()).or_default();
         if let Some(asking) = self.asking.take_if(|asking| asking.is_finished()) {
@@ -90,7 +90,7 @@ impl Rooms {
         }
     }
 
-    fn ask(&mut self, now: Timestamp) {
+    fn ask(&mut self, now: Instant) {
         let directory = self.parts.directory.snapshot();
         let mut questions = Vec::new();
         for lane in &directory.lanes {

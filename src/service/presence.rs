@@ -7,7 +7,7 @@ use arc_swap::ArcSwapOption;
 use tokio_util::sync::CancellationToken;
 
 use super::{Backoff, Service, Step};
-use crate::clock::{Clock, Timestamp};
+use crate::clock::{Clock, Instant};
 use crate::store::{InstanceId, Result, Store, StoreError};
 
 /// How long an instance lives without renewing its lease. After a crash its work is given back this
@@ -23,7 +23,7 @@ pub struct Presence {
     service: String,
     host: String,
     // Read for every delivery, written every two seconds: hence not behind a mutex.
-    lease: ArcSwapOption<(InstanceId, Timestamp)>,
+    lease: ArcSwapOption<(InstanceId, Instant)>,
 }
 
 impl Presence {
@@ -46,7 +46,7 @@ impl Presence {
     /// Whether `instance` is still this process and its lease has not run out. A process that was
     /// frozen for longer than its lease learns here that what it had begun is no longer its own.
     pub fn holds(&self, instance: InstanceId) -> bool {
-        self.lease.load().as_ref().is_some_and(|lease| lease.0 == instance && self.clock.now() < lease.1)
+        self.lease.load().as_ref().is_some_and(|lease| lease.0 == instance && self.clock.instant() < lease.1)
     }
 
     /// Renews the lease, or enrolls when there is none or it was taken away.
@@ -54,7 +54,7 @@ impl Presence {
     /// # Errors
     /// Those of the store; the lease then runs on as it was.
     pub async fn renew(&self) -> Result<()> {
-        let now = self.clock.now();
+        let (now, held_until) = (self.clock.now(), self.clock.instant().after(LEASE));
         let until = now.after(LEASE);
         let kept = match self.instance() {
             Some(id) => self.store.renew(id, now, until).await?.then_some(id),
@@ -75,7 +75,7 @@ impl Presence {
                 id
             }
         };
-        self.lease.store(Some(Arc::new((id, until))));
+        self.lease.store(Some(Arc::new((id, held_until))));
         Ok(())
     }
 

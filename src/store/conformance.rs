@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    Begin, BegunMessage, Claim, Claimed, Due, Inserted, InstanceId, LeaseId, Record, Records, Result, Store,
+    Begin, BegunMessage, Claim, Claimed, Due, Inserted, InstanceId, LeaseId, Record, Records, Recovered,
+    Recovery, Result, Store,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::message::{Class, Epoch, Message, MessageId, NewMessage, Outcome, Ticket, Times, Verdict};
@@ -81,7 +82,9 @@ macro_rules! store_conformance {
             healing::recovery_leaves_recorded_messages_alone,
             healing::recovery_gives_back_what_the_retired_left,
             healing::a_lease_that_was_taken_away_can_not_be_renewed,
+            healing::an_instance_whose_clock_was_ahead_is_dead_once_it_is_silent,
             healing::one_instance_leads_until_its_term_ends,
+            healing::a_term_in_the_far_future_keeps_nobody_from_leading,
             healing::a_leader_that_retires_is_succeeded_at_once,
             healing::pacing_holds_over_all_leaders,
             knowing::an_endpoint_is_created_and_replaced,
@@ -231,6 +234,10 @@ impl Bench {
         self.store.record(&Records { records, finished, now: self.now() }).await
     }
 
+    async fn recover(&self) -> Recovered {
+        self.store.recover(&recovery(self.now(), &[])).await.unwrap()
+    }
+
     async fn message(&self, id: MessageId) -> Message {
         self.store.message(id).await.unwrap().expect("the message is there")
     }
@@ -259,6 +266,11 @@ impl Bench {
     }
 }
 
+/// A recovery at a time at which no lease ends later than ten times [`LEASE`] from now.
+fn recovery(now: Timestamp, silent: &[InstanceId]) -> Recovery<'_> {
+    Recovery { now, latest: now.after(LEASE * 10), silent }
+}
+
 fn text(content: &str) -> NewMessage {
     NewMessage { recipient: "+905551111111".to_owned(), content: content.to_owned(), ..NewMessage::default() }
 }
@@ -270,7 +282,7 @@ fn new_id(inserted: &Inserted) -> MessageId {
     }
 }
 
-fn outcome(class: Class, status: Option<u16>, started_at: Timestamp) -> Outcome {
+pub(crate) fn outcome(class: Class, status: Option<u16>, started_at: Timestamp) -> Outcome {
     let accepted = class == Class::Accepted;
     Outcome {
         class,

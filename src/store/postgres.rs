@@ -4,6 +4,8 @@
 //! choice once read a partition to its end. Guarded updates go by `id = any(…)` and one epoch each, with
 //! id bounds that prune partitions; they are never joined to unnested arrays, except where values differ
 //! for each row, and there a CASE hides the guard from the planner's statistics.
+//!
+//! Nothing here calls [`Row::get`], which panics on a value that it can't hold: `try_get` gives an error.
 
 mod begin;
 mod claim;
@@ -16,6 +18,7 @@ mod registry;
 mod schema;
 mod scratch;
 mod search;
+mod time;
 mod tls;
 
 use std::str::FromStr;
@@ -159,7 +162,8 @@ impl From<tokio_postgres::Error> for StoreError {
             }
             code if matches!(&code[..2], "08" | "40" | "53" | "57") => StoreError::Unavailable(sentence),
             "55P03" | "25006" | "3D000" => StoreError::Unavailable(sentence),
-            code if matches!(&code[..2], "22" | "23" | "54") || code == "P0001" => {
+            // The last two: somebody's trigger says no, and a damaged page.
+            code if matches!(&code[..2], "22" | "23" | "54") || matches!(code, "P0001" | "XX001") => {
                 StoreError::Refused(sentence)
             }
             code if code.starts_with("28") => {
@@ -178,18 +182,17 @@ fn with_source(error: &tokio_postgres::Error) -> String {
     }
 }
 
-/// A time as the driver writes it.
-fn written(time: Timestamp) -> jiff::Timestamp {
-    jiff::Timestamp::from_microsecond(time.as_micros()).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
+/// What `read` makes of each row.
+fn read_all<T>(rows: &[Row], read: impl Fn(&Row) -> Result<T>) -> Result<Vec<T>> {
+    rows.iter().map(read).collect()
 }
 
-fn time(row: &Row, column: usize) -> Timestamp {
-    optional_time(row, column).unwrap_or_default()
-}
-
-fn optional_time(row: &Row, column: usize) -> Option<Timestamp> {
-    let read: Option<jiff::Timestamp> = row.get(column);
-    read.map(|time| Timestamp::from_micros(time.as_microsecond()))
+/// The first column of each row.
+fn first_column<T>(rows: &[Row]) -> Result<Vec<T>>
+where
+    T: for<'a> tokio_postgres::types::FromSql<'a>,
+{
+    read_all(rows, |row| Ok(row.try_get(0)?))
 }
 
 /// The lowest and the highest id: the bounds that prune partitions.
@@ -306,8 +309,8 @@ impl Store for PostgresStore {
         self.call(async |db| hold::unhold(db, endpoint, held, limit, now).await).await
     }
 
-    async fn recover(&self, now: Timestamp) -> Result<Recovered> {
-        self.call(async |db| begin::recover(db, now).await).await
+    async fn recover(&self, recovery: &Recovery<'_>) -> Result<Recovered> {
+        self.call(async |db| begin::recover(db, recovery).await).await
     }
 
     async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>> {

@@ -33,7 +33,8 @@ use uuid::Uuid;
 use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
 use super::{
     About, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint, Inserted,
-    InstanceId, Leadership, Overview, Place, Records, Recovered, Result, Standing, Store, StoreError, Whole,
+    InstanceId, Leadership, Overview, Place, Records, Recovered, Recovery, Result, Standing, Store,
+    StoreError, Whole,
 };
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
@@ -67,7 +68,7 @@ impl SqliteStore {
     /// no tables until [`Store::migrate`].
     ///
     /// # Errors
-    /// [`StoreError::Version`] when the file needs a newer version of this program; otherwise a
+    /// [`StoreError::Unsupported`] when the file needs a newer version of this program; otherwise a
     /// sentence that names the file and what is wrong with it.
     pub fn open(path: &Path) -> Result<SqliteStore> {
         let told = |why: String| StoreError::Unavailable(format!("{} can't be used: {why}", path.display()));
@@ -291,11 +292,18 @@ impl Store for SqliteStore {
         self.write(move |db| hold::unhold(db, &endpoint, held, limit, now)).await
     }
 
-    async fn recover(&self, now: Timestamp) -> Result<Recovered> {
-        if !self.read(move |db| begin::anything_to_recover(db, now)).await? {
-            return Ok(Recovered::default());
+    async fn recover(&self, recovery: &Recovery<'_>) -> Result<Recovered> {
+        let (now, latest, silent) =
+            (recovery.now, recovery.latest, Arc::<[InstanceId]>::from(recovery.silent));
+        let look = Arc::clone(&silent);
+        let looked =
+            self.read(move |db| begin::look_for_dead(db, &Recovery { now, latest, silent: &look })).await?;
+        if !looked.any {
+            return Ok(Recovered { ahead: looked.ahead, ..Recovered::default() });
         }
-        self.write(move |db| begin::recover(db, now)).await
+        let recovered =
+            self.write(move |db| begin::recover(db, &Recovery { now, latest, silent: &silent })).await?;
+        Ok(Recovered { ahead: looked.ahead, ..recovered })
     }
 
     async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>> {
@@ -484,6 +492,14 @@ fn optional_text(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Opt
     Ok(match row.get_ref(column)? {
         ValueRef::Text(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
         _ => None,
+    })
+}
+
+/// The bytes of a text column, whatever they are.
+fn bytes(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Vec<u8>> {
+    Ok(match row.get_ref(column)? {
+        ValueRef::Text(bytes) | ValueRef::Blob(bytes) => bytes.to_vec(),
+        _ => Vec::new(),
     })
 }
 

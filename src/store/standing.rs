@@ -23,7 +23,7 @@ pub struct Standing {
 /// know to work on the store; `None` when the store does not say.
 ///
 /// # Errors
-/// [`StoreError::Version`] when the program must not work on the store.
+/// [`StoreError::Unsupported`] when the program must not work on the store.
 pub(super) fn compare(known: &Migrations, mut applied: Migrations, needs: Option<i32>) -> Result<Standing> {
     let mut standing = Standing::default();
     for (number, (name, checksum)) in known {
@@ -31,7 +31,7 @@ pub(super) fn compare(known: &Migrations, mut applied: Migrations, needs: Option
             None => standing.missing.push(written(*number, name)),
             Some((_, found)) if found == *checksum => {}
             Some((other, _)) => {
-                return Err(StoreError::Version(format!(
+                return Err(StoreError::Unsupported(format!(
                     "the store's migration {} is not this program's {}: they are of different versions; \
                      use the program that migrated the store",
                     written(*number, &other),
@@ -50,7 +50,7 @@ pub(super) fn compare(known: &Migrations, mut applied: Migrations, needs: Option
         Some(needs) => format!("it needs a program that knows V{needs}"),
         None => "they are of different versions".to_owned(),
     };
-    Err(StoreError::Version(format!(
+    Err(StoreError::Unsupported(format!(
         "the store has the migration {}, which this program does not know, and {needed}; use a newer program",
         standing.newer.join(", ")
     )))
@@ -70,7 +70,7 @@ mod tests {
 
     fn refused(applied: Migrations, needs: Option<i32>) -> String {
         match compare(&migrations(1..=5), applied, needs) {
-            Err(StoreError::Version(sentence)) => sentence,
+            Err(StoreError::Unsupported(sentence)) => sentence,
             other => panic!("not refused: {other:?}"),
         }
     }

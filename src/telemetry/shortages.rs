@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::clock::Timestamp;
+use crate::clock::{Instant, Now, Timestamp};
 use crate::shortage::{Resource, Shortage};
 
 /// A shortage is over when nothing has met it for this long: longer than the pauses after which one more
@@ -24,27 +24,29 @@ pub(super) struct Shortages {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lasting {
     pub shortage: Shortage,
-    /// When it was first met, and when last.
+    /// When it was first met, for people.
     pub since: Timestamp,
-    pub last: Timestamp,
+    /// When it was first met, and when last.
+    first: Instant,
+    last: Instant,
 }
 
 impl Shortages {
     /// Notes that this process met a shortage.
-    pub(super) fn met(&self, shortage: &Shortage, now: Timestamp) {
+    pub(super) fn met(&self, shortage: &Shortage, now: Now) {
         let mut lasting = self.lasting();
         self.any.store(true, Ordering::Relaxed);
         let before = lasting.entry(shortage.of).or_insert_with(|| {
             let of = shortage.of.as_str();
             tracing::warn!(of, "short of {of}: {shortage}; what needs them waits");
-            Lasting { shortage: shortage.clone(), since: now, last: now }
+            Lasting { shortage: shortage.clone(), since: now.time, first: now.instant, last: now.instant }
         });
         before.shortage = shortage.clone();
-        before.last = before.last.max(now);
+        before.last = before.last.max(now.instant);
     }
 
     /// Ends what has not been met lately, and tells what lasts.
-    pub(super) fn lasting_at(&self, now: Timestamp) -> Vec<Lasting> {
+    pub(super) fn lasting_at(&self, now: Instant) -> Vec<Lasting> {
         if !self.any.load(Ordering::Relaxed) {
             return Vec::new();
         }
@@ -53,7 +55,7 @@ impl Shortages {
             let lasts = now.since(shortage.last) < OVER_AFTER;
             if !lasts {
                 let of = of.as_str();
-                let took = shortage.last.since(shortage.since).as_secs();
+                let took = shortage.last.since(shortage.first).as_secs();
                 tracing::info!(of, "no longer short of {of}, after {took} s");
             }
             lasts
@@ -76,20 +78,22 @@ mod tests {
         let shortages = Shortages::default();
         let short = |of: Resource, why: &str| Shortage { of, why: why.to_owned() };
         let at = |ms| Timestamp::EPOCH.after(Duration::from_millis(ms));
+        let instant = |ms| Instant::START.after(Duration::from_millis(ms));
+        let now = |ms| Now { time: at(ms), instant: instant(ms) };
         let seen = |ms| -> Vec<_> {
-            let lasting = shortages.lasting_at(at(ms)).into_iter();
+            let lasting = shortages.lasting_at(instant(ms)).into_iter();
             lasting.map(|l| (l.shortage.of, l.shortage.why, l.since)).collect()
         };
         assert_eq!(seen(0), []);
-        shortages.met(&short(Resource::Descriptors, "of this process"), at(0));
-        shortages.met(&short(Resource::Descriptors, "of this machine"), at(3_000));
-        shortages.met(&short(Resource::Ports, "to a receiver"), at(4_000));
+        shortages.met(&short(Resource::Descriptors, "of this process"), now(0));
+        shortages.met(&short(Resource::Descriptors, "of this machine"), now(3_000));
+        shortages.met(&short(Resource::Ports, "to a receiver"), now(4_000));
         let descriptors = (Resource::Descriptors, "of this machine".to_owned(), at(0));
         let ports = (Resource::Ports, "to a receiver".to_owned(), at(4_000));
         assert_eq!(seen(7_999), [descriptors, ports.clone()]);
         assert_eq!(seen(8_000), [ports]);
         assert_eq!(seen(9_000), []);
-        shortages.met(&short(Resource::Descriptors, "again"), at(10_000));
+        shortages.met(&short(Resource::Descriptors, "again"), now(10_000));
         assert_eq!(seen(10_000), [(Resource::Descriptors, "again".to_owned(), at(10_000))]);
     }
 }

@@ -141,7 +141,7 @@ faulty! {
     hold(tickets: &[(MessageId, Epoch)], held: Held, now: Timestamp) -> u64;
     held() -> Vec<(String, Held)>;
     unhold(endpoint: &str, held: Held, limit: usize, now: Timestamp) -> u64;
-    recover(now: Timestamp) -> Recovered;
+    recover(recovery: &Recovery<'_>) -> Recovered;
     dead_letters(before: Timestamp, limit: usize) -> Vec<DeadLetter>;
     dead_lettered(ids: &[MessageId]) -> ();
     make_partitions() -> ();

@@ -6,6 +6,8 @@
 
 mod broken;
 mod calm;
+mod clocks;
+mod columns;
 mod documents;
 mod embedded;
 mod faults;
@@ -19,6 +21,7 @@ mod operator;
 mod proxy;
 mod quickstart;
 mod recreated;
+mod roles;
 mod shortage;
 mod strangers;
 mod upgrade;

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Bench, FRESH, LEASE, RETRY, pairs};
+use super::{Bench, FRESH, LEASE, RETRY, pairs, recovery};
 use crate::clock::Timestamp;
 use crate::message::{MessageId, Status};
 use crate::store::{BatchId, Bid, Due, InstanceId, Leadership, LeaseId, Place, Recovered, Store};
 
 const PLACE: Place = Place { partition: 3, offset: 41 };
-const NOTHING: Recovered = Recovered { instances: 0, messages: 0 };
+const NOTHING: Recovered = Recovered { instances: 0, messages: 0, ahead: Vec::new() };
 
 pub(crate) async fn the_ledger_remembers_batches_and_places(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
@@ -105,16 +105,16 @@ pub(crate) async fn recovery_gives_back_what_the_dead_had_begun(store: Arc<dyn S
     let again = pairs(&bench.claim_timed(RETRY).await);
     bench.begin_by(dying, 3, &again).await;
     bench.store.renew(bench.owner, bench.now(), bench.in_seconds(60)).await.unwrap();
-    assert_eq!(bench.store.recover(bench.now()).await.unwrap(), NOTHING);
+    assert_eq!(bench.recover().await, NOTHING);
     bench.pass(10);
-    let recovered = bench.store.recover(bench.now()).await.unwrap();
-    assert_eq!(recovered, Recovered { instances: 1, messages: 3 });
+    let recovered = bench.recover().await;
+    assert_eq!(recovered, Recovered { instances: 1, messages: 3, ahead: Vec::new() });
     let row = bench.message(tickets[0].0).await;
     assert_eq!((row.status, row.due_at, row.attempts), (Status::Retrying, Some(bench.now()), 1));
     assert_eq!(bench.message(tickets[1].0).await.status, Status::Pending);
     assert_eq!(bench.message(tickets[2].0).await.status, Status::Pending);
     assert_eq!(bench.message(tickets[3].0).await.status, Status::Queued);
-    assert_eq!(bench.store.recover(bench.now()).await.unwrap(), NOTHING);
+    assert_eq!(bench.recover().await, NOTHING);
     assert_eq!(pairs(&bench.claim_fresh().await), [(tickets[1].0, 2), (tickets[2].0, 2)]);
     assert_eq!(pairs(&bench.claim_timed(RETRY).await), [(tickets[0].0, 3)]);
 }
@@ -128,10 +128,10 @@ pub(crate) async fn recovery_leaves_the_living_alone(store: Arc<dyn Store>) {
     bench.begin_by(dying, 2, &tickets[1..]).await;
     bench.pass(9);
     assert!(bench.store.renew(bench.owner, bench.now(), bench.in_seconds(10)).await.unwrap());
-    assert_eq!(bench.store.recover(bench.now()).await.unwrap(), NOTHING);
+    assert_eq!(bench.recover().await, NOTHING);
     bench.pass(9);
-    let recovered = bench.store.recover(bench.now()).await.unwrap();
-    assert_eq!(recovered, Recovered { instances: 1, messages: 1 });
+    let recovered = bench.recover().await;
+    assert_eq!(recovered, Recovered { instances: 1, messages: 1, ahead: Vec::new() });
     assert_eq!(bench.message(tickets[0].0).await.status, Status::Processing);
     assert_eq!(bench.message(tickets[1].0).await.status, Status::Pending);
     assert!(bench.record(&[bench.failed(tickets[0], 1)]).await.is_empty());
@@ -145,7 +145,7 @@ pub(crate) async fn recovery_leaves_recorded_messages_alone(store: Arc<dyn Store
     let other = bench.processing(2, 1).await[0];
     bench.record_finished(&[bench.sent(other, 1)], &[LeaseId(2), LeaseId(99)]).await.unwrap();
     bench.pass(11);
-    assert_eq!(bench.store.recover(bench.now()).await.unwrap(), Recovered { instances: 1, messages: 1 });
+    assert_eq!(bench.recover().await, Recovered { instances: 1, messages: 1, ahead: Vec::new() });
     for (ticket, status) in tickets.iter().zip([Status::Sent, Status::Dead, Status::Pending]) {
         assert_eq!(bench.message(ticket.0).await.status, status);
     }
@@ -156,15 +156,15 @@ pub(crate) async fn recovery_gives_back_what_the_retired_left(store: Arc<dyn Sto
     let ticket = bench.processing(1, 1).await[0];
     bench.store.retire(bench.owner).await.unwrap();
     assert_eq!(bench.message(ticket.0).await.status, Status::Processing);
-    assert_eq!(bench.store.recover(bench.now()).await.unwrap().messages, 1);
+    assert_eq!(bench.recover().await.messages, 1);
     assert_eq!(bench.message(ticket.0).await.status, Status::Pending);
-    assert_eq!(bench.store.recover(bench.now()).await.unwrap(), NOTHING);
+    assert_eq!(bench.recover().await, NOTHING);
 }
 
 pub(crate) async fn a_lease_that_was_taken_away_can_not_be_renewed(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     bench.pass(11);
-    assert_eq!(bench.store.recover(bench.now()).await.unwrap().instances, 1);
+    assert_eq!(bench.recover().await.instances, 1);
     assert!(!bench.store.renew(bench.owner, bench.now(), bench.in_seconds(10)).await.unwrap());
     let anew = bench.enroll().await;
     assert_ne!(anew, bench.owner);
@@ -172,6 +172,22 @@ pub(crate) async fn a_lease_that_was_taken_away_can_not_be_renewed(store: Arc<dy
     bench.store.retire(anew).await.unwrap();
     bench.store.retire(anew).await.unwrap();
     assert!(!bench.store.renew(anew, bench.now(), bench.in_seconds(10)).await.unwrap());
+}
+
+pub(crate) async fn an_instance_whose_clock_was_ahead_is_dead_once_it_is_silent(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let hour = bench.in_seconds(3_600);
+    let ahead = bench.store.enroll("consumer", "there", hour, hour.after(LEASE)).await.unwrap();
+    bench.fill(1).await;
+    let ticket = pairs(&bench.claim_fresh().await)[0];
+    bench.begin_by(ahead, 1, &[ticket]).await;
+    assert_eq!(bench.recover().await, Recovered { ahead: vec![(ahead, hour)], ..NOTHING });
+    assert_eq!(bench.message(ticket.0).await.status, Status::Processing);
+    let silent = [ahead, bench.owner];
+    let recovered = bench.store.recover(&recovery(bench.now(), &silent)).await.unwrap();
+    assert_eq!((recovered.instances, recovered.messages), (1, 1), "the other one's lease is right");
+    assert_eq!(bench.message(ticket.0).await.status, Status::Pending);
+    assert_eq!(bench.recover().await, NOTHING);
 }
 
 fn bid(instance: InstanceId, now: Timestamp) -> Bid {
@@ -202,6 +218,25 @@ pub(crate) async fn one_instance_leads_until_its_term_ends(store: Arc<dyn Store>
     assert_eq!(lead(first).await, None);
 }
 
+/// Its clock was an hour ahead when it died.
+pub(crate) async fn a_term_in_the_far_future_keeps_nobody_from_leading(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let (dead, second) = (bench.owner, bench.enroll().await);
+    let hour = bench.in_seconds(3_600);
+    assert!(bench.store.lead(&bid(dead, hour)).await.unwrap().is_some());
+    assert!(!bench.store.control(bench.now()).await.unwrap().active, "nobody leads now");
+    let led = bench.store.lead(&bid(second, bench.now())).await.unwrap().expect("no term is that long");
+    assert_eq!(led.steady_since, bench.now(), "what an hour from now says is no reason to be sure");
+    assert!(bench.store.control(bench.now()).await.unwrap().active);
+    // A clock that is a little ahead is waited for.
+    bench.store.retire(second).await.unwrap();
+    let third = bench.enroll().await;
+    assert!(bench.store.lead(&bid(second, bench.in_seconds(20))).await.unwrap().is_some());
+    assert!(bench.store.lead(&bid(third, bench.now())).await.unwrap().is_none());
+    bench.pass(26);
+    assert!(bench.store.lead(&bid(third, bench.now())).await.unwrap().is_some());
+}
+
 pub(crate) async fn a_leader_that_retires_is_succeeded_at_once(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let second = bench.enroll().await;
@@ -215,7 +250,7 @@ pub(crate) async fn a_leader_that_retires_is_succeeded_at_once(store: Arc<dyn St
     let until = bench.now().after(LEASE * 100);
     assert!(bench.store.lead(&Bid { until, ..bid(third, bench.now()) }).await.unwrap().is_some());
     bench.pass(11);
-    bench.store.recover(bench.now()).await.unwrap();
+    bench.recover().await;
     let fourth = bench.enroll().await;
     assert!(bench.store.lead(&bid(fourth, bench.now())).await.unwrap().is_some());
 }

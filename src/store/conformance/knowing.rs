@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Bench, RETRY, pairs, text};
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::message::{Class, MessageId, NewMessage, Status};
 use crate::retry::{Lane, LaneGroup};
 use crate::store::{Endpoint, Store};
@@ -71,12 +71,25 @@ pub(crate) async fn the_groups_of_a_lane_are_known_by_when_they_were_seen(store:
     let theirs = seen("messages", "theirs");
     bench.store.put_lane_group(&theirs).await.unwrap();
     // One whose clock is behind takes nothing back.
-    bench.store.put_lane_group(&LaneGroup { seen_at: ours.seen_at, ..theirs.clone() }).await.unwrap();
+    let behind = Timestamp::from_micros(theirs.seen_at.as_micros() - 60_000_000);
+    bench.store.put_lane_group(&LaneGroup { seen_at: behind, ..theirs.clone() }).await.unwrap();
     assert_eq!(bench.store.lane_groups().await.unwrap(), [ours, theirs.clone(), elsewhere.clone()]);
     bench.pass(1);
     let theirs = LaneGroup { seen_at: bench.now(), ..theirs };
     bench.store.put_lane_group(&theirs).await.unwrap();
-    assert_eq!(bench.store.lane_groups().await.unwrap(), [theirs, elsewhere], "silent for an hour");
+    assert_eq!(
+        bench.store.lane_groups().await.unwrap(),
+        [theirs.clone(), elsewhere.clone()],
+        "silent for an hour"
+    );
+    // Clocks that were an hour ahead: that of another group, and the group's own.
+    let hour = bench.in_seconds(3_600);
+    bench.store.put_lane_group(&LaneGroup { seen_at: hour, ..seen("messages", "ours") }).await.unwrap();
+    bench.store.put_lane_group(&LaneGroup { seen_at: hour, ..elsewhere.clone() }).await.unwrap();
+    bench.store.put_lane_group(&theirs).await.unwrap();
+    let elsewhere = LaneGroup { seen_at: bench.now(), ..elsewhere };
+    bench.store.put_lane_group(&elsewhere).await.unwrap();
+    assert_eq!(bench.store.lane_groups().await.unwrap(), [theirs, elsewhere]);
 }
 
 pub(crate) async fn dead_letters_wait_until_they_are_published(store: Arc<dyn Store>) {

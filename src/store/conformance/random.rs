@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
 
-use super::{Bench, FRESH, LEASE, RETRY, pair, pairs, text};
+use super::{Bench, FRESH, LEASE, RETRY, pair, pairs, recovery, text};
 use crate::message::{Epoch, Held, Message, MessageId, NewMessage, Status, Verdict};
 use crate::store::{BatchId, Begin, Claim, Claimed, Due, InstanceId, LeaseId, Record, Store};
 
@@ -127,7 +127,7 @@ impl World {
     /// One sequence, from a store without unfinished messages to a store without unfinished messages.
     async fn run(&mut self, calls: &[Call]) -> Check {
         self.bench.pass(3_600);
-        self.bench.store.recover(self.bench.now()).await.unwrap();
+        self.bench.recover().await;
         self.instances.clear();
         for _ in 0..3 {
             self.instances.push(self.bench.enroll().await);
@@ -187,7 +187,7 @@ impl World {
                     self.instances[by] = self.bench.enroll().await;
                 }
             }
-            Call::Recover => drop(store.recover(now).await.unwrap()),
+            Call::Recover => drop(store.recover(&recovery(now, &[])).await.unwrap()),
             Call::Retire { by } => {
                 let by = by % self.instances.len();
                 store.retire(self.instances[by]).await.unwrap();
@@ -334,7 +334,7 @@ impl World {
         for round in 0.. {
             self.bench.pass(60);
             let (store, now) = (Arc::clone(&self.bench.store), self.bench.now());
-            store.recover(now).await.unwrap();
+            store.recover(&recovery(now, &[])).await.unwrap();
             let owner = self.bench.enroll().await;
             for batch in store.batches(now, 1_000).await.unwrap() {
                 store.requeue(&[batch.id], now).await.unwrap();

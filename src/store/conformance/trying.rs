@@ -90,7 +90,7 @@ pub(crate) async fn an_expired_message_does_not_begin(store: Arc<dyn Store>) {
     assert_eq!((row.status, row.finished_at), (Status::Expired, Some(bench.now())));
     // What has expired stays so, whatever comes back.
     bench.pass(60);
-    bench.store.recover(bench.now()).await.unwrap();
+    bench.recover().await;
     assert_eq!(bench.message(tickets[0].0).await.status, Status::Expired);
 }
 
@@ -192,7 +192,7 @@ pub(crate) async fn a_stale_failure_is_refused_and_its_attempt_kept(store: Arc<d
     let bench = Bench::new(store).await;
     let tickets = bench.processing(1, 2).await;
     bench.pass(30);
-    assert_eq!(bench.store.recover(bench.now()).await.unwrap().messages, 2);
+    assert_eq!(bench.recover().await.messages, 2);
     let owner = bench.enroll().await;
     let second = pairs(&bench.claim_by(owner, crate::store::Due::after(MessageId(0)), 10).await);
     assert_eq!(second.len(), 2);
@@ -214,7 +214,7 @@ pub(crate) async fn a_late_success_is_accepted_from_an_old_epoch(store: Arc<dyn 
     let bench = Bench::new(store).await;
     let tickets = bench.processing(1, 3).await;
     bench.pass(30);
-    bench.store.recover(bench.now()).await.unwrap();
+    bench.recover().await;
     let owner = bench.enroll().await;
     // One is due again, one queued again, one under way again.
     let second = pairs(&bench.claim_by(owner, crate::store::Due::after(tickets[0].0), 10).await);
@@ -238,7 +238,7 @@ pub(crate) async fn a_late_success_takes_the_dead_letter_back(store: Arc<dyn Sto
     let bench = Bench::new(store).await;
     let first = bench.processing(1, 1).await[0];
     bench.pass(30);
-    bench.store.recover(bench.now()).await.unwrap();
+    bench.recover().await;
     let second = pairs(&bench.claim_fresh().await)[0];
     bench.begin(2, &[second]).await;
     bench.record(&[bench.dead(second, 1)]).await;
@@ -267,6 +267,6 @@ pub(crate) async fn one_write_takes_every_kind_of_verdict(store: Arc<dyn Store>)
     }
     assert_eq!(bench.store.dead_letters(bench.in_seconds(1), 100).await.unwrap().len(), 10);
     bench.pass(60);
-    assert_eq!(bench.store.recover(bench.now()).await.unwrap().messages, 0);
+    assert_eq!(bench.recover().await.messages, 0);
     assert!(bench.record(&[]).await.is_empty());
 }

@@ -5,10 +5,10 @@ use futures_util::future::try_join_all;
 use tokio_postgres::Row;
 
 use super::claim::give_back;
-use super::{bounds, by_epoch, written};
+use super::{bounds, by_epoch, read_all};
 use crate::clock::Timestamp;
 use crate::message::{Epoch, MessageId};
-use crate::store::{Begin, Begun, BegunMessage, Recovered, Result};
+use crate::store::{Begin, Begun, BegunMessage, InstanceId, Recovered, Recovery, Result};
 
 pub(super) const BEGIN: &str = "/* ams:begin */ with u as (update messages set \
                  status = case when expires_at <= $5 then 'expired'::message_state else 'processing' end, \
@@ -26,7 +26,7 @@ pub(super) async fn begin(db: &Object, begin: &Begin<'_>) -> Result<Begun> {
     let mut messages = if begin.repeated { begun_before(db, begin).await? } else { Vec::new() };
     let statement = db.prepare_cached(BEGIN).await?;
     let groups = by_epoch(begin.tickets.iter().map(|(id, epoch)| (id.0, *epoch)));
-    let now = written(begin.now);
+    let now = begin.now;
     let calls = groups.iter().map(|(epoch, ids)| {
         let (statement, now) = (&statement, &now);
         async move {
@@ -35,18 +35,18 @@ pub(super) async fn begin(db: &Object, begin: &Begin<'_>) -> Result<Begun> {
         }
     });
     for row in try_join_all(calls).await?.iter().flatten() {
-        messages.push(begun(row));
+        messages.push(begun(row)?);
     }
     Ok(Begun { messages })
 }
 
-fn begun(row: &Row) -> BegunMessage {
-    BegunMessage {
-        id: MessageId(row.get(0)),
-        epoch: row.get(1),
-        attempts: row.get(2),
-        lane_tries: row.get(3),
-    }
+fn begun(row: &Row) -> Result<BegunMessage> {
+    Ok(BegunMessage {
+        id: MessageId(row.try_get(0)?),
+        epoch: row.try_get(1)?,
+        attempts: row.try_get(2)?,
+        lane_tries: row.try_get(3)?,
+    })
 }
 
 /// What an earlier call with this lease number took and still has.
@@ -58,23 +58,32 @@ async fn begun_before(db: &Object, begin: &Begin<'_>) -> Result<Vec<BegunMessage
         )
         .await?;
     let rows = db.query(&statement, &[&begin.lease.0]).await?;
-    Ok(rows.iter().map(begun).collect())
+    read_all(&rows, begun)
 }
 
 /// Takes dead instances away, and gives back what stands in leases that have no instance.
-pub(super) async fn recover(db: &mut Object, now: Timestamp) -> Result<Recovered> {
+pub(super) async fn recover(db: &mut Object, recovery: &Recovery<'_>) -> Result<Recovered> {
+    let Recovery { now, latest, silent } = recovery;
+    let silent: Vec<i64> = silent.iter().map(|id| id.0).collect();
     let look = db
         .prepare_cached(
-            "/* ams:recover_look */ select exists (select 1 from instances where lease_until <= $1) \
-             or exists (select 1 from leases where not exists (select 1 from instances i where i.id = leases.owner))",
+            "/* ams:recover_look */ select \
+                 exists (select 1 from instances where lease_until <= $1 or id = any($3) and lease_until > $2) \
+                 or exists (select 1 from leases where not exists (select 1 from instances i where i.id = leases.owner)), \
+                 array(select id from instances where lease_until > $2 order by id), \
+                 array(select seen_at from instances where lease_until > $2 order by id)",
         )
         .await?;
-    if !db.query_one(&look, &[&written(now)]).await?.get::<_, bool>(0) {
-        return Ok(Recovered::default());
+    let looked = db.query_one(&look, &[now, latest, &silent]).await?;
+    let (ahead, seen_at): (Vec<i64>, Vec<Timestamp>) = (looked.try_get(1)?, looked.try_get(2)?);
+    let ahead = ahead.into_iter().map(InstanceId).zip(seen_at).collect();
+    if !looked.try_get::<_, bool>(0)? {
+        return Ok(Recovered { ahead, ..Recovered::default() });
     }
     let transaction = db.transaction().await?;
-    let bury = "/* ams:bury */ delete from instances where lease_until <= $1";
-    let instances = transaction.execute(bury, &[&written(now)]).await?;
+    let bury = "/* ams:bury */ delete from instances \
+                where lease_until <= $1 or id = any($3) and lease_until > $2";
+    let instances = transaction.execute(bury, &[now, latest, &silent]).await?;
     let dethrone = "/* ams:dethrone */ update leader set owner = null \
                     where owner is not null and not exists (select 1 from instances i where i.id = leader.owner)";
     transaction.execute(dethrone, &[]).await?;
@@ -82,9 +91,9 @@ pub(super) async fn recover(db: &mut Object, now: Timestamp) -> Result<Recovered
                 where not exists (select 1 from instances i where i.id = leases.owner) returning epoch, ids";
     let mut messages = 0;
     for row in transaction.query(left, &[]).await? {
-        let (epoch, ids): (Epoch, Vec<i64>) = (row.get(0), row.get(1));
-        messages += give_back(&transaction, &ids, epoch, "processing", now).await?;
+        let (epoch, ids): (Epoch, Vec<i64>) = (row.try_get(0)?, row.try_get(1)?);
+        messages += give_back(&transaction, &ids, epoch, "processing", *now).await?;
     }
     transaction.commit().await?;
-    Ok(Recovered { instances, messages })
+    Ok(Recovered { instances, messages, ahead })
 }

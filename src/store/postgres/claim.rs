@@ -5,10 +5,12 @@ use serde_json::value::RawValue;
 use tokio_postgres::Row;
 use tokio_postgres::types::{Json, ToSql};
 
-use super::{bounds, by_epoch, limit, optional_time, time, written};
+use super::{bounds, by_epoch, limit, read, read_all};
 use crate::clock::Timestamp;
 use crate::message::{Epoch, MessageId, Ticket};
-use crate::store::{Batch, BatchId, Claim, Claimed, Due, DueNow, InstanceId, Place, Result};
+use crate::store::{
+    Batch, BatchId, Claim, Claimed, Due, DueNow, InstanceId, Place, Result, StoreError, unreadable_reason,
+};
 
 /// Why a row can't go on a lane now; no value when it can.
 macro_rules! held {
@@ -23,7 +25,7 @@ macro_rules! held {
 /// that a person's transaction holds. The rows are updated by an array of their ids, not by a join: a planner
 /// that expects one row would read all between the bounds for each (measured: 5.3 s for 995 rows).
 macro_rules! claim {
-    ($name:literal, $rows:literal) => {
+    ($name:literal, $rows:expr) => {
         concat!(
             "/* ams:claim_",
             $name,
@@ -53,10 +55,35 @@ macro_rules! claim {
     };
 }
 
-pub(super) const NEW: &str =
-    claim!("new", "fresh and id > $1 and id <= $8 and (epoch > 0 or endpoint <> all($9)) order by id");
-pub(super) const TIMED: &str =
-    claim!("timed", "timed_at is not null and lane = $1 and timed_at <= $8 order by timed_at, id");
+macro_rules! new_rows {
+    ($up_to:literal, $passed:literal) => {
+        concat!(
+            "fresh and id > $1 and id <= ",
+            $up_to,
+            " and (epoch > 0 or endpoint <> all(",
+            $passed,
+            ")) order by id"
+        )
+    };
+}
+
+macro_rules! timed_rows {
+    ($by:literal) => {
+        concat!("timed_at is not null and lane = $1 and timed_at <= ", $by, " order by timed_at, id")
+    };
+}
+
+pub(super) const NEW: &str = claim!("new", new_rows!("$8", "$9"));
+pub(super) const TIMED: &str = claim!("timed", timed_rows!("$8"));
+
+/// The row that a claim would take first.
+macro_rules! first {
+    ($rows:expr) => {
+        concat!("/* ams:first_due */ select id from messages where ", $rows, " limit 1")
+    };
+}
+const FIRST_NEW: &str = first!(new_rows!("$2", "$3"));
+const FIRST_TIMED: &str = first!(timed_rows!("$2"));
 
 macro_rules! any_new {
     () => {
@@ -83,19 +110,56 @@ pub(super) async fn due(db: &Object, lanes: &[&str], by: Timestamp) -> Result<Du
     if lanes.is_empty() {
         let statement = db.prepare_cached(DUE_NEW).await?;
         let row = db.query_one(&statement, &[]).await?;
-        return Ok(DueNow { new: row.get(0), lanes: Vec::new() });
+        return Ok(DueNow { new: row.try_get(0)?, lanes: Vec::new() });
     }
     let statement = db.prepare_cached(DUE).await?;
-    let row = db.query_one(&statement, &[&lanes, &written(by)]).await?;
-    Ok(DueNow { new: row.get(0), lanes: row.get(1) })
+    let row = db.query_one(&statement, &[&lanes, &by]).await?;
+    Ok(DueNow { new: row.try_get(0)?, lanes: row.try_get(1)? })
 }
 
 /// Takes due rows: most become `queued`, with one ledger row for all.
+///
+/// The server gives all rows of a claim or none. When it can't give one of them (its bytes are no UTF-8, its page is
+/// damaged), the claim takes fewer, and when it can't give even the first alone, that one ends here.
 pub(super) async fn claim(db: &Object, claim: &Claim<'_>) -> Result<Claimed> {
-    let (limit, now) = (limit(claim.limit), written(claim.now));
+    let mut smaller = claim.clone();
+    loop {
+        match claim_rows(db, &smaller).await {
+            Err(StoreError::Refused(why)) if smaller.limit > 1 => {
+                tracing::debug!("a claim of {} rows failed ({why}); fewer are taken", smaller.limit);
+                smaller.limit /= 2;
+            }
+            Err(error @ StoreError::Refused(_)) => {
+                let Some(ended) = end_unreadable(db, claim).await? else { return Err(error) };
+                let unreadable = vec![ended];
+                return Ok(Claimed { seen: 1, last: Some(ended), unreadable, ..Claimed::default() });
+            }
+            claimed => return claimed,
+        }
+    }
+}
+
+/// Ends the first due row as dead if it is the one that can't be read: nothing else ends a message.
+async fn end_unreadable(db: &Object, claim: &Claim<'_>) -> Result<Option<MessageId>> {
+    let passed = if claim.pass_busy { claim.busy } else { &[] };
+    let first = match &claim.due {
+        Due::New { after, up_to } => db.query_opt(FIRST_NEW, &[&after.0, &up_to.0, &passed]).await?,
+        Due::Timed { lane, by } => db.query_opt(FIRST_TIMED, &[lane, by]).await?,
+    };
+    let Some(first) = first else { return Ok(None) };
+    let id: i64 = first.try_get(0)?;
+    let Err(StoreError::Refused(why)) = read::messages(db, &[id]).await else { return Ok(None) };
+    let end = "/* ams:end_unreadable */ update messages set status = 'dead', held = null, due_at = null, \
+                   finished_at = $2, reason = $3 where id = $1 and status in ('pending', 'retrying')";
+    let ended = db.execute(end, &[&id, &claim.now, &unreadable_reason(&why)]).await?;
+    Ok((ended > 0).then_some(MessageId(id)))
+}
+
+async fn claim_rows(db: &Object, claim: &Claim<'_>) -> Result<Claimed> {
+    let (limit, now) = (limit(claim.limit), claim.now);
     let (open, busy, owner) = (claim.open, claim.busy, claim.owner.0);
     let passed = if claim.pass_busy { busy } else { &[] };
-    let mut rows = match claim.due {
+    let rows = match claim.due {
         Due::New { after, up_to } => {
             let statement = db.prepare_cached(NEW).await?;
             let values: [&(dyn ToSql + Sync); 9] =
@@ -103,41 +167,40 @@ pub(super) async fn claim(db: &Object, claim: &Claim<'_>) -> Result<Claimed> {
             db.query(&statement, &values).await?
         }
         Due::Timed { lane, by } => {
-            let (statement, by) = (db.prepare_cached(TIMED).await?, written(by));
+            let statement = db.prepare_cached(TIMED).await?;
             db.query(&statement, &[&lane, &limit, &now, &open, &claim.lane, &owner, &busy, &by]).await?
         }
     };
-    rows.sort_unstable_by_key(|row| row.get::<_, i64>(0));
-    let queued = |row: &&Row| row.get::<_, bool>(10);
-    let ahead = |row: &Row| {
-        let due_at = optional_time(row, 11).filter(|at| *at > claim.now);
-        Ticket { due_at, ..ticket(row) }
-    };
-    Ok(Claimed {
-        batch: rows.iter().find(queued).map(|row| BatchId(row.get(12))),
-        tickets: rows.iter().filter(queued).map(ahead).collect(),
-        seen: rows.len(),
-        last: rows.last().map(|row| MessageId(row.get(0))),
-    })
+    let mut claimed = Claimed { seen: rows.len(), ..Claimed::default() };
+    for row in &rows {
+        claimed.last = claimed.last.max(Some(MessageId(row.try_get(0)?)));
+        if row.try_get(10)? {
+            let due_at = row.try_get::<_, Option<Timestamp>>(11)?.filter(|at| *at > claim.now);
+            claimed.tickets.push(Ticket { due_at, ..ticket(row)? });
+            claimed.batch = row.try_get::<_, Option<i64>>(12)?.map(BatchId);
+        }
+    }
+    claimed.tickets.sort_unstable_by_key(|ticket| ticket.id);
+    Ok(claimed)
 }
 
 /// The ticket of a row: id, epoch, attempt, endpoint, created_at, recipient, content, content_type,
 /// headers and ordering_key, from the first column on.
-pub(super) fn ticket(row: &Row) -> Ticket {
-    let headers: Option<Json<&RawValue>> = row.get(8);
-    Ticket {
-        id: MessageId(row.get(0)),
-        epoch: row.get(1),
-        attempt: row.get(2),
-        endpoint: row.get(3),
-        created_at: time(row, 4),
-        recipient: row.get(5),
-        content: row.get(6),
-        content_type: row.get(7),
+pub(super) fn ticket(row: &Row) -> Result<Ticket> {
+    let headers: Option<Json<&RawValue>> = row.try_get(8)?;
+    Ok(Ticket {
+        id: MessageId(row.try_get(0)?),
+        epoch: row.try_get(1)?,
+        attempt: row.try_get(2)?,
+        endpoint: row.try_get(3)?,
+        created_at: row.try_get(4)?,
+        recipient: row.try_get(5)?,
+        content: row.try_get(6)?,
+        content_type: row.try_get(7)?,
         headers: headers.map(|headers| headers.0.to_owned()),
-        ordering_key: row.get(9),
+        ordering_key: row.try_get(9)?,
         due_at: None,
-    }
+    })
 }
 
 /// Notes where the broker put a batch.
@@ -160,22 +223,18 @@ pub(super) async fn batches(db: &Object, now: Timestamp, count: usize) -> Result
              from batches order by id limit $2",
         )
         .await?;
-    let rows = db.query(&statement, &[&written(now), &limit(count)]).await?;
-    let place = |row: &Row| {
-        let (partition, offset): (Option<i32>, Option<i64>) = (row.get(4), row.get(5));
-        Some(Place { partition: partition?, offset: offset? })
-    };
-    Ok(rows
-        .iter()
-        .map(|row| Batch {
-            id: BatchId(row.get(0)),
-            lane: row.get(1),
-            owner: InstanceId(row.get(2)),
-            created_at: optional_time(row, 3).unwrap_or_default(),
-            place: place(row),
-            orphaned: row.get(6),
+    let rows = db.query(&statement, &[&now, &limit(count)]).await?;
+    read_all(&rows, |row| {
+        let (partition, offset): (Option<i32>, Option<i64>) = (row.try_get(4)?, row.try_get(5)?);
+        Ok(Batch {
+            id: BatchId(row.try_get(0)?),
+            lane: row.try_get(1)?,
+            owner: InstanceId(row.try_get(2)?),
+            created_at: row.try_get(3)?,
+            place: partition.zip(offset).map(|(partition, offset)| Place { partition, offset }),
+            orphaned: row.try_get(6)?,
         })
-        .collect())
+    })
 }
 
 /// Gives back what of these batches is still `queued` in their epoch, and removes them.
@@ -187,7 +246,7 @@ pub(super) async fn requeue(db: &mut Object, batches: &[BatchId], now: Timestamp
         .await?;
     let mut pairs: Vec<(i64, Epoch)> = Vec::new();
     for row in transaction.query(&remove, &[&numbers]).await? {
-        let (ids, epochs): (Vec<i64>, Vec<Epoch>) = (row.get(0), row.get(1));
+        let (ids, epochs): (Vec<i64>, Vec<Epoch>) = (row.try_get(0)?, row.try_get(1)?);
         pairs.extend(ids.into_iter().zip(epochs));
     }
     let mut given = 0;
@@ -227,5 +286,5 @@ pub(super) async fn give_back(
         ))
         .await?;
     let (first, last) = bounds(ids);
-    Ok(db.execute(&statement, &[&ids, &epoch, &status, &first, &last, &written(now)]).await?)
+    Ok(db.execute(&statement, &[&ids, &epoch, &status, &first, &last, &now]).await?)
 }

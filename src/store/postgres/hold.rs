@@ -3,7 +3,7 @@
 use deadpool_postgres::Object;
 
 use super::claim::as_it_was;
-use super::{bounds, by_epoch, limit, written};
+use super::{bounds, by_epoch, limit, read_all};
 use crate::clock::Timestamp;
 use crate::message::{Epoch, Held, MessageId};
 use crate::store::Result;
@@ -25,8 +25,7 @@ pub(super) async fn hold(
     let mut count = 0;
     for (epoch, ids) in by_epoch(tickets.iter().map(|(id, epoch)| (id.0, *epoch))) {
         let (first, last) = bounds(&ids);
-        count +=
-            db.execute(&statement, &[&ids, &epoch, &first, &last, &held.as_str(), &written(now)]).await?;
+        count += db.execute(&statement, &[&ids, &epoch, &first, &last, &held.as_str(), &now]).await?;
     }
     Ok(count)
 }
@@ -46,7 +45,8 @@ pub(super) async fn held(db: &Object) -> Result<Vec<(String, Held)>> {
         )
         .await?;
     let rows = db.query(&statement, &[]).await?;
-    Ok(rows.iter().filter_map(|row| Some((row.get(0), Held::parse(row.get(1))?))).collect())
+    let pairs = read_all(&rows, |row| Ok((row.try_get(0)?, Held::parse(row.try_get(1)?))))?;
+    Ok(pairs.into_iter().filter_map(|(endpoint, held)| Some((endpoint, held?))).collect())
 }
 
 /// Frees held rows, oldest first.
@@ -67,5 +67,5 @@ pub(super) async fn unhold(
                  and m.id between (select min(id) from c) and (select max(id) from c)",
         )
         .await?;
-    Ok(db.execute(&statement, &[&endpoint, &held.as_str(), &limit(count), &written(now)]).await?)
+    Ok(db.execute(&statement, &[&endpoint, &held.as_str(), &limit(count), &now]).await?)
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use deadpool_postgres::{Object, Transaction};
 use tokio_postgres::error::SqlState;
 
-use super::{read, written};
+use super::{read, read_all};
 use crate::clock::Timestamp;
 use crate::message::{Message, MessageId, NewMessage};
 use crate::store::{Inserted, Result, Whole};
@@ -151,16 +151,11 @@ async fn stored(
         .prepare_cached("/* ams:keys */ select key, message_id from idempotency_keys where key = any($1)")
         .await?;
     let rows = db.query(&statement, &[&keys]).await?;
-    let ids: Vec<i64> = rows.iter().map(|row| row.get(1)).collect();
+    let keyed = read_all(&rows, |row| Ok((row.try_get::<_, String>(0)?, row.try_get(1)?)))?;
+    let ids: Vec<i64> = keyed.iter().map(|(_, id)| *id).collect();
     let mut known: HashMap<MessageId, Message> =
         read::messages(db, &ids).await?.into_iter().map(|message| (message.id, message)).collect();
-    Ok(rows
-        .iter()
-        .map(|row| {
-            let id = MessageId(row.get(1));
-            (row.get(0), (id, known.remove(&id)))
-        })
-        .collect())
+    Ok(keyed.into_iter().map(|(key, id)| (key, (MessageId(id), known.remove(&MessageId(id))))).collect())
 }
 
 async fn insert_new(
@@ -191,8 +186,8 @@ async fn insert_new(
     let headers = column(new, |message| message.headers.as_ref().map(ToString::to_string));
     let ordering_keys = column(new, |message| message.ordering_key.as_deref());
     let priorities = column(new, |message| message.priority);
-    let send_ats = column(new, |message| message.send_at.map(written));
-    let expires_ats = column(new, |message| message.expires_at.map(written));
+    let send_ats = column(new, |message| message.send_at);
+    let expires_ats = column(new, |message| message.expires_at);
     let keys = column(new, |message| message.idempotency_key.as_deref());
     let tags = column(new, |message| message.tags.as_ref().map(ToString::to_string));
     let values: [&(dyn tokio_postgres::types::ToSql + Sync); 12] = [
@@ -207,10 +202,10 @@ async fn insert_new(
         &expires_ats,
         &keys,
         &tags,
-        &written(now),
+        &now,
     ];
     let rows = db.query(&statement, &values).await?;
-    Ok(rows.iter().map(|row| MessageId(row.get(0))).collect())
+    Ok(read_all(&rows, |row| Ok(MessageId(row.try_get(0)?)))?)
 }
 
 /// Whether a stored message says what the new one says.

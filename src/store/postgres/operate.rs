@@ -5,11 +5,11 @@ use serde_json::Value;
 use tokio_postgres::Row;
 
 use super::search::search;
-use super::{bounds, limit, optional_time, time, written};
+use super::{bounds, limit, read_all};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
 use crate::store::operate::{ApiKey, Change, Control, Cursor, Deletion, Filter, Job, JobId};
-use crate::store::{Result, StoreError};
+use crate::store::{Result, StoreError, latest_present};
 
 const CANCEL: &str = "/* ams:cancel */ update messages set status = 'cancelled', held = null, due_at = null, \
          finished_at = $4 \
@@ -36,8 +36,8 @@ pub(super) async fn change(
     let ids: Vec<i64> = ids.iter().map(|id| id.0).collect();
     let (first, last) = bounds(&ids);
     let statement = db.prepare_cached(statement).await?;
-    let rows = db.query(&statement, &[&ids, &first, &last, &written(now)]).await?;
-    Ok(rows.iter().map(|row| MessageId(row.get(0))).collect())
+    let rows = db.query(&statement, &[&ids, &first, &last, &now]).await?;
+    read_all(&rows, |row| Ok(MessageId(row.try_get(0)?)))
 }
 
 /// Notes a job that begins with the newest message.
@@ -46,7 +46,7 @@ pub(super) async fn open_job(db: &Object, change: Change, filter: &Filter, now: 
          select $1, $2, coalesce(max(id), 0), $3, $3 from (select id from messages order by id desc limit 1) m \
          returning id, kind, filter, matched, changed, created_at, updated_at, finished_at";
     let filter = serde_json::to_value(filter).map_err(|error| StoreError::Internal(error.to_string()))?;
-    job_of(&db.query_one(statement, &[&change.as_str(), &filter, &written(now)]).await?)
+    job_of(&db.query_one(statement, &[&change.as_str(), &filter, &now]).await?)
 }
 
 /// A job.
@@ -60,11 +60,12 @@ pub(super) async fn job(db: &impl GenericClient, id: JobId) -> Result<Option<Job
 pub(super) async fn idle_jobs(db: &Object, before: Timestamp) -> Result<Vec<JobId>> {
     let statement = db
         .prepare_cached(
-            "/* ams:idle_jobs */ select id from jobs where finished_at is null and updated_at < $1 order by id",
+            "/* ams:idle_jobs */ select id from jobs \
+             where finished_at is null and (updated_at < $1 or updated_at > $2) order by id",
         )
         .await?;
-    let rows = db.query(&statement, &[&written(before)]).await?;
-    Ok(rows.iter().map(|row| JobId(row.get(0))).collect())
+    let rows = db.query(&statement, &[&before, &latest_present(before)]).await?;
+    read_all(&rows, |row| Ok(JobId(row.try_get(0)?)))
 }
 
 /// Works off a piece of a job: its rows and how far it has come are one transaction.
@@ -82,8 +83,11 @@ pub(super) async fn work_job(
         return job(&transaction, id).await;
     };
     let mut job = job_of(&row)?;
-    let up_to: i64 = row.get(8);
-    let cursor = row.get::<_, Option<i64>>(10).map(|id| Cursor { at: time(&row, 9), id: MessageId(id) });
+    let up_to: i64 = row.try_get(8)?;
+    let cursor = match (row.try_get(9)?, row.try_get(10)?) {
+        (Some(at), Some(id)) => Some(Cursor { at, id: MessageId(id) }),
+        _ => None,
+    };
     let from = cursor.unwrap_or_else(|| Cursor::start(&job.filter));
     let found = search(&transaction, &job.filter, from, count).await?;
     let ids: Vec<_> = found.ids.into_iter().filter(|id| id.0 <= up_to).collect();
@@ -96,12 +100,12 @@ pub(super) async fn work_job(
                     changed = changed + $5, updated_at = $6, finished_at = $7 where id = $1";
     let values: [&(dyn tokio_postgres::types::ToSql + Sync); 7] = [
         &id.0,
-        &found.next.map(|next| written(next.at)),
+        &found.next.map(|next| next.at),
         &found.next.map(|next| next.id.0),
         &limit(ids.len()),
         &limit(changed.len()),
-        &written(now),
-        &job.finished_at.map(written),
+        &now,
+        &job.finished_at,
     ];
     transaction.execute(note, &values).await?;
     transaction.commit().await?;
@@ -109,18 +113,18 @@ pub(super) async fn work_job(
 }
 
 fn job_of(row: &Row) -> Result<Job> {
-    let kind: &str = row.get(1);
+    let kind: &str = row.try_get(1)?;
     let unknown = || StoreError::Internal(format!("`{kind}` is not a word of ours"));
     Ok(Job {
-        id: JobId(row.get(0)),
+        id: JobId(row.try_get(0)?),
         change: Change::parse(kind).ok_or_else(unknown)?,
-        filter: serde_json::from_value(row.get::<_, Value>(2))
+        filter: serde_json::from_value(row.try_get::<_, Value>(2)?)
             .map_err(|error| StoreError::Internal(format!("a job's filter can't be read: {error}")))?,
-        matched: row.get::<_, i64>(3).unsigned_abs(),
-        changed: row.get::<_, i64>(4).unsigned_abs(),
-        created_at: time(row, 5),
-        updated_at: time(row, 6),
-        finished_at: optional_time(row, 7),
+        matched: row.try_get::<_, i64>(3)?.unsigned_abs(),
+        changed: row.try_get::<_, i64>(4)?.unsigned_abs(),
+        created_at: row.try_get(5)?,
+        updated_at: row.try_get(6)?,
+        finished_at: row.try_get(7)?,
     })
 }
 
@@ -134,18 +138,18 @@ pub(super) async fn set_paused(db: &Object, paused: bool) -> Result<()> {
 pub(super) async fn control(db: &Object, now: Timestamp) -> Result<Control> {
     let statement = db
         .prepare_cached(
-            "/* ams:control */ select paused, owner is not null and until > $1, pace_count, pace_interval_ms, \
+            "/* ams:control */ select paused, owner is not null and until > $1 and until <= $2, pace_count, pace_interval_ms, \
                  paced_until \
              from leader",
         )
         .await?;
-    let row = db.query_one(&statement, &[&written(now)]).await?;
-    let pace = row.get::<_, Option<i32>>(2).zip(row.get::<_, Option<i64>>(3));
+    let row = db.query_one(&statement, &[&now, &latest_present(now)]).await?;
+    let pace = row.try_get::<_, Option<i32>>(2)?.zip(row.try_get::<_, Option<i64>>(3)?);
     Ok(Control {
-        paused: row.get(0),
-        active: row.get(1),
+        paused: row.try_get(0)?,
+        active: row.try_get(1)?,
         pacing: pace.map(|(count, ms)| crate::store::Pacing::of(count.into(), ms)),
-        paced_until: optional_time(&row, 4),
+        paced_until: row.try_get(4)?,
     })
 }
 
@@ -153,7 +157,7 @@ pub(super) async fn control(db: &Object, now: Timestamp) -> Result<Control> {
 pub(super) async fn delete_endpoint(db: &mut Object, name: &str) -> Result<Deletion> {
     let transaction = db.transaction().await?;
     let used = "/* ams:endpoint_used */ select exists (select 1 from messages where endpoint = $1)";
-    if transaction.query_one(used, &[&name]).await?.get(0) {
+    if transaction.query_one(used, &[&name]).await?.try_get(0)? {
         return Ok(Deletion::Used);
     }
     let delete = "/* ams:delete_endpoint */ delete from endpoints where name = $1";
@@ -166,7 +170,7 @@ pub(super) async fn delete_endpoint(db: &mut Object, name: &str) -> Result<Delet
 pub(super) async fn put_key(db: &Object, key: &ApiKey) -> Result<()> {
     let statement = "/* ams:put_key */ insert into api_keys (id, name, hash, scopes, created_at, expires_at) \
                      values ($1, $2, $3, $4, $5, $6)";
-    let (created_at, expires_at) = (written(key.created_at), key.expires_at.map(written));
+    let (created_at, expires_at) = (key.created_at, key.expires_at);
     let values: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
         [&key.id, &key.name, &key.hash, &key.scopes, &created_at, &expires_at];
     db.execute(statement, &values).await?;
@@ -182,31 +186,30 @@ pub(super) async fn keys(db: &Object) -> Result<Vec<ApiKey>> {
         )
         .await?;
     let rows = db.query(&statement, &[]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| ApiKey {
-            id: row.get(0),
-            name: row.get(1),
-            hash: row.get(2),
-            scopes: row.get(3),
-            created_at: time(row, 4),
-            expires_at: optional_time(row, 5),
-            last_used_at: optional_time(row, 6),
-            revoked_at: optional_time(row, 7),
+    read_all(&rows, |row| {
+        Ok(ApiKey {
+            id: row.try_get(0)?,
+            name: row.try_get(1)?,
+            hash: row.try_get(2)?,
+            scopes: row.try_get(3)?,
+            created_at: row.try_get(4)?,
+            expires_at: row.try_get(5)?,
+            last_used_at: row.try_get(6)?,
+            revoked_at: row.try_get(7)?,
         })
-        .collect())
+    })
 }
 
 /// Revokes a key; `false`: there is none, or it is revoked already.
 pub(super) async fn revoke_key(db: &Object, id: &str, now: Timestamp) -> Result<bool> {
     let statement =
         "/* ams:revoke_key */ update api_keys set revoked_at = $2 where id = $1 and revoked_at is null";
-    Ok(db.execute(statement, &[&id, &written(now)]).await? > 0)
+    Ok(db.execute(statement, &[&id, &now]).await? > 0)
 }
 
 /// Notes when keys were last used.
 pub(super) async fn keys_used(db: &Object, ids: &[String], now: Timestamp) -> Result<()> {
     let statement = "/* ams:keys_used */ update api_keys set last_used_at = $2 where id = any($1)";
-    db.execute(statement, &[&ids, &written(now)]).await?;
+    db.execute(statement, &[&ids, &now]).await?;
     Ok(())
 }

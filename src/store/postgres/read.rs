@@ -2,12 +2,15 @@
 
 use deadpool_postgres::{GenericClient, Object};
 use serde_json::Value;
+use serde_json::value::RawValue;
+use tokio_postgres::Row;
+use tokio_postgres::types::Json;
 
 use super::claim::ticket;
-use super::{bounds, limit, optional_time, time, written};
+use super::{bounds, limit, read_all};
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Class, Held, Message, MessageId, Status, Times};
-use crate::store::{Count, DeadLetter, Instance, InstanceId, Overview, Result};
+use crate::store::{Count, DeadLetter, Instance, InstanceId, Overview, Result, json_or_text, latest_present};
 
 /// Where counting stops.
 const COUNT: i64 = 10_000;
@@ -29,30 +32,35 @@ pub(super) async fn messages(db: &impl GenericClient, ids: &[i64]) -> Result<Vec
     rows.iter()
         .map(|row| {
             Ok(Message {
-                id: MessageId(row.get(0)),
-                endpoint: row.get(1),
-                recipient: row.get(2),
-                content: row.get(3),
-                content_type: row.get(4),
-                headers: row.get::<_, Option<Value>>(5),
-                ordering_key: row.get(6),
-                priority: row.get(7),
-                send_at: optional_time(row, 8),
-                expires_at: optional_time(row, 9),
-                idempotency_key: row.get(10),
-                tags: row.get::<_, Option<Value>>(11),
-                created_at: time(row, 12),
-                status: Status::read(row.get(13)),
-                held: row.get::<_, Option<&str>>(14).map(Held::read),
-                epoch: row.get(15),
-                attempts: row.get(16),
-                lane: row.get(17),
-                due_at: optional_time(row, 18),
-                finished_at: optional_time(row, 19),
-                reason: row.get(20),
+                id: MessageId(row.try_get(0)?),
+                endpoint: row.try_get(1)?,
+                recipient: row.try_get(2)?,
+                content: row.try_get(3)?,
+                content_type: row.try_get(4)?,
+                headers: json(row, 5)?,
+                ordering_key: row.try_get(6)?,
+                priority: row.try_get(7)?,
+                send_at: row.try_get(8)?,
+                expires_at: row.try_get(9)?,
+                idempotency_key: row.try_get(10)?,
+                tags: json(row, 11)?,
+                created_at: row.try_get(12)?,
+                status: Status::read(row.try_get(13)?),
+                held: row.try_get::<_, Option<&str>>(14)?.map(Held::read),
+                epoch: row.try_get(15)?,
+                attempts: row.try_get(16)?,
+                lane: row.try_get(17)?,
+                due_at: row.try_get(18)?,
+                finished_at: row.try_get(19)?,
+                reason: row.try_get(20)?,
             })
         })
         .collect()
+}
+
+fn json(row: &Row, column: usize) -> Result<Option<Value>> {
+    let json: Option<Json<&RawValue>> = row.try_get(column)?;
+    Ok(json.map(|json| json_or_text(json.0.get())))
 }
 
 /// A message's attempts, oldest first.
@@ -69,17 +77,21 @@ pub(super) async fn attempts(db: &Object, id: MessageId) -> Result<Vec<Attempt>>
         .map(|row| {
             Ok(Attempt {
                 message_id: id,
-                epoch: row.get(0),
-                attempt: row.get(1),
-                lane: row.get(2),
-                class: Class::read(row.get(3)),
-                status: row.get::<_, Option<i16>>(4).and_then(|status| u16::try_from(status).ok()),
-                address: row.get(5),
-                error: row.get(6),
-                answer: row.get(7),
-                provider_message_id: row.get(8),
-                started_at: time(row, 9),
-                times: Times { connect_us: row.get(10), head_us: row.get(11), body_us: row.get(12) },
+                epoch: row.try_get(0)?,
+                attempt: row.try_get(1)?,
+                lane: row.try_get(2)?,
+                class: Class::read(row.try_get(3)?),
+                status: row.try_get::<_, Option<i16>>(4)?.and_then(|status| u16::try_from(status).ok()),
+                address: row.try_get(5)?,
+                error: row.try_get(6)?,
+                answer: row.try_get(7)?,
+                provider_message_id: row.try_get(8)?,
+                started_at: row.try_get(9)?,
+                times: Times {
+                    connect_us: row.try_get(10)?,
+                    head_us: row.try_get(11)?,
+                    body_us: row.try_get(12)?,
+                },
             })
         })
         .collect()
@@ -93,22 +105,21 @@ pub(super) async fn dead_letters(db: &Object, before: Timestamp, count: usize) -
                  m.content, m.content_type, m.headers, m.ordering_key, d.lane, d.reason, d.last_status, d.last_error, \
                  d.dead_at \
              from dead_letters d join messages m on m.id = d.message_id \
-             where d.dead_at < $1 order by d.dead_at, d.message_id limit $2",
+             where d.dead_at < $1 or d.dead_at > $3 order by d.dead_at, d.message_id limit $2",
         )
         .await?;
-    let rows = db.query(&statement, &[&written(before), &limit(count)]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| DeadLetter {
-            ticket: ticket(row),
-            attempts: row.get(2),
-            lane: row.get(10),
-            reason: row.get(11),
-            last_status: row.get::<_, Option<i16>>(12).and_then(|status| u16::try_from(status).ok()),
-            last_error: row.get(13),
-            dead_at: time(row, 14),
+    let rows = db.query(&statement, &[&before, &limit(count), &latest_present(before)]).await?;
+    read_all(&rows, |row| {
+        Ok(DeadLetter {
+            ticket: ticket(row)?,
+            attempts: row.try_get(2)?,
+            lane: row.try_get(10)?,
+            reason: row.try_get(11)?,
+            last_status: row.try_get::<_, Option<i16>>(12)?.and_then(|status| u16::try_from(status).ok()),
+            last_error: row.try_get(13)?,
+            dead_at: row.try_get(14)?,
         })
-        .collect())
+    })
 }
 
 /// Counts, ages and instances.
@@ -130,11 +141,11 @@ async fn counts(db: &Object) -> Result<Vec<Count>> {
         )
         .await?;
     let rows = db.query(&newest, &[&NEWEST]).await?;
-    let walked: i64 = rows.iter().map(|row| row.get::<_, i64>(1)).sum();
+    let newest = read_all(&rows, |row| Ok((row.try_get::<_, String>(0)?, row.try_get::<_, i64>(1)?)))?;
+    let walked: i64 = newest.iter().map(|(_, count)| count).sum();
     let mut counts = Vec::new();
     for status in Status::ALL {
-        let seen =
-            rows.iter().find(|row| row.get::<_, &str>(0) == status.as_str()).map_or(0, |row| row.get(1));
+        let seen = newest.iter().find(|(name, _)| name == status.as_str()).map_or(0, |(_, count)| *count);
         let indexed = !matches!(status, Status::Queued | Status::Processing | Status::Sent);
         let count: i64 = match indexed && walked == NEWEST {
             true => indexed_count(db, status).await?,
@@ -157,7 +168,7 @@ async fn indexed_count(db: &Object, status: Status) -> Result<i64> {
              + (select count(*) from (select 1 from messages where unsent is not null and unsent = $1::text::message_state limit $2) d)",
         )
         .await?;
-    Ok(db.query_one(&statement, &[&status.as_str(), &(COUNT + 1)]).await?.get(0))
+    Ok(db.query_one(&statement, &[&status.as_str(), &(COUNT + 1)]).await?.try_get(0)?)
 }
 
 /// When the oldest due row became due: the first fresh one, or the first of a lane's timed ones.
@@ -175,23 +186,22 @@ async fn oldest_due(db: &Object, now: Timestamp) -> Result<Option<Timestamp>> {
                  (select created_at from messages where fresh order by id limit 1))",
         )
         .await?;
-    Ok(optional_time(&db.query_one(&statement, &[&written(now)]).await?, 0))
+    Ok(db.query_one(&statement, &[&now]).await?.try_get(0)?)
 }
 
 async fn instances(db: &Object) -> Result<Vec<Instance>> {
     let statement = "/* ams:instances */ select id, service, host, version, started_at, seen_at, lease_until \
                      from instances order by id";
     let rows = db.query(statement, &[]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| Instance {
-            id: InstanceId(row.get(0)),
-            service: row.get(1),
-            host: row.get(2),
-            version: row.get(3),
-            started_at: time(row, 4),
-            seen_at: time(row, 5),
-            lease_until: time(row, 6),
+    read_all(&rows, |row| {
+        Ok(Instance {
+            id: InstanceId(row.try_get(0)?),
+            service: row.try_get(1)?,
+            host: row.try_get(2)?,
+            version: row.try_get(3)?,
+            started_at: row.try_get(4)?,
+            seen_at: row.try_get(5)?,
+            lease_until: row.try_get(6)?,
         })
-        .collect())
+    })
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::message::{Class, Verdict};
 use crate::store::conformance::{newer, store_conformance};
 use crate::store::operate::WALK;
 
@@ -96,15 +97,50 @@ async fn even_an_owner_can_not_insert_what_is_ours() {
     let scratch = scratch().await;
     open(scratch.url()).migrate().await.unwrap();
     let owner = client(scratch.url()).await;
-    for (column, value) in
-        [("status", "'sent'"), ("epoch", "3"), ("held", "'endpoint_busy'"), ("due_at", "now()")]
-    {
+    for (column, value) in [
+        ("status", "'sent'"),
+        ("epoch", "3"),
+        ("held", "'endpoint_busy'"),
+        ("due_at", "now()"),
+        ("id", "4711"),
+        ("id", "9223372036854775807"),
+        ("id", "nextval('message_ids') - 1"),
+    ] {
         let insert =
             format!("insert into messages (recipient, content, {column}) values ('+90', 'Hello', {value})");
         let error = owner.execute(&insert, &[]).await.unwrap_err();
         let sentence = error.as_db_error().unwrap().message().to_owned();
         assert_eq!(sentence, format!("{column} is set by AMS; insert without it"));
     }
+}
+
+const INSERT: &str = "insert into messages (recipient, content) values ('+90', 'Hello')";
+
+/// Claims, begins and records everything that is new, and says how many messages are sent then.
+async fn deliver_all(store: &PostgresStore, db: &tokio_postgres::Client) -> i64 {
+    let now = crate::clock::Clock::system().now();
+    let owner = store.enroll("up", "here", now, now.after(Duration::from_secs(60))).await.unwrap();
+    let (open, lane) = (["default".to_owned()], "messages");
+    let (due, limit) = (Due::after(MessageId(0)), 1_000);
+    let claim = Claim { due, limit, lane, open: &open, busy: &[], pass_busy: false, owner, now };
+    let tickets = store.claim(&claim).await.unwrap().tickets;
+    let pairs: Vec<_> = tickets.iter().map(|ticket| (ticket.id, ticket.epoch)).collect();
+    let begin = Begin { lease: LeaseId(1), repeated: false, tickets: &pairs, owner, now };
+    assert_eq!(store.begin(&begin).await.unwrap().messages.len(), pairs.len());
+    let outcome = crate::store::conformance::outcome(Class::Accepted, Some(200), now);
+    let record = |(id, epoch): &(MessageId, Epoch)| Record {
+        id: *id,
+        epoch: *epoch,
+        attempt: 1,
+        lane: lane.to_owned(),
+        outcome: Some(outcome.clone()),
+        verdict: Verdict::Sent,
+    };
+    let records: Vec<_> = pairs.iter().map(record).collect();
+    store.record(&Records { records: &records, finished: &[LeaseId(1)], now }).await.unwrap();
+    let sent =
+        "select count(*) from messages m join attempts a on a.message_id = m.id where m.status = 'sent'";
+    db.query_one(sent, &[]).await.unwrap().get(0)
 }
 
 #[tokio::test]
@@ -114,15 +150,195 @@ async fn partitions_are_made_ahead_while_a_writer_holds_a_transaction_open() {
     store.migrate().await.unwrap();
     let mut writer = client(scratch.url()).await;
     let open = writer.transaction().await.unwrap();
-    let insert = "insert into messages (recipient, content) values ('+90', 'Hello')";
-    open.execute(insert, &[]).await.unwrap();
+    open.execute(INSERT, &[]).await.unwrap();
     let other = client(scratch.url()).await;
     other.batch_execute("select setval('message_ids', 1700000)").await.unwrap();
     let made = tokio::time::timeout(Duration::from_secs(10), store.make_partitions()).await;
     made.expect("making partitions waits for nobody who writes").unwrap();
     open.commit().await.unwrap();
     other.batch_execute("select setval('message_ids', 3600000)").await.unwrap();
-    other.execute(insert, &[]).await.unwrap();
+    other.execute(INSERT, &[]).await.unwrap();
+    let place = "select tableoid::regclass::text from messages order by id desc limit 1";
+    assert_eq!(other.query_one(place, &[]).await.unwrap().get::<_, &str>(0), "messages_7");
+}
+
+/// A sequence that was moved ahead, a statement that runs past the last partition, and no producer for hours.
+#[tokio::test]
+async fn an_insert_always_finds_a_partition() {
+    let scratch = scratch().await;
+    let store = open(scratch.url());
+    store.migrate().await.unwrap();
+    let db = client(scratch.url()).await;
+    db.batch_execute("select setval('message_ids', 2499950)").await.unwrap();
+    let many = "insert into messages (recipient, content) select '+90', 'Hello' from generate_series(1, 100)";
+    assert_eq!(db.execute(many, &[]).await.unwrap(), 100);
+    store.make_partitions().await.unwrap();
+    // Its partition would begin among rows that the default one has, so the next one is made.
+    db.batch_execute("select setval('message_ids', 3000005)").await.unwrap();
+    store.make_partitions().await.unwrap();
+    db.execute(INSERT, &[]).await.unwrap();
+    for moved in [10_000_000_000_000_i64, i64::MAX - 10] {
+        db.execute("select setval('message_ids', $1)", &[&moved]).await.unwrap();
+        db.execute(INSERT, &[]).await.unwrap();
+        store.make_partitions().await.unwrap();
+        db.execute(INSERT, &[]).await.unwrap();
+    }
+    let places = "select tableoid::regclass::text, count(*) from messages group by 1 order by min(id)";
+    let places = db.query(places, &[]).await.unwrap();
+    let places: Vec<(&str, i64)> = places.iter().map(|row| (row.get(0), row.get(1))).collect();
+    assert_eq!(places, [("messages_4", 49), ("messages_default", 55), ("messages_6", 1)]);
+    assert_eq!(deliver_all(&store, &db).await, 105);
+}
+
+#[tokio::test]
+async fn making_partitions_gives_way_to_a_reader_who_takes_hours() {
+    let scratch = scratch().await;
+    let store = open(scratch.url());
+    store.migrate().await.unwrap();
+    let mut reader = client(scratch.url()).await;
+    let backup = reader.transaction().await.unwrap();
+    backup.batch_execute("lock table messages in access share mode").await.unwrap();
+    let db = client(scratch.url()).await;
+    db.batch_execute("select setval('message_ids', 600000)").await.unwrap();
+    let refused = store.make_partitions().await;
+    assert!(matches!(refused, Err(StoreError::Unavailable(_))), "{refused:?}");
+    db.execute(INSERT, &[]).await.unwrap();
+    assert_eq!(deliver_all(&store, &db).await, 1, "meanwhile all goes on");
+    backup.commit().await.unwrap();
+    store.make_partitions().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_database_in_which_a_text_need_not_be_readable_is_refused() {
+    let scratch = scratch().await;
+    let db = client(scratch.url()).await;
+    let name = format!("ascii_{:016x}", fastrand::u64(..));
+    let create = "encoding 'SQL_ASCII' template template0 lc_collate 'C' lc_ctype 'C'";
+    db.batch_execute(&format!("create database {name} {create}")).await.unwrap();
+    let mut url = url::Url::parse(scratch.url()).unwrap();
+    url.set_path(&name);
+    let store = open(url.as_str());
+    for refused in [store.migrate().await.map(drop), store.standing().await.map(drop)] {
+        let Err(StoreError::Unsupported(sentence)) = refused else { panic!("{refused:?}") };
+        assert!(sentence.contains("SQL_ASCII") && sentence.contains("createdb -E UTF8"), "{sentence}");
+    }
+    drop(store);
+    db.batch_execute(&format!("drop database {name} with (force)")).await.unwrap();
+}
+
+/// As a damaged page is, this row can't be given by the server: the database has been made to believe that any
+/// bytes are a text.
+#[tokio::test]
+async fn a_row_that_the_server_can_not_give_ends_alone() {
+    let scratch = scratch().await;
+    open(scratch.url()).migrate().await.unwrap();
+    let db = client(scratch.url()).await;
+    db.batch_execute("update pg_database set encoding = 0 where datname = current_database()").await.unwrap();
+    let careless = client(scratch.url()).await;
+    careless
+        .batch_execute(
+            "set client_encoding = 'SQL_ASCII'; \
+             insert into messages (recipient, content) select '+90', case n when 70 then e'm\\xfcller' else 'x' end \
+             from generate_series(1, 100) n; \
+             insert into messages (recipient, content, send_at) values (e'\\xff', 'x', '2020-01-01'), ('+90', 'x', '2020-01-01')",
+        )
+        .await
+        .unwrap();
+    let store = open(scratch.url());
+    let now = crate::clock::Clock::system().now();
+    let open = ["default".to_owned()];
+    let (mut claimed, mut unreadable) = (0, Vec::new());
+    for due in [Due::after(MessageId(0)), Due::Timed { lane: "", by: now }] {
+        for _ in 0..20 {
+            let claim = Claim {
+                due,
+                limit: 1_000,
+                lane: "messages",
+                open: &open,
+                busy: &[],
+                pass_busy: false,
+                owner: InstanceId(1),
+                now,
+            };
+            let taken = store.claim(&claim).await.unwrap();
+            claimed += taken.tickets.len();
+            unreadable.extend(taken.unreadable);
+        }
+    }
+    assert_eq!((claimed, unreadable), (100, vec![MessageId(70), MessageId(101)]));
+    let dead = "select reason from messages where status = 'dead' and finished_at is not null";
+    for row in db.query(dead, &[]).await.unwrap() {
+        let reason: &str = row.get(0);
+        assert!(reason.starts_with("the message can't be read: ") && reason.contains("UTF8"), "{reason}");
+    }
+}
+
+/// What a sender may store can be read back, and what the program can't hold is refused.
+#[tokio::test]
+async fn what_sql_accepts_the_program_can_hold() {
+    let scratch = scratch().await;
+    let store = open(scratch.url());
+    store.migrate().await.unwrap();
+    let db = client(scratch.url()).await;
+    let deep = format!("{}{}", "[".repeat(300), "]".repeat(300));
+    let large = format!("1{}", "0".repeat(400));
+    let insert = format!(
+        "insert into messages (recipient, content, send_at, expires_at, created_at, tags) values \
+         ('+90', 'x', '0001-01-01T00:00:00Z', '9999-12-31T23:59:59Z', '9999-12-31T23:59:59.999999Z', \
+             '{{\"deep\": {deep}, \"large\": {large}}}')"
+    );
+    db.batch_execute(&insert).await.unwrap();
+    let message = store.message(MessageId(1)).await.unwrap().unwrap();
+    assert_eq!(message.expires_at.unwrap().to_string(), "9999-12-31T23:59:59Z");
+    assert_eq!((message.send_at, message.created_at), (Some(Timestamp::MIN), Timestamp::MAX));
+    assert!(message.tags.unwrap().to_string().contains(&large));
+    for (column, value) in [
+        ("send_at", "20000-01-01"),
+        ("expires_at", "20000-01-01"),
+        ("created_at", "20000-01-01"),
+        ("created_at", "0001-01-01 BC"),
+        ("send_at", "infinity"),
+        ("expires_at", "-infinity"),
+    ] {
+        let insert =
+            format!("insert into messages (recipient, content, {column}) values ('+90', 'x', '{value}')");
+        let refused = db.batch_execute(&insert).await.unwrap_err();
+        assert_eq!(refused.code(), Some(&SqlState::CHECK_VIOLATION), "{column} {value}: {refused}");
+    }
+}
+
+/// Before the store refused such settings, one endpoint could have stopped the messages of all.
+#[tokio::test]
+async fn an_endpoint_that_can_not_be_is_refused_and_harms_no_other() {
+    let scratch = scratch().await;
+    let store = open(scratch.url());
+    store.migrate().await.unwrap();
+    let db = client(scratch.url()).await;
+    for values in [
+        "'a', 'http://user:hunter2@host/', '{}'",
+        "'a', 'HTTPS://user@host/', '{}'",
+        "'a', e'ht\ntp:\\\\u:p@host', '{}'",
+        "'a', 'http://host/', '{null}'",
+        "'a', 'http://host/', '{70000}'",
+        "'a', 'http://host/', '{{410,411},{412,413}}'",
+    ] {
+        let insert = format!("insert into endpoints (name, url, final_statuses) values ({values})");
+        let refused = db.batch_execute(&insert).await.unwrap_err();
+        assert_eq!(refused.code(), Some(&SqlState::CHECK_VIOLATION), "{values}: {refused}");
+        assert!(!format!("{refused:?}").contains("hunter2"), "{refused}");
+    }
+    db.batch_execute(
+        "insert into endpoints (name, url) values ('good', 'http://host/@?a=@'); \
+         alter table endpoints disable trigger endpoints_values; \
+         insert into endpoints (name, url, final_statuses) values \
+             ('a', 'http://host/', '{null,70000,404}'), ('b', 'http://host/', '{{410,411},{412,413}}')",
+    )
+    .await
+    .unwrap();
+    let endpoints = store.endpoints().await.unwrap();
+    let read: Vec<_> = endpoints.iter().map(|e| (e.name.as_str(), e.final_statuses.as_slice())).collect();
+    assert_eq!(read[..2], [("a", [404].as_slice()), ("b", &[])]);
+    assert_eq!(read[2], ("good", [410].as_slice()));
 }
 
 /// Pages that a statement touches, by its plan. None of its joins may compare each row with each.

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use deadpool_postgres::{Object, Transaction};
 
 use super::claim::as_it_was;
-use super::{bounds, written};
+use super::{bounds, first_column};
 use crate::clock::Timestamp;
 use crate::message::{MessageId, Outcome, Verdict};
 use crate::retry::summary;
@@ -134,7 +134,7 @@ impl<'a> Sent<'a> {
         let answers =
             self.column(|_, outcome| storable(&outcome.answer[..outcome.answer.floor_char_boundary(ANSWER)]));
         let provider_ids = self.column(|_, outcome| outcome.provider_message_id.as_deref());
-        let starts = self.column(|_, outcome| written(outcome.started_at));
+        let starts = self.column(|_, outcome| outcome.started_at);
         let connects = self.column(|_, outcome| outcome.times.connect_us);
         let heads = self.column(|_, outcome| outcome.times.head_us);
         let bodies = self.column(|_, outcome| outcome.times.body_us);
@@ -144,7 +144,7 @@ impl<'a> Sent<'a> {
                 &self.ids,
                 &first,
                 &last,
-                &written(now),
+                &now,
                 &self.finished,
                 &ids,
                 &epochs,
@@ -181,7 +181,7 @@ async fn retry(db: &Transaction<'_>, records: &[&Record]) -> Result<Vec<i64>> {
             epochs.push(record.epoch);
             lanes.push(lane.as_str());
             tries.push(*lane_tries);
-            dues.push(written(*at));
+            dues.push(*at);
             reasons.push(record.outcome.as_ref().map(summary));
         }
     }
@@ -191,7 +191,7 @@ async fn retry(db: &Transaction<'_>, records: &[&Record]) -> Result<Vec<i64>> {
     let statement = db.prepare_cached(RETRY).await?;
     let (first, last) = bounds(&ids);
     let rows = db.query(&statement, &[&ids, &epochs, &lanes, &tries, &dues, &reasons, &first, &last]).await?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
+    first_column(&rows)
 }
 
 async fn dead(db: &Transaction<'_>, records: &[&Record], now: Timestamp) -> Result<Vec<i64>> {
@@ -214,9 +214,9 @@ async fn dead(db: &Transaction<'_>, records: &[&Record], now: Timestamp) -> Resu
     let statement = db.prepare_cached(DEAD).await?;
     let (first, last) = bounds(&ids);
     let values: [&(dyn tokio_postgres::types::ToSql + Sync); 9] =
-        [&ids, &epochs, &lanes, &reasons, &statuses, &errors, &first, &last, &written(now)];
+        [&ids, &epochs, &lanes, &reasons, &statuses, &errors, &first, &last, &now];
     let rows = db.query(&statement, &values).await?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
+    first_column(&rows)
 }
 
 async fn release(db: &Transaction<'_>, records: &[&Record], now: Timestamp) -> Result<Vec<i64>> {
@@ -227,8 +227,8 @@ async fn release(db: &Transaction<'_>, records: &[&Record], now: Timestamp) -> R
     }
     let statement = db.prepare_cached(RELEASE).await?;
     let (first, last) = bounds(&ids);
-    let rows = db.query(&statement, &[&ids, &epochs, &first, &last, &written(now)]).await?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
+    let rows = db.query(&statement, &[&ids, &epochs, &first, &last, &now]).await?;
+    first_column(&rows)
 }
 
 /// Marks dead letters as published.

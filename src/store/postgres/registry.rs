@@ -6,20 +6,22 @@ use deadpool_postgres::Object;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{optional_time, time, written};
+use super::schema::make_partition;
+use super::{first_column, read_all};
 use crate::clock::Timestamp;
 use crate::retry::{Lane, LaneGroup};
-use crate::store::{About, Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError};
+use crate::store::{
+    About, Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError, latest_present,
+};
 
 /// The random number of this store.
 pub(super) async fn installation(db: &Object) -> Result<Uuid> {
-    Ok(db.query_one("/* ams:installation */ select id from installation", &[]).await?.get(0))
+    Ok(db.query_one("/* ams:installation */ select id from installation", &[]).await?.try_get(0)?)
 }
 
-/// Makes partitions ahead of the ids in use.
+/// Makes partitions ahead of the ids in use, each in a transaction of its own.
 pub(super) async fn make_partitions(db: &Object) -> Result<()> {
-    let statement = db.prepare_cached("/* ams:make_partitions */ select make_partitions()").await?;
-    db.execute(&statement, &[]).await?;
+    while make_partition(db).await? {}
     Ok(())
 }
 
@@ -31,12 +33,12 @@ pub(super) async fn about(db: &Object) -> Result<About> {
                      ('fsync', 'synchronous_commit', 'full_page_writes', 'max_connections', \
                      'superuser_reserved_connections', 'transaction_read_only'))";
     let row = db.query_one(statement, &[]).await?;
-    let settings = serde_json::from_str(row.get(3))
+    let settings = serde_json::from_str(row.try_get(3)?)
         .map_err(|error| StoreError::Internal(format!("its settings can't be read: {error}")))?;
     Ok(About {
-        version: row.get(0),
-        now: time(&row, 1),
-        connections: row.get::<_, i64>(2).unsigned_abs(),
+        version: row.try_get(0)?,
+        now: row.try_get(1)?,
+        connections: row.try_get::<_, i64>(2)?.unsigned_abs(),
         settings,
     })
 }
@@ -52,9 +54,8 @@ pub(super) async fn enroll(
     let statement = "/* ams:enroll */ insert into instances \
                      (service, host, version, started_at, seen_at, lease_until) values ($1, $2, $3, $4, $4, $5) returning id";
     let version = env!("CARGO_PKG_VERSION");
-    let row =
-        db.query_one(statement, &[&service, &host, &version, &written(now), &written(lease_until)]).await?;
-    Ok(InstanceId(row.get(0)))
+    let row = db.query_one(statement, &[&service, &host, &version, &now, &lease_until]).await?;
+    Ok(InstanceId(row.try_get(0)?))
 }
 
 /// Renews a lease that has not been taken away.
@@ -67,7 +68,7 @@ pub(super) async fn renew(
     let statement = db
         .prepare_cached("/* ams:renew */ update instances set seen_at = $2, lease_until = $3 where id = $1")
         .await?;
-    Ok(db.execute(&statement, &[&instance.0, &written(now), &written(lease_until)]).await? > 0)
+    Ok(db.execute(&statement, &[&instance.0, &now, &lease_until]).await? > 0)
 }
 
 /// Notes which endpoints an instance has said to be busy.
@@ -82,7 +83,7 @@ pub(super) async fn say_busy(db: &Object, instance: InstanceId, endpoints: &[Str
 pub(super) async fn busy(db: &Object) -> Result<Vec<String>> {
     let statement =
         db.prepare_cached("/* ams:busy */ select distinct unnest(busy) from instances order by 1").await?;
-    Ok(db.query(&statement, &[]).await?.iter().map(|row| row.get(0)).collect())
+    first_column(&db.query(&statement, &[]).await?)
 }
 
 /// Takes an instance and its leadership away.
@@ -99,23 +100,29 @@ pub(super) async fn lead(db: &Object, bid: &Bid) -> Result<Option<Leadership>> {
     let statement = db
         .prepare_cached(
             "/* ams:lead */ update leader set owner = $1, until = $3, \
-                 steady_since = case when until + interval '1 s' <= $2 then $2 else steady_since end, \
+                 steady_since = case when until + interval '1 s' <= $2 or until > $7 or steady_since > $2 then $2 \
+                     else steady_since end, \
                  paced_until = coalesce($4, paced_until), pace_count = $5, pace_interval_ms = $6 \
-             where owner is null or owner = $1 or until <= $2 returning steady_since, paced_until, paused",
+             where owner is null or owner = $1 or until <= $2 or until > $7 \
+             returning steady_since, paced_until, paused",
         )
         .await?;
-    let paced_until = bid.paced_until.map(written);
+    let paced_until = bid.paced_until;
     let pacing = bid.pacing.map(Pacing::numbers);
     let count = pacing.map(|(count, _)| i32::try_from(count).unwrap_or(i32::MAX));
     let interval = pacing.map(|(_, ms)| ms);
-    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
-        [&bid.instance.0, &written(bid.now), &written(bid.until), &paced_until, &count, &interval];
+    let latest = bid.latest_until();
+    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 7] =
+        [&bid.instance.0, &bid.now, &bid.until, &paced_until, &count, &interval, &latest];
     let won = db.query_opt(&statement, &values).await?;
-    Ok(won.map(|row| Leadership {
-        steady_since: time(&row, 0),
-        paced_until: optional_time(&row, 1),
-        paused: row.get(2),
-    }))
+    won.map(|row| {
+        Ok(Leadership {
+            steady_since: row.try_get::<_, Option<Timestamp>>(0)?.unwrap_or(bid.now),
+            paced_until: row.try_get(1)?,
+            paused: row.try_get(2)?,
+        })
+    })
+    .transpose()
 }
 
 /// All endpoints, by name.
@@ -127,27 +134,36 @@ pub(super) async fn endpoints(db: &Object) -> Result<Vec<Endpoint>> {
         )
         .await?;
     let rows = db.query(&statement, &[]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| Endpoint {
-            name: row.get(0),
-            url: row.get(1),
-            timeout: Duration::from_millis(row.get::<_, i32>(2).unsigned_abs().into()),
-            in_flight_max: row.get::<_, i32>(3).unsigned_abs(),
-            final_statuses: row.get::<_, Vec<i32>>(4).iter().filter_map(|s| u16::try_from(*s).ok()).collect(),
-            enabled: row.get(5),
-            secret: row.get(6),
+    read_all(&rows, |row| {
+        Ok(Endpoint {
+            name: row.try_get(0)?,
+            url: row.try_get(1)?,
+            timeout: Duration::from_millis(row.try_get::<_, i32>(2)?.unsigned_abs().into()),
+            in_flight_max: row.try_get::<_, i32>(3)?.unsigned_abs(),
+            final_statuses: final_statuses(row, 4),
+            enabled: row.try_get(5)?,
+            secret: row.try_get(6)?,
         })
-        .collect())
+    })
+}
+
+/// Statuses of an endpoint. What is no status is passed over: a list that the program can't hold, from a time
+/// before the store refused it, must not stop the messages of all endpoints.
+fn final_statuses(row: &Row, column: usize) -> Vec<u16> {
+    let listed: Vec<Option<i32>> = row.try_get(column).unwrap_or_default();
+    listed.into_iter().flatten().filter_map(|status| u16::try_from(status).ok()).collect()
 }
 
 /// Creates or replaces an endpoint.
 pub(super) async fn put_endpoint(db: &Object, endpoint: &Endpoint) -> Result<()> {
-    let statement = "/* ams:put_endpoint */ insert into endpoints \
-                     (name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret) \
-                     values ($1, $2, $3, $4, $5, $6, $7) on conflict (name) do update set url = excluded.url, \
-                     timeout_ms = excluded.timeout_ms, in_flight_max = excluded.in_flight_max, \
-                     final_statuses = excluded.final_statuses, enabled = excluded.enabled, secret = excluded.secret";
+    // The change first: what an insert may not hold, a row of before may keep while another column changes.
+    let change = "/* ams:change_endpoint */ update endpoints set url = $2, timeout_ms = $3, in_flight_max = $4, \
+                  final_statuses = $5, enabled = $6, secret = $7 where name = $1";
+    let insert = "/* ams:put_endpoint */ insert into endpoints \
+                  (name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret) \
+                  values ($1, $2, $3, $4, $5, $6, $7) on conflict (name) do update set url = excluded.url, \
+                  timeout_ms = excluded.timeout_ms, in_flight_max = excluded.in_flight_max, \
+                  final_statuses = excluded.final_statuses, enabled = excluded.enabled, secret = excluded.secret";
     let timeout_ms = i32::try_from(endpoint.timeout.as_millis()).unwrap_or(i32::MAX);
     let in_flight_max = i32::try_from(endpoint.in_flight_max).unwrap_or(i32::MAX);
     let final_statuses: Vec<i32> = endpoint.final_statuses.iter().map(|status| i32::from(*status)).collect();
@@ -160,7 +176,9 @@ pub(super) async fn put_endpoint(db: &Object, endpoint: &Endpoint) -> Result<()>
         &endpoint.enabled,
         &endpoint.secret,
     ];
-    db.execute(statement, &values).await?;
+    if db.execute(change, &values).await? == 0 {
+        db.execute(insert, &values).await?;
+    }
     Ok(())
 }
 
@@ -174,18 +192,17 @@ pub(super) async fn lanes(db: &Object) -> Result<Vec<Lane>> {
         .await?;
     let rows = db.query(&statement, &[]).await?;
     let millis = |value: i64| Duration::from_millis(value.unsigned_abs());
-    Ok(rows
-        .iter()
-        .map(|row| Lane {
-            topic: row.get(0),
-            group: row.get(1),
-            next: row.get(2),
-            fresh: row.get(3),
-            tries: row.get(4),
-            interval: millis(row.get(5)),
-            interval_max: millis(row.get(6)),
+    read_all(&rows, |row| {
+        Ok(Lane {
+            topic: row.try_get(0)?,
+            group: row.try_get(1)?,
+            next: row.try_get(2)?,
+            fresh: row.try_get(3)?,
+            tries: row.try_get(4)?,
+            interval: millis(row.try_get(5)?),
+            interval_max: millis(row.try_get(6)?),
         })
-        .collect())
+    })
 }
 
 /// Registers a lane; returns what stood there before, if it was different.
@@ -199,16 +216,8 @@ pub(super) async fn put_lane(db: &Object, lane: &Lane, now: Timestamp) -> Result
                      interval_max_ms = excluded.interval_max_ms, registered_at = excluded.registered_at";
     let millis = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
     let (interval, interval_max) = (millis(lane.interval), millis(lane.interval_max));
-    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 8] = [
-        &lane.topic,
-        &lane.group,
-        &lane.next,
-        &lane.fresh,
-        &lane.tries,
-        &interval,
-        &interval_max,
-        &written(now),
-    ];
+    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 8] =
+        [&lane.topic, &lane.group, &lane.next, &lane.fresh, &lane.tries, &interval, &interval_max, &now];
     db.execute(statement, &values).await?;
     Ok(before.filter(|before| before != lane))
 }
@@ -219,21 +228,25 @@ pub(super) async fn lane_groups(db: &Object) -> Result<Vec<LaneGroup>> {
         "/* ams:lane_groups */ select topic, consumer_group, seen_at from lane_groups order by 1, 2";
     let statement = db.prepare_cached(statement).await?;
     let rows = db.query(&statement, &[]).await?;
-    let group = |row: &Row| LaneGroup { topic: row.get(0), group: row.get(1), seen_at: time(row, 2) };
-    Ok(rows.iter().map(group).collect())
+    read_all(&rows, |row| {
+        Ok(LaneGroup { topic: row.try_get(0)?, group: row.try_get(1)?, seen_at: row.try_get(2)? })
+    })
 }
 
-/// Notes that a group reads a lane; groups that nobody has heard of for long go.
+/// Notes that a group reads a lane. Groups that nobody has heard of for long go, and what was heard of them by a
+/// clock that was ahead: the living would seem silent beside them.
 pub(super) async fn put_lane_group(db: &Object, group: &LaneGroup) -> Result<()> {
     let statement = db
         .prepare_cached(
             "/* ams:put_lane_group */ with gone as (delete from lane_groups where topic = $1 \
-                 and consumer_group <> $2 and seen_at < $3::timestamptz - interval '1 hour') \
+                 and consumer_group <> $2 and (seen_at < $3::timestamptz - interval '1 hour' or seen_at > $4)) \
              insert into lane_groups (topic, consumer_group, seen_at) values ($1, $2, $3) \
              on conflict (topic, consumer_group) do update \
-             set seen_at = greatest(lane_groups.seen_at, excluded.seen_at)",
+             set seen_at = case when lane_groups.seen_at > $4 then excluded.seen_at \
+                 else greatest(lane_groups.seen_at, excluded.seen_at) end",
         )
         .await?;
-    db.execute(&statement, &[&group.topic, &group.group, &written(group.seen_at)]).await?;
+    let latest = latest_present(group.seen_at);
+    db.execute(&statement, &[&group.topic, &group.group, &group.seen_at, &latest]).await?;
     Ok(())
 }

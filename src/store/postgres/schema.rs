@@ -2,7 +2,7 @@
 
 use deadpool_postgres::Object;
 
-use super::{PostgresOptions, tls};
+use super::{PostgresOptions, read_all, tls};
 use crate::store::standing::{self, Migrations, Standing};
 use crate::store::{Result, StoreError};
 
@@ -25,8 +25,14 @@ pub(super) async fn migrate(options: &PostgresOptions) -> Result<Vec<String>> {
             .await
             .map_err(|error| StoreError::Internal(format!("the migrations failed: {error}")))?;
     }
-    client.batch_execute("select make_partitions()").await?;
+    while make_partition(&client).await? {}
     Ok(missing)
+}
+
+/// Makes one partition ahead of the ids in use. Whether there may be more to make.
+pub(super) async fn make_partition(client: &tokio_postgres::Client) -> Result<bool> {
+    let made = client.query_one("/* ams:make_partitions */ select make_partitions()", &[]).await?;
+    Ok(made.try_get(0)?)
 }
 
 /// How the database stands to this program.
@@ -35,6 +41,7 @@ pub(super) async fn standing(db: &Object) -> Result<Standing> {
 }
 
 async fn standing_of(client: &tokio_postgres::Client) -> Result<Standing> {
+    check_encoding(client).await?;
     let known = embedded::migrations::runner()
         .get_migrations()
         .iter()
@@ -43,26 +50,42 @@ async fn standing_of(client: &tokio_postgres::Client) -> Result<Standing> {
     standing::compare(&known, applied(client).await?, needs(client).await?)
 }
 
+/// Only in a database of this encoding the server makes sure that each text can be read.
+async fn check_encoding(client: &tokio_postgres::Client) -> Result<()> {
+    let row = client.query_one("/* ams:encoding */ select current_setting('server_encoding')", &[]).await?;
+    match row.try_get(0)? {
+        "UTF8" => Ok(()),
+        other => Err(StoreError::Unsupported(format!(
+            "the database has the encoding {other}, in which a text need not be readable; create one with \
+             `createdb -E UTF8 -T template0 NAME`, and set DB_NAME or DATABASE_URL to it"
+        ))),
+    }
+}
+
 /// The migrations in the database.
 async fn applied(client: &tokio_postgres::Client) -> Result<Migrations> {
     let any = client
         .query_one("/* ams:version */ select to_regclass('refinery_schema_history') is not null", &[])
         .await?;
-    if !any.get::<_, bool>(0) {
+    if !any.try_get::<_, bool>(0)? {
         return Ok(Migrations::new());
     }
     let statement = "/* ams:migrations */ select version, name, checksum from refinery_schema_history";
     let rows = client.query(statement, &[]).await?;
-    Ok(rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect())
+    let applied = read_all(&rows, |row| Ok((row.try_get(0)?, (row.try_get(1)?, row.try_get(2)?))))?;
+    Ok(applied.into_iter().collect())
 }
 
 /// The migration that a program has to know; `None` when the database is of a time before it said so.
 async fn needs(client: &tokio_postgres::Client) -> Result<Option<i32>> {
     let says = "/* ams:says_needs */ select exists (select 1 from pg_attribute \
                 where attrelid = to_regclass('installation') and attname = 'needs_migration')";
-    if !client.query_one(says, &[]).await?.get::<_, bool>(0) {
+    if !client.query_one(says, &[]).await?.try_get::<_, bool>(0)? {
         return Ok(None);
     }
     let row = client.query_opt("/* ams:needs */ select max(needs_migration) from installation", &[]).await?;
-    Ok(row.and_then(|row| row.get(0)))
+    match row {
+        Some(row) => Ok(row.try_get(0)?),
+        None => Ok(None),
+    }
 }

@@ -55,7 +55,8 @@ impl Scratch {
         let statement = "select coalesce(sum(calls), 0)::bigint from pg_stat_statements s \
                          join pg_database d on d.oid = s.dbid where d.datname = current_database()";
         let counted = client.query_one(statement, &[]).await.ok();
-        Ok(counted.map(|row| u64::try_from(row.get::<_, i64>(0)).unwrap_or(0)))
+        let Some(row) = counted else { return Ok(None) };
+        Ok(Some(row.try_get::<_, i64>(0)?.unsigned_abs()))
     }
 
     /// Removes the database, whoever is still connected.

@@ -4,9 +4,11 @@
 //! [`WALK`](crate::store::operate::WALK) of them.
 
 use deadpool_postgres::GenericClient;
+use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
-use super::{limit, time, written};
+use super::{limit, read_all};
+use crate::clock::Timestamp;
 use crate::message::MessageId;
 use crate::store::Result;
 use crate::store::operate::{Cursor, DeadReason, Filter, Found, WALK, Walk};
@@ -56,13 +58,16 @@ pub(super) async fn search(
         "/* ams:search */ select id, created_at from ({walk}) w where {wanted} order by {order} limit {most}"
     );
     let rows = db.query(&db.prepare_cached(&text).await?, &sql.values()).await?;
-    let cursor = |row: &tokio_postgres::Row| Cursor { at: time(row, 1), id: MessageId(row.get(0)) };
-    let mut ids: Vec<_> = rows.iter().map(|row| MessageId(row.get(0))).collect();
-    if ids.len() > count {
-        ids.truncate(count);
-        return Ok(Found { ids, next: rows.get(count.saturating_sub(1)).map(cursor) });
+    let cursors = read_all(&rows, cursor)?;
+    let ids = cursors.iter().take(count).map(|cursor| cursor.id).collect();
+    if cursors.len() > count {
+        return Ok(Found { ids, next: cursors.get(count.saturating_sub(1)).copied() });
     }
     Ok(Found { ids, next: end_of_walk(db, filter, from, by_age).await? })
+}
+
+fn cursor(row: &Row) -> Result<Cursor> {
+    Ok(Cursor { at: row.try_get(1)?, id: MessageId(row.try_get(0)?) })
 }
 
 /// Where a walk ended that met its bound; `None` when it came to its end.
@@ -79,8 +84,9 @@ async fn end_of_walk(
         "/* ams:search_end */ select id, created_at, count(*) over () from ({walk}) w order by {order} limit 1"
     );
     let last = db.query_opt(&db.prepare_cached(&text).await?, &sql.values()).await?;
-    let full = last.filter(|row| row.get::<_, i64>(2) >= limit(WALK));
-    Ok(full.map(|row| Cursor { at: time(&row, 1), id: MessageId(row.get(0)) }))
+    let Some(last) = last else { return Ok(None) };
+    let walked: i64 = last.try_get(2)?;
+    (walked >= limit(WALK)).then(|| cursor(&last)).transpose()
 }
 
 fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
@@ -129,8 +135,8 @@ fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
             listed(format!("select distinct message_id as id from attempts where message_id < {id}"))
         }
         Walk::Created => {
-            let at = sql.value(written(from.at));
-            let after = sql.value(written(filter.created_after.unwrap_or_default()));
+            let at = sql.value(from.at);
+            let after = sql.value(filter.created_after.unwrap_or(Timestamp::MIN));
             format!(
                 "select {COLUMNS} from messages where (created_at, id) < ({at}, {id}) and created_at >= {after} \
                  order by created_at desc, id desc limit {WALK}"
@@ -152,10 +158,10 @@ fn wanted(sql: &mut Sql, filter: &Filter) -> String {
         }
     }
     if let Some(after) = filter.created_after {
-        conditions.push(format!("created_at >= {}", sql.value(written(after))));
+        conditions.push(format!("created_at >= {}", sql.value(after)));
     }
     if let Some(before) = filter.created_before {
-        conditions.push(format!("created_at < {}", sql.value(written(before))));
+        conditions.push(format!("created_at < {}", sql.value(before)));
     }
     conditions.join(" and ")
 }
@@ -171,12 +177,11 @@ pub(super) async fn dead_reasons(db: &impl GenericClient) -> Result<Vec<DeadReas
         )
         .await?;
     let rows = db.query(&statement, &[]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| DeadReason {
-            reason: row.get(0),
-            count: row.get::<_, i64>(1).unsigned_abs(),
-            newest: MessageId(row.get(2)),
+    read_all(&rows, |row| {
+        Ok(DeadReason {
+            reason: row.try_get(0)?,
+            count: row.try_get::<_, i64>(1)?.unsigned_abs(),
+            newest: MessageId(row.try_get(2)?),
         })
-        .collect())
+    })
 }

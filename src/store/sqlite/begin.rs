@@ -3,10 +3,10 @@
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::claim::{expire, give_back};
-use super::{json, list, text};
+use super::{json, list, our_time, text};
 use crate::clock::Timestamp;
 use crate::message::{Epoch, MessageId};
-use crate::store::{Begin, Begun, BegunMessage, Recovered, Result};
+use crate::store::{Begin, Begun, BegunMessage, InstanceId, Recovered, Recovery, Result};
 
 /// Begins what is `queued` in its ticket's epoch, and writes one lease for all of it.
 pub(super) fn begin(db: &Connection, begin: &Begin<'_>) -> Result<Begun> {
@@ -77,20 +77,47 @@ fn begun_before(db: &Connection, begin: &Begin<'_>) -> Result<Option<Vec<BegunMe
     Ok(Some(messages))
 }
 
-/// Whether any instance has died or any lease has no instance.
-pub(super) fn anything_to_recover(db: &Connection, now: Timestamp) -> Result<bool> {
-    let mut statement = db.prepare_cached(
-        "/* ams:recover_look */ select exists (select 1 from instances where lease_until <= ?1) \
-         or exists (select 1 from leases where owner not in (select id from instances))",
-    )?;
-    Ok(statement.query_row([now.as_micros()], |row| row.get(0))?)
+/// What a look for dead instances finds.
+pub(super) struct Looked {
+    /// Whether any instance is dead, or any lease has no instance.
+    pub(super) any: bool,
+    /// As [`Recovered::ahead`].
+    pub(super) ahead: Vec<(InstanceId, Timestamp)>,
+}
+
+/// Looks for dead instances, and for those whose clock is ahead.
+pub(super) fn look_for_dead(db: &Connection, recovery: &Recovery<'_>) -> Result<Looked> {
+    let (now, latest) = (recovery.now.as_micros(), recovery.latest.as_micros());
+    let any = db
+        .prepare_cached(
+            "/* ams:recover_look */ select exists (select 1 from instances where lease_until <= ?1 \
+                 or lease_until > ?2 and id in (select value from json_each(?3))) \
+             or exists (select 1 from leases where owner not in (select id from instances))",
+        )?
+        .query_row(params![now, latest, silent(recovery)?], |row| row.get(0))?;
+    let ahead = db
+        .prepare_cached(
+            "/* ams:ahead */ select id, seen_at from instances where lease_until > ?1 order by id",
+        )?
+        .query_map([latest], |row| Ok((InstanceId(row.get(0)?), our_time(row, 1)?)))?
+        .collect::<rusqlite::Result<_>>()?;
+    Ok(Looked { any, ahead })
+}
+
+/// Silent instances as a JSON list.
+fn silent(recovery: &Recovery<'_>) -> Result<String> {
+    json(&recovery.silent.iter().map(|id| id.0).collect::<Vec<_>>())
 }
 
 /// Takes dead instances away, and gives back what stands in leases that have no instance.
-pub(super) fn recover(db: &Connection, now: Timestamp) -> Result<Recovered> {
+pub(super) fn recover(db: &Connection, recovery: &Recovery<'_>) -> Result<Recovered> {
+    let (now, latest) = (recovery.now, recovery.latest.as_micros());
     let instances = db
-        .prepare_cached("/* ams:bury */ delete from instances where lease_until <= ?1")?
-        .execute([now.as_micros()])?;
+        .prepare_cached(
+            "/* ams:bury */ delete from instances where lease_until <= ?1 \
+                 or lease_until > ?2 and id in (select value from json_each(?3))",
+        )?
+        .execute(params![now.as_micros(), latest, silent(recovery)?])?;
     db.prepare_cached(
         "/* ams:dethrone */ update leader set owner = null where owner not in (select id from instances)",
     )?
@@ -107,5 +134,5 @@ pub(super) fn recover(db: &Connection, now: Timestamp) -> Result<Recovered> {
             messages += u64::from(give_back(db, MessageId(id), epoch, "processing", now)?);
         }
     }
-    Ok(Recovered { instances: instances as u64, messages })
+    Ok(Recovered { instances: instances as u64, messages, ahead: Vec::new() })
 }

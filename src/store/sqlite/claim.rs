@@ -2,13 +2,16 @@
 
 use std::collections::HashSet;
 
+use rusqlite::types::Type;
 use rusqlite::{Connection, params};
 use serde_json::value::RawValue;
 
-use super::{json, list, optional_text, our_optional_time, our_time, text, writers_time};
+use super::{json, list, our_optional_time, our_time, text, writers_time};
 use crate::clock::Timestamp;
 use crate::message::{Epoch, Held, MessageId, Ticket};
-use crate::store::{Batch, BatchId, Claim, Claimed, Due, DueNow, InstanceId, Place, Result};
+use crate::store::{
+    Batch, BatchId, Claim, Claimed, Due, DueNow, InstanceId, Place, Result, unreadable_reason,
+};
 
 /// A [`Claim`] that can go to another thread.
 pub(super) struct Owned {
@@ -106,15 +109,23 @@ fn due_within(db: &Connection, lanes: &[&str], by: i64) -> Result<DueNow> {
     Ok(due)
 }
 
-/// A due row: its ticket, and whether its time is over.
-type Row = (Ticket, bool);
+/// A due row.
+struct Row {
+    id: MessageId,
+    /// Its ticket, and whether its time is over; or why it can't be read.
+    read: std::result::Result<(Ticket, bool), String>,
+}
 
 fn due_rows(db: &Connection, claim: &Owned) -> Result<Vec<Row>> {
     let limit = i64::try_from(claim.limit).unwrap_or(i64::MAX);
     let now = claim.now.as_micros();
     let read = |row: &rusqlite::Row<'_>| {
-        let due_at = our_optional_time(row, 11)?.filter(|at| *at > claim.now);
-        Ok((Ticket { due_at, ..ticket(db, row)? }, row.get(10)?))
+        let due = || {
+            let due_at = our_optional_time(row, 11)?.filter(|at| *at > claim.now);
+            Ok((Ticket { due_at, ..ticket(db, row)? }, row.get(10)?))
+        };
+        let read = due().map_err(|error| unreadable(row, &error));
+        Ok(Row { id: MessageId(row.get(0)?), read })
     };
     let none = HashSet::new();
     let passed = json(if claim.pass_busy { &claim.busy } else { &none })?;
@@ -135,6 +146,19 @@ fn due_rows(db: &Connection, claim: &Owned) -> Result<Vec<Row>> {
     Ok(rows?)
 }
 
+/// Why a row can't be read: the column, and what is wrong with it.
+fn unreadable(row: &rusqlite::Row<'_>, error: &rusqlite::Error) -> String {
+    use rusqlite::Error::{FromSqlConversionFailure, IntegralValueOutOfRange, InvalidColumnType, Utf8Error};
+    let (column, why) = match error {
+        FromSqlConversionFailure(column, _, why) => (*column, why.to_string()),
+        Utf8Error(column, why) => (*column, why.to_string()),
+        IntegralValueOutOfRange(column, value) => (*column, format!("the number {value} is too large")),
+        InvalidColumnType(column, _, kind) => (*column, format!("it is of type {kind}")),
+        other => return other.to_string(),
+    };
+    format!("{}: {why}", row.as_ref().column_name(column).unwrap_or("a column"))
+}
+
 /// The ticket of a row, as the row stands: id, epoch, attempts, endpoint, created_at, recipient, content,
 /// content_type, headers and ordering_key, from the first column on.
 pub(super) fn ticket(db: &Connection, row: &rusqlite::Row<'_>) -> rusqlite::Result<Ticket> {
@@ -142,16 +166,20 @@ pub(super) fn ticket(db: &Connection, row: &rusqlite::Row<'_>) -> rusqlite::Resu
         id: MessageId(row.get(0)?),
         epoch: row.get(1)?,
         attempt: row.get(2)?,
-        endpoint: text(row, 3)?,
+        endpoint: row.get(3)?,
         created_at: writers_time(db, row, 4)?.unwrap_or_default(),
-        recipient: text(row, 5)?,
-        content: text(row, 6)?,
-        content_type: optional_text(row, 7)?,
-        // Checked when the row was inserted.
-        headers: optional_text(row, 8)?.and_then(|headers| RawValue::from_string(headers).ok()),
-        ordering_key: optional_text(row, 9)?,
+        recipient: row.get(5)?,
+        content: row.get(6)?,
+        content_type: row.get(7)?,
+        headers: row.get::<_, Option<String>>(8)?.map(|headers| raw_json(headers, 8)).transpose()?,
+        ordering_key: row.get(9)?,
         due_at: None,
     })
+}
+
+fn raw_json(json: String, column: usize) -> rusqlite::Result<Box<RawValue>> {
+    let wrong = |error| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, Box::new(error));
+    RawValue::from_string(json).map_err(wrong)
 }
 
 /// Takes due rows: most become `queued`, with one ledger row for all.
@@ -161,12 +189,21 @@ pub(super) fn claim(db: &Connection, claim: &Owned) -> Result<Claimed> {
         batch: None,
         tickets: Vec::with_capacity(rows.len()),
         seen: rows.len(),
-        last: rows.iter().map(|row| row.0.id).max(),
+        last: rows.iter().map(|row| row.id).max(),
+        unreadable: Vec::new(),
     };
     let mut queue = db.prepare_cached(
         "/* ams:claim */ update messages set status = 'queued', epoch = epoch + 1 where id = ?1",
     )?;
-    for (mut ticket, expired) in rows {
+    for Row { id, read } in rows {
+        let (mut ticket, expired) = match read {
+            Ok(read) => read,
+            Err(why) => {
+                end_unreadable(db, id, &why, claim.now)?;
+                claimed.unreadable.push(id);
+                continue;
+            }
+        };
         if expired {
             expire(db, ticket.id, claim.now)?;
         } else if let Some(held) = claim.held(&ticket) {
@@ -191,6 +228,16 @@ pub(super) fn claim(db: &Connection, claim: &Owned) -> Result<Claimed> {
         claimed.batch = Some(BatchId(db.last_insert_rowid()));
     }
     Ok(claimed)
+}
+
+/// Ends a message that can't be read.
+fn end_unreadable(db: &Connection, id: MessageId, why: &str, now: Timestamp) -> Result<()> {
+    db.prepare_cached(
+        "/* ams:end_unreadable */ update messages set status = 'dead', held = null, due_at = null, \
+         finished_at = ?2, reason = ?3 where id = ?1",
+    )?
+    .execute(params![id.0, now.as_micros(), unreadable_reason(why)])?;
+    Ok(())
 }
 
 /// Makes a message whose time is over `expired`.

@@ -3,7 +3,7 @@
 use rusqlite::{Connection, params};
 
 use super::claim::as_it_was;
-use super::text;
+use super::{bytes, text};
 use crate::clock::Timestamp;
 use crate::message::{Epoch, Held, MessageId};
 use crate::store::Result;
@@ -27,19 +27,23 @@ pub(super) fn hold(
     Ok(count as u64)
 }
 
-/// Which endpoints have rows held, and why: one look into the index for each pair.
+/// Which endpoints have rows held, and why: one look into the index for each pair. The next look begins behind the
+/// very bytes of the last, which need not be UTF-8: behind any others it would find the same pair for ever.
 pub(super) fn held(db: &Connection) -> Result<Vec<(String, Held)>> {
     let mut statement = db.prepare_cached(
         "/* ams:held */ select endpoint, held from messages indexed by messages_held \
-         where held is not null and (endpoint, held) > (?1, ?2) order by endpoint, held limit 1",
+         where held is not null and (endpoint, held) > (cast(?1 as text), cast(?2 as text)) \
+         order by endpoint, held limit 1",
     )?;
     let mut found = Vec::new();
-    let mut last = (String::new(), String::new());
+    let mut last = (Vec::new(), Vec::new());
     loop {
         let mut rows = statement.query(params![last.0, last.1])?;
         let Some(row) = rows.next()? else { return Ok(found) };
-        last = (text(row, 0)?, text(row, 1)?);
-        found.extend(Held::parse(&last.1).map(|held| (last.0.clone(), held)));
+        if let Some(held) = Held::parse(&text(row, 1)?) {
+            found.push((text(row, 0)?, held));
+        }
+        last = (bytes(row, 0)?, bytes(row, 1)?);
     }
 }
 

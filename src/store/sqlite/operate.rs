@@ -7,7 +7,7 @@ use super::{json, list, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
 use crate::store::operate::{ApiKey, Change, Control, Cursor, Deletion, Filter, Job, JobId};
-use crate::store::{Pacing, Result, StoreError};
+use crate::store::{Pacing, Result, StoreError, latest_present};
 
 const CANCEL: &str = "/* ams:cancel */ update messages set status = 'cancelled', held = null, due_at = null, \
      finished_at = ?2 where id = ?1 and status in ('pending', 'queued', 'processing', 'retrying')";
@@ -75,9 +75,11 @@ pub(super) fn job(db: &Connection, id: JobId) -> Result<Option<Job>> {
 /// Jobs at which nobody has worked since `before`.
 pub(super) fn idle_jobs(db: &Connection, before: Timestamp) -> Result<Vec<JobId>> {
     let mut statement = db.prepare_cached(
-        "/* ams:idle_jobs */ select id from jobs where finished_at is null and updated_at < ?1 order by id",
+        "/* ams:idle_jobs */ select id from jobs \
+         where finished_at is null and (updated_at < ?1 or updated_at > ?2) order by id",
     )?;
-    let ids = statement.query_map([before.as_micros()], |row| row.get(0).map(JobId))?;
+    let times = [before, latest_present(before)].map(Timestamp::as_micros);
+    let ids = statement.query_map(times, |row| row.get(0).map(JobId))?;
     Ok(ids.collect::<rusqlite::Result<_>>()?)
 }
 
@@ -126,10 +128,10 @@ pub(super) fn set_paused(db: &Connection, paused: bool) -> Result<()> {
 /// What the producers are told, and what the active one says.
 pub(super) fn control(db: &Connection, now: Timestamp) -> Result<Control> {
     let mut statement = db.prepare_cached(
-        "/* ams:control */ select paused, owner is not null and until > ?1, pace_count, pace_interval_ms, \
+        "/* ams:control */ select paused, owner is not null and until > ?1 and until <= ?2, pace_count, pace_interval_ms, \
          paced_until from leader",
     )?;
-    Ok(statement.query_row([now.as_micros()], |row| {
+    Ok(statement.query_row([now, latest_present(now)].map(Timestamp::as_micros), |row| {
         let pace = row.get::<_, Option<i64>>(2)?.zip(row.get::<_, Option<i64>>(3)?);
         Ok(Control {
             paused: row.get(0)?,

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::claim::ticket;
-use super::{optional_text, our_optional_time, our_time, text, writers_time};
+use super::{bytes, optional_text, our_optional_time, our_time, text, writers_time};
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Class, Held, Message, MessageId, Status, Times};
-use crate::store::{Count, DeadLetter, Instance, InstanceId, Overview, Result};
+use crate::store::{Count, DeadLetter, Instance, InstanceId, Overview, Result, json_or_text, latest_present};
 
 /// Where counting stops.
 const COUNT: i64 = 10_000;
@@ -23,7 +23,7 @@ pub(super) fn message(db: &Connection, id: MessageId) -> Result<Option<Message>>
          finished_at, reason from messages where id = ?1",
     )?;
     let object = |row: &rusqlite::Row<'_>, column| -> rusqlite::Result<_> {
-        Ok(optional_text(row, column)?.and_then(|json| serde_json::from_str(&json).ok()))
+        Ok(optional_text(row, column)?.map(|json| json_or_text(&json)))
     };
     let message = statement.query_row([id.0], |row| {
         Ok(Message {
@@ -85,21 +85,24 @@ pub(super) fn dead_letters(db: &Connection, before: Timestamp, limit: usize) -> 
          content, content_type, headers, ordering_key, dead_letters.lane, dead_letters.reason, last_status, \
          last_error, dead_at \
          from dead_letters join messages on messages.id = dead_letters.message_id \
-         where dead_at < ?1 order by dead_at, message_id limit ?2",
+         where dead_at < ?1 or dead_at > ?3 order by dead_at, message_id limit ?2",
     )?;
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-    let letters = statement.query_map(params![before.as_micros(), limit], |row| {
-        let ticket = ticket(db, row)?;
-        Ok(DeadLetter {
-            attempts: ticket.attempt,
-            ticket,
-            lane: text(row, 10)?,
-            reason: text(row, 11)?,
-            last_status: row.get(12)?,
-            last_error: optional_text(row, 13)?,
-            dead_at: our_time(row, 14)?,
-        })
-    })?;
+    let letters = statement.query_map(
+        params![before.as_micros(), limit, latest_present(before).as_micros()],
+        |row| {
+            let ticket = ticket(db, row)?;
+            Ok(DeadLetter {
+                attempts: ticket.attempt,
+                ticket,
+                lane: text(row, 10)?,
+                reason: text(row, 11)?,
+                last_status: row.get(12)?,
+                last_error: optional_text(row, 13)?,
+                dead_at: our_time(row, 14)?,
+            })
+        },
+    )?;
     Ok(letters.collect::<rusqlite::Result<_>>()?)
 }
 
@@ -182,17 +185,17 @@ fn oldest_due(db: &Connection, now: Timestamp) -> Result<Option<Timestamp>> {
         .flatten();
     let mut first = db.prepare_cached(
         "/* ams:oldest_timed */ select lane, timed_at from messages indexed by messages_timed \
-         where timed_at is not null and lane >= ?1 order by lane, timed_at limit 1",
+         where timed_at is not null and lane >= cast(?1 as text) order by lane, timed_at limit 1",
     )?;
     // Every text that starts with a lane's name and a nul stands behind the lane and before the next.
-    let mut from = String::new();
+    let mut from = Vec::new();
     while let Some((lane, due)) =
-        first.query_row([&from], |row| Ok((text(row, 0)?, our_time(row, 1)?))).optional()?
+        first.query_row([&from], |row| Ok((bytes(row, 0)?, our_time(row, 1)?))).optional()?
     {
         if due <= now {
             oldest = Some(oldest.map_or(due, |oldest| oldest.min(due)));
         }
-        from = lane + "\0";
+        from = [lane, vec![0]].concat();
     }
     Ok(oldest)
 }

@@ -5,10 +5,12 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, params};
 use uuid::Uuid;
 
-use super::{json, list, our_optional_time, our_time, text};
+use super::{json, list, optional_text, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
 use crate::retry::{Lane, LaneGroup};
-use crate::store::{About, Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError};
+use crate::store::{
+    About, Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError, latest_present,
+};
 
 /// The random number of this store.
 pub(super) fn installation(db: &Connection) -> Result<Uuid> {
@@ -92,14 +94,23 @@ pub(super) fn retire(db: &Connection, instance: InstanceId) -> Result<()> {
 pub(super) fn lead(db: &Connection, bid: &Bid) -> Result<Option<Leadership>> {
     let mut statement = db.prepare_cached(
         "/* ams:lead */ update leader set owner = ?1, until = ?3, \
-         steady_since = case when until + 1000000 <= ?2 then ?2 else steady_since end, \
+         steady_since = case when until + 1000000 <= ?2 or until > ?7 or steady_since > ?2 then ?2 \
+             else steady_since end, \
          paced_until = coalesce(?4, paced_until), pace_count = ?5, pace_interval_ms = ?6 \
-         where owner is null or owner = ?1 or until <= ?2 returning steady_since, paced_until, paused",
+         where owner is null or owner = ?1 or until <= ?2 or until > ?7 \
+         returning steady_since, paced_until, paused",
     )?;
     let paced_until = bid.paced_until.map(Timestamp::as_micros);
     let (count, interval) = bid.pacing.map(Pacing::numbers).unzip();
-    let values =
-        params![bid.instance.0, bid.now.as_micros(), bid.until.as_micros(), paced_until, count, interval];
+    let values = params![
+        bid.instance.0,
+        bid.now.as_micros(),
+        bid.until.as_micros(),
+        paced_until,
+        count,
+        interval,
+        bid.latest_until().as_micros(),
+    ];
     let won = statement.query_row(values, |row| {
         Ok(Leadership {
             steady_since: our_time(row, 0)?,
@@ -123,23 +134,25 @@ pub(super) fn endpoints(db: &Connection) -> Result<Vec<Endpoint>> {
             name: text(row, 0)?,
             url: text(row, 1)?,
             timeout: millis(row.get(2)?),
-            in_flight_max: row.get(3)?,
-            final_statuses: list(&text(row, 4)?)?,
+            in_flight_max: u32::try_from(row.get::<_, i64>(3)?).unwrap_or(u32::MAX),
+            final_statuses: final_statuses(&text(row, 4)?),
             enabled: row.get(5)?,
-            secret: row.get(6)?,
+            secret: optional_text(row, 6)?,
         });
     }
     Ok(endpoints)
 }
 
+/// Statuses of an endpoint. What is no status is passed over: a list that the program can't hold, from a time
+/// before the store refused it, must not stop the messages of all endpoints.
+fn final_statuses(json: &str) -> Vec<u16> {
+    let listed: Vec<serde_json::Value> = list(json).unwrap_or_default();
+    listed.iter().filter_map(|status| u16::try_from(status.as_u64()?).ok()).collect()
+}
+
 /// Creates or replaces an endpoint.
 pub(super) fn put_endpoint(db: &Connection, endpoint: &Endpoint) -> Result<()> {
-    db.prepare_cached(
-        "/* ams:put_endpoint */ insert or replace into endpoints \
-         (name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret) \
-         values (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-    )?
-    .execute(params![
+    let values = params![
         endpoint.name,
         endpoint.url,
         in_millis(endpoint.timeout),
@@ -147,7 +160,22 @@ pub(super) fn put_endpoint(db: &Connection, endpoint: &Endpoint) -> Result<()> {
         json(&endpoint.final_statuses)?,
         endpoint.enabled,
         endpoint.secret,
-    ])?;
+    ];
+    // The change first: what an insert may not hold, a row of before may keep while another column changes.
+    let changed = db
+        .prepare_cached(
+            "/* ams:change_endpoint */ update endpoints set url = ?2, timeout_ms = ?3, in_flight_max = ?4, \
+             final_statuses = ?5, enabled = ?6, secret = ?7 where name = ?1",
+        )?
+        .execute(values)?;
+    if changed == 0 {
+        db.prepare_cached(
+            "/* ams:put_endpoint */ insert into endpoints \
+             (name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret) \
+             values (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        )?
+        .execute(values)?;
+    }
     Ok(())
 }
 
@@ -203,19 +231,21 @@ pub(super) fn lane_groups(db: &Connection) -> Result<Vec<LaneGroup>> {
     Ok(groups.collect::<rusqlite::Result<_>>()?)
 }
 
-/// Notes that a group reads a lane; groups that nobody has heard of for long go.
+/// Notes that a group reads a lane. Groups that nobody has heard of for long go, and what was heard of them by a
+/// clock that was ahead: the living would seem silent beside them.
 pub(super) fn put_lane_group(db: &Connection, group: &LaneGroup) -> Result<()> {
-    let seen_at = group.seen_at.as_micros();
+    let (seen_at, latest) = (group.seen_at.as_micros(), latest_present(group.seen_at).as_micros());
     db.prepare_cached(
         "/* ams:forget_lane_groups */ delete from lane_groups where topic = ?1 \
-         and consumer_group <> ?2 and seen_at < ?3 - 3600000000",
+         and consumer_group <> ?2 and (seen_at < ?3 - 3600000000 or seen_at > ?4)",
     )?
-    .execute(params![group.topic, group.group, seen_at])?;
+    .execute(params![group.topic, group.group, seen_at, latest])?;
     db.prepare_cached(
         "/* ams:put_lane_group */ insert into lane_groups (topic, consumer_group, seen_at) values (?1, ?2, ?3) \
-         on conflict (topic, consumer_group) do update set seen_at = max(seen_at, excluded.seen_at)",
+         on conflict (topic, consumer_group) do update \
+         set seen_at = case when seen_at > ?4 then excluded.seen_at else max(seen_at, excluded.seen_at) end",
     )?
-    .execute(params![group.topic, group.group, seen_at])?;
+    .execute(params![group.topic, group.group, seen_at, latest])?;
     Ok(())
 }
 

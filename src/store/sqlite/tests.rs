@@ -173,15 +173,6 @@ mod shell {
     }
 
     #[tokio::test]
-    async fn text_that_is_not_utf_8_does_not_stop_the_claim() {
-        let file = file().await;
-        let sql = "insert into messages (recipient, content) values (cast(x'ff41' as text), 'c'), ('r', 'd')";
-        file.sqlite3(sql).unwrap();
-        let tickets = file.claim().await;
-        assert_eq!((tickets.len(), tickets[0].recipient.as_str()), (2, "\u{FFFD}A"));
-    }
-
-    #[tokio::test]
     async fn another_programs_commit_is_due_at_once() {
         let file = file().await;
         assert!(!file.store.due(&[""], now()).await.unwrap().new);
@@ -271,13 +262,13 @@ mod shell {
             file.sqlite3(&sql).unwrap();
         })
         .await;
-        let Err(StoreError::Version(sentence)) = SqliteStore::open(&file.path) else {
+        let Err(StoreError::Unsupported(sentence)) = SqliteStore::open(&file.path) else {
             panic!("it was opened")
         };
         assert!(sentence.contains("__later"), "{sentence}");
         file.sqlite3("delete from refinery_schema_history where name = 'later'").unwrap();
         file.sqlite3("update refinery_schema_history set checksum = '1' where version = 1").unwrap();
-        assert!(matches!(SqliteStore::open(&file.path), Err(StoreError::Version(_))));
+        assert!(matches!(SqliteStore::open(&file.path), Err(StoreError::Unsupported(_))));
     }
 
     #[tokio::test]
@@ -287,6 +278,178 @@ mod shell {
             file.sqlite3(&format!("pragma ignore_check_constraints = on; {sql}")).unwrap();
         })
         .await;
+    }
+
+    #[tokio::test]
+    async fn a_shell_can_not_insert_what_is_ours_or_nobody_can_hold() {
+        let file = file().await;
+        let bytes = |hex: &str| format!("cast(x'{hex}' as text)");
+        for (column, value, why) in [
+            ("id", "9223372036854775807".to_owned(), "id is set by AMS"),
+            ("id", "1".to_owned(), "id is set by AMS"),
+            ("endpoint", bytes("6dfc6c6c6572"), "endpoint must be UTF-8"),
+            ("endpoint", bytes("80"), "endpoint must be UTF-8"),
+            ("ordering_key", bytes("e282"), "ordering_key must be UTF-8"),
+            ("ordering_key", bytes("c080"), "ordering_key must be UTF-8"),
+            ("content_type", bytes("f4908080"), "content_type must be UTF-8"),
+            ("idempotency_key", bytes("6100ff"), "idempotency_key must be UTF-8"),
+            ("idempotency_key", bytes("6100"), "idempotency_key must be UTF-8"),
+            (
+                "content_type",
+                "'a' || char(10) || 'b'".to_owned(),
+                "content_type must be a text without control",
+            ),
+            ("send_at", "'0000-01-01'".to_owned(), "between the years 1 and 9999"),
+            ("created_at", "'0000-01-01'".to_owned(), "between the years 1 and 9999"),
+            ("expires_at", "'99999-01-01'".to_owned(), "messages_expires_at_is_a_time"),
+            ("priority", "99999999999".to_owned(), "messages_priority_between"),
+            ("priority", "'high'".to_owned(), "cannot store TEXT value in INTEGER column"),
+            ("content_type", "x'00ff'".to_owned(), "cannot store BLOB value in TEXT column"),
+            (
+                "tags",
+                "'{\"a\": \"' || hex(zeroblob(20000)) || '\"}'".to_owned(),
+                "tags must have at most 32 KiB",
+            ),
+            (
+                "tags",
+                "'{\"a\": \"\\u0000\"}'".to_owned(),
+                "headers and tags must not hold the character U+0000",
+            ),
+        ] {
+            let insert =
+                format!("insert into messages (recipient, content, {column}) values ('+90', 'x', {value})");
+            let refused = file.sqlite3(&insert).expect_err(&insert);
+            assert!(refused.contains(why), "{insert}: {refused}");
+        }
+        for recipient in ["müller", "€uro", "😀", "\u{fffd}"] {
+            let insert =
+                format!("insert into messages (recipient, content) values ('{recipient}', '{recipient}')");
+            file.sqlite3(&insert).unwrap();
+        }
+        let recipients: Vec<_> = file.claim().await.into_iter().map(|ticket| ticket.recipient).collect();
+        assert_eq!(recipients, ["müller", "€uro", "😀", "\u{fffd}"]);
+    }
+
+    /// The rules for headers stand in three places: for the API, for the request, and here.
+    #[tokio::test]
+    async fn headers_that_no_request_can_carry_are_refused() {
+        let file = file().await;
+        let many: Vec<_> = (0..65).map(|n| format!("\"x-{n}\":\"y\"")).collect();
+        let long = "x".repeat(16_400);
+        for headers in [
+            r#"["a"]"#,
+            r#"{"a":1}"#,
+            r#"{"a":["b"]}"#,
+            r#"{"Host":"a"}"#,
+            r#"{"Webhook-Id":"a"}"#,
+            r#"{"proxy-x":"a"}"#,
+            r#"{"a b":"c"}"#,
+            r#"{"a]":"c"}"#,
+            r#"{"":"c"}"#,
+            r#"{"a":"b\nc"}"#,
+            r#"{"a":"b\u0000c"}"#,
+            r#"{"ä":"b"}"#,
+            r#"{"a":"\ud800"}"#,
+            r#"{"a":"\udc00\ud800"}"#,
+            &format!("{{{}}}", many.join(",")),
+            &format!("{{\"a\":\"{long}\"}}"),
+        ] {
+            let insert = format!(
+                "insert into messages (recipient, content, headers) values ('+90', 'x', '{headers}')"
+            );
+            let refused = file.sqlite3(&insert).expect_err(headers);
+            assert!(refused.contains("headers"), "{headers}: {refused}");
+        }
+        file.sqlite3(r#"insert into messages (recipient, content, headers) values ('+90', 'x', '{"X-a_b":"tab\tü\ud83d\ude00"}')"#)
+            .unwrap();
+    }
+
+    /// Rows from before the store refused them, and contents, which only the claim reads whole.
+    #[tokio::test]
+    async fn a_row_that_can_not_be_read_ends_alone() {
+        let file = file().await;
+        file.sqlite3(
+            "drop trigger messages_text; \
+             insert into messages (recipient, content) values ('1', 'good'); \
+             insert into messages (recipient, content) values ('2', cast(x'6dfc6c' as text)); \
+             insert into messages (recipient, content, endpoint) values ('3', 'x', cast(x'6dfc6c' as text)); \
+             insert into messages (recipient, content, send_at) values (cast(x'80' as text), 'x', '2020-01-01'); \
+             insert into messages (recipient, content) values ('5', 'x'); \
+             update messages set attempts = 99999999999 where id = 5; \
+             insert into messages (recipient, content) values ('6', 'good')",
+        )
+        .unwrap();
+        let claimed: Vec<_> = file.claim().await.into_iter().map(|ticket| ticket.recipient).collect();
+        assert_eq!(claimed, ["1", "6"]);
+        let dead =
+            "select id, reason from messages where status = 'dead' and finished_at is not null order by id";
+        let dead = file.sqlite3(dead).unwrap();
+        let dead: Vec<_> = dead.lines().collect();
+        assert_eq!(dead.len(), 4, "{dead:?}");
+        for (line, column) in dead.iter().zip(["2|content", "3|endpoint", "4|recipient", "5|attempts"]) {
+            let (id, column) = column.split_once('|').unwrap();
+            assert!(line.starts_with(&format!("{id}|the message can't be read: {column}: ")), "{line}");
+        }
+        assert!(file.claim().await.is_empty(), "each ends once");
+        // It is shown as far as that is possible.
+        let shown = file.store.message(MessageId(2)).await.unwrap().unwrap();
+        assert_eq!((shown.content.as_str(), shown.status), ("m\u{fffd}l", crate::message::Status::Dead));
+    }
+
+    /// A look for the next pair began behind other bytes than those that it had found, and found them for ever.
+    #[tokio::test]
+    async fn held_rows_whose_endpoint_is_no_text_are_found_once() {
+        let file = file().await;
+        file.sqlite3(
+            "drop trigger messages_text; \
+             insert into messages (recipient, content, endpoint) values \
+                 ('1', 'x', 'default'), ('2', 'x', cast(x'6dfc6c' as text)), ('3', 'x', cast(x'ff' as text)); \
+             update messages set held = 'endpoint_closed'",
+        )
+        .unwrap();
+        let held = tokio::time::timeout(Duration::from_secs(10), file.store.held()).await.expect("it ends");
+        let endpoints: Vec<_> = held.unwrap().into_iter().map(|(endpoint, _)| endpoint).collect();
+        assert_eq!(endpoints, ["default", "m\u{fffd}l", "\u{fffd}"]);
+        file.sqlite3(
+            "update messages set held = null, status = 'retrying', due_at = 5, lane = cast(x'ff' as text)",
+        )
+        .unwrap();
+        let overview = tokio::time::timeout(Duration::from_secs(10), file.store.overview(now())).await;
+        assert_eq!(overview.expect("it ends").unwrap().oldest_due_at, Some(Timestamp::from_micros(5)));
+    }
+
+    /// Before the store refused such settings, one endpoint could have stopped the messages of all.
+    #[tokio::test]
+    async fn an_endpoint_that_can_not_be_is_refused_and_harms_no_other() {
+        let file = file().await;
+        for (name, values) in [
+            ("url holds a user", "'http://user:hunter2@host/', '[]', 1"),
+            ("url holds a user", "'http:\\user@host', '[]', 1"),
+            ("url holds a user", "'https:u@host', '[]', 1"),
+            ("final_statuses", "'http://host/', '[70000]', 1"),
+            ("final_statuses", "'http://host/', '[\"a\"]', 1"),
+            ("final_statuses", "'http://host/', '[[410]]', 1"),
+            ("in_flight_max", "'http://host/', '[]', 99999999999"),
+        ] {
+            let insert = format!(
+                "insert into endpoints (name, url, final_statuses, in_flight_max) values ('a', {values})"
+            );
+            let refused = file.sqlite3(&insert).expect_err(values);
+            assert!(refused.contains(name) && !refused.contains("hunter2"), "{values}: {refused}");
+        }
+        file.sqlite3("insert into endpoints (name, url) values ('good', 'http://host/@?a=@')").unwrap();
+        let changed = file.sqlite3("update endpoints set url = 'http://u@h' where name = 'good'");
+        assert!(changed.unwrap_err().contains("url holds a user"));
+        file.sqlite3(
+            "drop trigger endpoints_inserted; \
+             insert into endpoints (name, url, final_statuses, in_flight_max, secret) values \
+                 ('bad', 'http://host/', '[70000,\"a\",404]', 99999999999, cast(x'ff' as text))",
+        )
+        .unwrap();
+        let endpoints = file.store.endpoints().await.unwrap();
+        let read: Vec<_> = endpoints.iter().map(|e| (e.name.as_str(), e.in_flight_max)).collect();
+        assert_eq!(read, [("bad", u32::MAX), ("good", 1_024)]);
+        assert_eq!(endpoints[0].final_statuses, [404]);
     }
 
     #[tokio::test]
