@@ -94,6 +94,13 @@ impl Bench {
         }
         let port = free_port().await;
         let others = vec![stack.start("producer", &[]), stack.start("retry-consumer", &[])];
+        // A consumer that starts after the retry lane was registered knows from its start where the chain ends.
+        let registered = "select count(*) from lanes where topic = $1";
+        let topic = format!("{}-retry", stack.name);
+        until("the retry lane is registered", SOON, async || {
+            stack.sql().await.query_one(registered, &[&topic]).await.unwrap().get::<_, i64>(0) == 1
+        })
+        .await;
         let consumer = stack.start("consumer", &[("METRICS_PORT", &port.to_string())]);
         stack.insert(100).await;
         until("it runs", Duration::from_secs(30), async || receiver.accepted().len() == 100).await;
