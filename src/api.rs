@@ -2,6 +2,7 @@
 
 mod document;
 mod endpoints;
+mod explain;
 mod guard;
 mod messages;
 mod metrics;
@@ -9,7 +10,6 @@ mod operate;
 mod problem;
 mod search;
 mod status;
-mod words;
 
 use std::collections::HashMap;
 use std::convert::Infallible;

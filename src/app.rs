@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, FutureExt, TryFutureExt};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
@@ -32,7 +32,7 @@ use crate::retry::Lane;
 use crate::service::{self, Directory, Parts, Presence};
 use crate::store::postgres::{PostgresOptions, PostgresStore};
 use crate::store::sqlite::SqliteStore;
-use crate::store::{Endpoint, Standing, Store, StoreError};
+use crate::store::{Endpoint, SchemaVersion, Store, StoreError};
 use crate::telemetry::Metrics;
 
 pub use files::FILES;
@@ -111,12 +111,12 @@ impl App {
         for name in self.parts.store.migrate().await? {
             tracing::info!("migration {name} applied");
         }
-        say_newer(&self.parts.store.standing().await?.newer);
+        say_newer(&self.parts.store.schema_version().await?.newer);
         Ok(())
     }
 
     async fn check_version(&self) -> std::result::Result<(), StoreError> {
-        let Standing { missing, newer } = self.parts.store.standing().await?;
+        let SchemaVersion { missing, newer } = self.parts.store.schema_version().await?;
         if missing.is_empty() {
             say_newer(&newer);
             return Ok(());
@@ -155,7 +155,7 @@ impl App {
     /// Runs the role's services until `stop`, and drains them.
     ///
     /// # Errors
-    /// When a port can't be listened on, or the installation's number can't be read.
+    /// When a port can't be listened on, or the installation's number can't be read, or a service has ended by itself.
     pub async fn serve(&self, stop: &CancellationToken) -> Result<()> {
         // What keeps a process alive in the eyes of others goes on while its services drain.
         let alive = CancellationToken::new();
@@ -164,34 +164,43 @@ impl App {
         let work = async {
             // Each has a waker of its own: what wakes one does not have the others look.
             let mut services: FuturesUnordered<_> = services.into_iter().collect();
-            while services.next().await.is_some() {}
+            let mut ended = Ok(());
+            while let Some(end) = services.next().await {
+                if let Err(error) = end {
+                    // Without one of its services a process is none: whoever supervises it has to know.
+                    tracing::error!("{error}; this process ends");
+                    stop.cancel();
+                    ended = Err(error);
+                }
+            }
             alive.cancel();
+            ended
         };
-        tokio::join!(keep, work);
+        let (_, ended) = tokio::join!(keep, work);
         self.parts.presence.retire().await;
-        Ok(())
+        ended
     }
 
-    async fn services<'a>(&'a self, stop: &'a CancellationToken) -> Result<Vec<BoxFuture<'a, ()>>> {
-        let mut services: Vec<BoxFuture<'a, ()>> = Vec::new();
+    async fn services<'a>(&'a self, stop: &'a CancellationToken) -> Result<Vec<BoxFuture<'a, Result<()>>>> {
+        let mut services: Vec<BoxFuture<'a, Result<()>>> = Vec::new();
         let shares = Shares::now();
         let role = self.config.role;
         if matches!(role, Role::Api | Role::Up) {
             let listener = listen(&self.config.host, self.config.port, "PORT").await?;
             let state = self.api_state(address(&listener)?);
             let (router, parts) = (api::router(state), self.parts.clone());
-            services.push(Box::pin(api::serve(listener, router, parts, shares.api, stop.clone())));
+            services.push(Box::pin(api::serve(listener, router, parts, shares.api, stop.clone()).map(Ok)));
         } else if let Some(port) = self.config.metrics_port {
             let listener = listen(&self.config.host, port, "METRICS_PORT").await?;
             let state = self.api_state(address(&listener)?);
             let (router, parts) = (api::health_router(state), self.parts.clone());
-            services.push(Box::pin(api::serve(listener, router, parts, shares.api, stop.clone())));
+            services.push(Box::pin(api::serve(listener, router, parts, shares.api, stop.clone()).map(Ok)));
         }
         if matches!(role, Role::Producer | Role::Up) {
             let producer = Producer::new(self.parts.clone(), self.producer_options());
-            let janitor = Janitor::new(self.parts.clone(), producer.leading());
-            services.push(Box::pin(producer.run(stop, &self.wake)));
-            services.push(Box::pin(janitor.run(stop)));
+            let janitor = Janitor::new(self.parts.clone(), producer.leading(), self.config.retention);
+            services.push(Box::pin(producer.run(stop, &self.wake).map(Ok)));
+            services.push(Box::pin(janitor.run(stop).map(Ok)));
         }
         let lanes: &[&Lane] = match role {
             Role::Consumer | Role::RetryConsumer => &[&self.config.lane],
@@ -201,19 +210,15 @@ impl App {
         if !lanes.is_empty() {
             let delivery = self.delivery(shares).await?;
             let tended = Arc::clone(&delivery);
-            services.push(Box::pin(async move { tended.tend(stop).await }));
+            services.push(Box::pin(async move { tended.tend(stop).await }.map(Ok)));
             for lane in lanes {
                 let options = ConsumerOptions {
                     lane: (*lane).clone(),
                     window: WINDOW,
                     drain: self.config.shutdown_timeout,
                 };
-                services.push(Box::pin(consumer::run(
-                    self.parts.clone(),
-                    Arc::clone(&delivery),
-                    options,
-                    stop,
-                )));
+                let consumer = consumer::run(self.parts.clone(), Arc::clone(&delivery), options, stop);
+                services.push(Box::pin(consumer.map_err(AppError)));
             }
         }
         Ok(services)
@@ -221,7 +226,7 @@ impl App {
 
     fn producer_options(&self) -> ProducerOptions {
         // The embedded store tells cheaply whether anything changed, so it is asked more often.
-        let poll = if self.parts.store.kind() == "sqlite" { 7 } else { 40 };
+        let poll = if self.parts.store.kind() == "sqlite" { 7 } else { 20 };
         ProducerOptions {
             fresh_lane: self.config.lane.topic.clone(),
             batch: CLAIM,

@@ -252,6 +252,8 @@ pub struct Config {
     pub api_url: String,
     pub api_key: Option<String>,
     pub error_rate: f64,
+    /// How long final messages are kept; `None`: for ever.
+    pub retention: Option<Duration>,
     pub shutdown_timeout: Duration,
     pub log: LogConfig,
 }
@@ -284,6 +286,7 @@ impl Config {
             api_url: raw.required("AMS_URL", role, parse::url)?,
             api_key: raw.parsed("AMS_KEY", role, parse::text)?,
             error_rate: raw.required("ERROR_RATE", role, parse::share)?,
+            retention: Some(raw.required("RETENTION", role, parse::duration)?).filter(|kept| !kept.is_zero()),
             shutdown_timeout: raw.required("SHUTDOWN_TIMEOUT", role, parse::duration)?,
             log: LogConfig {
                 level: raw.required("LOG_LEVEL", role, parse::log_level)?,

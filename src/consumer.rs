@@ -6,12 +6,13 @@
 //! back no position of the lane. The message waits for a free slot of its endpoint, is delivered and judged,
 //! and its record goes to the `recorder`, which writes in batches beside all this.
 
+mod attempts;
 mod begin;
-mod busy;
-mod desk;
+mod dispatcher;
 mod early;
 mod heartbeat;
 mod recorder;
+mod saturation;
 mod unreadable;
 
 use std::time::Duration;
@@ -24,10 +25,8 @@ use crate::queue::{QueueError, Subscription};
 use crate::retry::Lane;
 use crate::service::{self, Parts};
 
-use desk::Desk;
+use dispatcher::Dispatcher;
 use heartbeat::Heartbeat;
-
-pub(crate) use recorder::publish_dead_letters;
 
 /// How a consumer works.
 #[derive(Clone, Debug)]
@@ -42,16 +41,19 @@ pub struct ConsumerOptions {
 
 /// Works on one lane until `stop`; then takes nothing new, gives back what it has begun and not tried,
 /// waits for what is in flight, and leaves the lane.
+///
+/// # Errors
+/// The name of the lane when its subscription ended by itself: nothing is taken from it any more.
 pub async fn run(
     parts: Parts,
     delivery: std::sync::Arc<Delivery>,
     options: ConsumerOptions,
     stop: &CancellationToken,
-) {
+) -> Result<(), String> {
     let lane = &options.lane;
     let name = format!("consumer of {}", lane.topic);
     if service::persist(&name, stop, || register(&parts, lane)).await.is_none() {
-        return;
+        return Ok(());
     }
     // Ends with the work, which may end by itself.
     let reads = stop.child_token();
@@ -63,6 +65,11 @@ pub async fn run(
         reads.cancel();
     };
     tokio::join!(work, heartbeat.run(&reads));
+    if stop.is_cancelled() {
+        Ok(())
+    } else {
+        Err(format!("the subscription of {} has ended by itself", lane.topic))
+    }
 }
 
 async fn work(
@@ -75,10 +82,25 @@ async fn work(
     let (records, taken) = mpsc::unbounded_channel();
     let (recorded, written) = mpsc::unbounded_channel();
     let metrics = parts.metrics.lane(&options.lane.topic);
-    let recorder = recorder::run(parts.clone(), metrics.clone(), taken, recorded);
-    let desk = Desk::new(parts.clone(), metrics, delivery, options.clone(), subscription, records);
-    let (desk_done, ()) = tokio::join!(desk.run(written, stop), recorder);
-    desk_done.close().await;
+    // Results are written until the stop has run out of patience.
+    let give_up = CancellationToken::new();
+    let recorder = recorder::run(parts.clone(), metrics.clone(), taken, recorded, &give_up);
+    let dispatcher = Dispatcher::new(
+        parts.clone(),
+        metrics,
+        delivery,
+        options.clone(),
+        subscription,
+        records,
+        stop.clone(),
+    );
+    let dispatcher = async {
+        let subscription = dispatcher.run(written).await;
+        give_up.cancel();
+        subscription
+    };
+    let (subscription, ()) = tokio::join!(dispatcher, recorder);
+    subscription.close().await;
 }
 
 async fn register(parts: &Parts, lane: &Lane) -> Result<(), crate::store::StoreError> {

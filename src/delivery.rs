@@ -39,10 +39,11 @@ use self::request::Writer;
 use self::signature::Key;
 use self::target::{AddressRule, Target};
 use crate::clock::{Clock, Stopwatch, Timestamp};
-use crate::message::{Class, Outcome, Ticket, Times};
+use crate::message::{Class, Outcome, Times};
 use crate::redact;
 use crate::shortage::Shortage;
 use crate::store::Endpoint;
+use crate::ticket::Ticket;
 
 pub use self::caller::{CallError, Caller, Reply};
 
@@ -412,11 +413,7 @@ impl Network {
         {
             return Ok(Arc::clone(known));
         }
-        let target = Target::parse(&endpoint.url)?;
-        let key = match endpoint.secret.as_deref().map(Key::parse).transpose() {
-            Ok(key) => key,
-            Err(why) => return Err(format!("the secret of the endpoint `{}` {why}", endpoint.name)),
-        };
+        let (target, key) = read_settings(endpoint)?;
         let prepared = Arc::new(Prepared {
             url: endpoint.url.clone(),
             secret: endpoint.secret.clone(),
@@ -430,6 +427,19 @@ impl Network {
         all.insert(endpoint.name.clone(), Arc::clone(&prepared));
         Ok(prepared)
     }
+}
+
+fn read_settings(endpoint: &Endpoint) -> Result<(Target, Option<Key>), String> {
+    let target = Target::parse(&endpoint.url)?;
+    let key = endpoint.secret.as_deref().map(Key::parse).transpose();
+    let key = key.map_err(|why| format!("the secret of the endpoint `{}` {why}", endpoint.name))?;
+    Ok((target, key))
+}
+
+/// What is wrong with an endpoint's URL or secret, if anything: then no request can be made of any message, which is no
+/// fault of theirs.
+pub fn fault_of(endpoint: &Endpoint) -> Option<String> {
+    read_settings(endpoint).err()
 }
 
 /// Reads a body up to its end, or to `most` bytes; whether it was the end. What `keep` wants of a frame it

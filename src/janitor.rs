@@ -1,7 +1,8 @@
 //! Heals what died: leases that ran out, batches whose producer died, tickets that the broker lost,
 //! dead letters that did not get out. Runs beside the active producer.
 //!
-//! It gives rows back and nothing else; the epoch makes that harmless when it was wrong. It still
+//! It issues batches again and nothing else; a new batch makes all tickets of the old one stale, so that is harmless
+//! when it was wrong. It still
 //! waits before it believes that somebody is dead: when the store itself was away, nobody could renew
 //! a lease, so everybody gets a whole lease's time to speak up first. The leader's row says since when
 //! the store has been there, because the janitor may itself have been away.
@@ -9,50 +10,129 @@
 mod silence;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::clock::{Now, Timestamp};
-use crate::consumer::publish_dead_letters;
-use crate::producer::Reign;
+use crate::clock::{Instant, Now, Timestamp};
+use crate::dead_letter;
+use crate::message::MessageId;
+use crate::producer::{Term, publish};
 use crate::queue::Depth;
 use crate::service::{self, Backoff, LEASE, Parts, Service, Step};
-use crate::store::{Batch, BatchId, Recovery, StoreError};
+use crate::store::{Batch, InstanceId, Recovery, Reissue, Removal, StoreError, Suspect};
+use crate::ticket::BatchId;
 
 use silence::Silence;
 
 const ROUND: Duration = Duration::from_secs(1);
 /// A dead letter that its consumer has not published by then is published here.
 const DEAD_LETTER_AGE: Duration = Duration::from_secs(30);
-/// A batch that is not acknowledged by then never will be: publishing is bounded well below it.
-const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(60);
+/// A batch that its living owner has not got acknowledged by then is issued again, should its owner have forgotten it. Long,
+/// because an owner tries for as long as the broker is away.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(600);
 /// A job that nobody has touched for so long has lost its caller.
 const JOB_IDLE: Duration = Duration::from_secs(5);
 /// Messages of a job that are changed in one transaction.
 pub const JOB_PIECE: usize = 500;
 /// Pieces of a job in one round, so that the rest of the round is not late.
 const JOB_PIECES: usize = 20;
-/// Ledger rows looked at in a round: more than all rooms together can hold in single-row batches.
+/// Batches looked at in a round: more than all lanes together can hold in batches of one.
 const BATCHES: usize = 100_000;
+/// Batches that are with the broker at once, as many as a producer has.
+const PUBLISHING_MAX: usize = 8;
+/// Batches on their way, with those that wait for their turn: what is left has to wait for a later round.
+const REISSUED_MAX: usize = 2_000;
+/// Deliveries that a removal looks at in one statement: some 20 ms of work.
+const REMOVED: usize = 2_000;
+/// Messages that the reconciliation looks at in a round: some 2 ms of work.
+const RECONCILED: usize = 500;
+/// As many while messages may lack a place after a restore, and pieces of them in a round, so that the other duties go on.
+const RECONCILED_URGENT: usize = 10_000;
+const RECONCILED_AT_ONCE: usize = 50;
+/// How long the reconciliation rests once it has looked at everything.
+const RECONCILIATION_REST: Duration = Duration::from_secs(3_600);
+/// How long the removal rests once it has looked at everything.
+const REMOVAL_REST: Duration = Duration::from_secs(600);
+/// Messages are removed one by one only a part of the retention later than partitions are removed whole, a day at most.
+const ROWS_LATER: u32 = 10;
+const ROWS_LATER_MAX: Duration = Duration::from_secs(24 * 3600);
+/// How long a stop waits for what is being published.
+const DRAIN: Duration = Duration::from_secs(10);
+/// Waiting deliveries that are ended in one statement.
+const EXPIRED: usize = 1_000;
 
-/// Why messages were given back, as the metrics say it.
+/// Why deliveries were issued again, as the metrics say it.
 const DIED: &str = "instance_died";
 const ORPHANED: &str = "batch_orphaned";
 const LOST: &str = "ticket_lost";
 
+/// How each duty has gone lately.
+struct Duties {
+    settle: Duty,
+    recover: Duty,
+    letters: Duty,
+    expire: Duty,
+    jobs: Duty,
+    partitions: Duty,
+    retention: Duty,
+    reconcile: Duty,
+}
+
+impl Default for Duties {
+    fn default() -> Duties {
+        Duties {
+            settle: Duty::new("lost batches"),
+            recover: Duty::new("recovery"),
+            letters: Duty::new("dead letters"),
+            expire: Duty::new("expiry"),
+            jobs: Duty::new("bulk changes"),
+            partitions: Duty::new("partitions"),
+            retention: Duty::new("retention"),
+            reconcile: Duty::new("reconciliation"),
+        }
+    }
+}
+
+/// One duty: the log says once when it begins to fail, and when it works again. The next round tries again.
+struct Duty(Backoff);
+
+impl Duty {
+    fn new(name: &str) -> Duty {
+        Duty(Backoff::new(name))
+    }
+
+    fn note(&mut self, result: Result<(), StoreError>) {
+        match result {
+            Ok(()) => self.0.succeeded(),
+            Err(error) => drop(self.0.failed(&error)),
+        }
+    }
+}
+
 /// The janitor of one process.
 pub struct Janitor {
     parts: Parts,
-    leading: watch::Receiver<Option<Reign>>,
+    leading: watch::Receiver<Option<Term>>,
     rounds: u64,
     silence: Silence,
-    /// Of making partitions: it must keep nothing else from being done.
-    partitions: Backoff,
+    duties: Duties,
     /// Dead letters on their way: their lane may be slow or gone, and the rest of the round must not wait for it.
     letters: Option<JoinHandle<()>>,
+    /// How long final messages are kept; `None`: for ever.
+    retention: Option<Duration>,
+    /// How far the removal has come, and when it begins again.
+    removed_to: MessageId,
+    next_removal: Instant,
+    next_reconciliation: Instant,
+    urgent: bool,
+    /// Batches that were issued again, on their way to their lanes.
+    publishing: JoinSet<()>,
+    turns: Arc<Semaphore>,
+    stop: CancellationToken,
 }
 
 impl Service for Janitor {
@@ -62,13 +142,13 @@ impl Service for Janitor {
     /// One round.
     ///
     /// # Errors
-    /// Those of the store. The broker's are taken as "not now": its positions are only hints.
+    /// None: each duty tells of its own.
     async fn step(&mut self) -> Result<Step, StoreError> {
         let now = self.parts.clock.reading();
-        let reign = *self.leading.borrow();
+        let term = *self.leading.borrow();
         // After an outage the first bid says how long the store was away; nobody is judged before it.
-        if let Some(reign) = reign.filter(|reign| now.instant < reign.until) {
-            self.round(reign.steady_since, now).await?;
+        if let Some(term) = term.filter(|term| now.instant < term.until) {
+            self.round(term.steady_since, now).await;
         }
         Ok(Step::Idle(ROUND))
     }
@@ -76,7 +156,8 @@ impl Service for Janitor {
 
 impl Janitor {
     /// A janitor that works while the producer beside it is the active one, which `leading` says.
-    pub fn new(parts: Parts, leading: watch::Receiver<Option<Reign>>) -> Janitor {
+    /// Final messages are kept for `retention`; `None`: for ever.
+    pub fn new(parts: Parts, leading: watch::Receiver<Option<Term>>, retention: Option<Duration>) -> Janitor {
         for why in [DIED, ORPHANED, LOST] {
             parts.metrics.recovered(why, 0);
         }
@@ -85,49 +166,166 @@ impl Janitor {
             leading,
             rounds: 0,
             silence: Silence::default(),
-            partitions: Backoff::new("partitions"),
+            duties: Duties::default(),
             letters: None,
+            retention,
+            removed_to: MessageId(0),
+            next_removal: Instant::START,
+            next_reconciliation: Instant::START,
+            urgent: false,
+            publishing: JoinSet::new(),
+            turns: Arc::new(Semaphore::new(PUBLISHING_MAX)),
+            stop: CancellationToken::new(),
         }
     }
 
     /// Works until `stop`.
     pub async fn run(mut self, stop: &CancellationToken) {
+        self.stop = stop.clone();
         service::run(&mut self, stop, &Notify::new()).await;
+        // What is not published by then is issued again by the next janitor.
+        let drained = async { while self.publishing.join_next().await.is_some() {} };
+        drop(tokio::time::timeout(DRAIN, drained).await);
     }
 
-    async fn round(&mut self, steady_since: Timestamp, moment: Now) -> Result<(), StoreError> {
+    /// Each duty by itself: one that fails keeps no other from being done.
+    async fn round(&mut self, steady_since: Timestamp, moment: Now) {
         let now = moment.time;
-        if self.rounds.is_multiple_of(5) {
-            self.make_partitions().await;
-        }
-        self.rounds += 1;
         let sure = now.since(steady_since) >= LEASE;
-        self.settle_batches(now, sure).await?;
-        if sure {
-            let silent = self.silence.longer_than(LEASE, moment.instant);
-            // Hosts whose clocks differ by a little have leases that end a little later.
-            let latest = now.after(LEASE * 2);
-            let recovered = self.parts.store.recover(&Recovery { now, latest, silent: &silent }).await?;
-            self.silence.watch(&recovered.ahead, moment.instant);
-            if recovered.messages > 0 {
-                tracing::warn!(
-                    "{} messages of {} processes that died are due again",
-                    recovered.messages,
-                    recovered.instances
-                );
+        if let Some(owner) = self.parts.presence.instance() {
+            let settled = self.settle_batches(now, owner, sure).await;
+            self.duties.settle.note(settled);
+            if sure {
+                let recovered = self.recover(owner, moment).await;
+                self.duties.recover.note(recovered);
             }
-            self.parts.metrics.recovered(DIED, recovered.messages);
-            self.publish_left_letters(now).await?;
         }
-        self.finish_jobs(now).await
+        if sure {
+            let published = self.publish_left_letters(now).await;
+            self.duties.letters.note(published);
+        }
+        let expired = self.expire(now).await;
+        self.duties.expire.note(expired);
+        let finished = self.finish_jobs(now).await;
+        self.duties.jobs.note(finished);
+        if self.rounds.is_multiple_of(5) {
+            // Last, because it may wait for a lock. Nobody waits for it: the default partition takes what has none of its own.
+            let made = self.parts.store.make_partitions().await;
+            self.duties.partitions.note(made);
+        }
+        let reconciled = self.reconcile(moment).await;
+        self.duties.reconcile.note(reconciled);
+        let removed = self.remove_old(moment).await;
+        self.duties.retention.note(removed);
+        self.rounds += 1;
     }
 
-    /// Makes partitions ahead. Nobody waits for them, because the default one takes what has none of its own.
-    async fn make_partitions(&mut self) {
-        match self.parts.store.make_partitions().await {
-            Ok(()) => self.partitions.succeeded(),
-            Err(error) => drop(self.partitions.failed(&error)),
+    /// Proves of a few messages that each has a place; of many when the feeds were made anew.
+    async fn reconcile(&mut self, moment: Now) -> Result<(), StoreError> {
+        if moment.instant < self.next_reconciliation {
+            return Ok(());
         }
+        for _ in 0..RECONCILED_AT_ONCE {
+            let piece = if self.urgent { RECONCILED_URGENT } else { RECONCILED };
+            let done = self.parts.store.reconcile(moment.time, piece).await?;
+            self.parts.metrics.reconciled(done.checked, done.repaired);
+            if done.repaired > 0 {
+                tracing::warn!("{} messages had no place and are due now", done.repaired);
+            }
+            self.urgent = done.urgent;
+            if done.finished {
+                self.next_reconciliation = moment.instant.after(RECONCILIATION_REST);
+            }
+            if !done.urgent {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what is old, a little at a time, and rests once all of it has been looked at.
+    async fn remove_old(&mut self, moment: Now) -> Result<(), StoreError> {
+        let Some(kept) = self.retention.filter(|_| moment.instant >= self.next_removal) else {
+            return Ok(());
+        };
+        let ago = |age: Duration| {
+            Timestamp::from_micros(moment.time.as_micros().saturating_sub_unsigned(micros(age)))
+        };
+        let rows_before = ago(kept + (kept / ROWS_LATER).min(ROWS_LATER_MAX));
+        let removal = Removal { before: ago(kept), rows_before, from: self.removed_to, limit: REMOVED };
+        let removed = self.parts.store.remove_old(&removal).await?;
+        if removed.partitions + removed.messages > 0 {
+            tracing::debug!(
+                "removed {} old messages, and {} partitions whole",
+                removed.messages,
+                removed.partitions
+            );
+        }
+        self.parts.metrics.removed(removed.partitions, removed.messages);
+        self.removed_to = removed.next.unwrap_or(MessageId(0));
+        if removed.next.is_none() {
+            self.next_removal = moment.instant.after(REMOVAL_REST.min(kept / 10));
+        }
+        Ok(())
+    }
+
+    /// Ends what has waited beyond its time.
+    async fn expire(&self, now: Timestamp) -> Result<(), StoreError> {
+        while self.parts.store.expire(now, EXPIRED).await? == EXPIRED as u64 {}
+        Ok(())
+    }
+
+    /// Takes dead instances away, and issues again what they had begun.
+    async fn recover(&mut self, owner: InstanceId, moment: Now) -> Result<(), StoreError> {
+        let now = moment.time;
+        let silent = self.silence.longer_than(LEASE, moment.instant);
+        // Hosts whose clocks differ by a little have leases that end a little later.
+        let latest = now.after(LEASE * 2);
+        let recovered = self.parts.store.recover(&Recovery { now, latest, silent: &silent }).await?;
+        self.silence.watch(&recovered.ahead, moment.instant);
+        let mut count = 0;
+        for lease in recovered.leases {
+            if !self.has_room() {
+                break;
+            }
+            count += self.reissue(Suspect::Lease(lease), owner, now).await?;
+        }
+        if count > 0 {
+            tracing::warn!(
+                "{count} deliveries of {} processes that died are queued again",
+                recovered.instances
+            );
+        }
+        self.parts.metrics.recovered(DIED, count);
+        Ok(())
+    }
+
+    /// Whether another batch may be issued again now.
+    fn has_room(&mut self) -> bool {
+        while self.publishing.try_join_next().is_some() {}
+        self.publishing.len() < REISSUED_MAX
+    }
+
+    /// Issues a batch or lease again, and returns how many deliveries were left in it. They go to their lane beside all
+    /// this, a few batches at once.
+    async fn reissue(
+        &mut self,
+        suspect: Suspect,
+        owner: InstanceId,
+        now: Timestamp,
+    ) -> Result<u64, StoreError> {
+        let batch = BatchId::random();
+        let Some(reissued) = self.parts.store.reissue(&Reissue { suspect, batch, owner, now }).await? else {
+            return Ok(0);
+        };
+        let count = reissued.tickets.len() as u64;
+        let (parts, stop, turns) = (self.parts.clone(), self.stop.clone(), Arc::clone(&self.turns));
+        self.publishing.spawn(async move {
+            // The semaphore is never closed.
+            let _turn = turns.acquire().await;
+            publish(&parts, &reissued.lane, batch, &reissued.tickets, &stop).await;
+        });
+        Ok(count)
     }
 
     /// Goes on with jobs whose caller has gone away.
@@ -149,28 +347,30 @@ impl Janitor {
         Ok(())
     }
 
-    /// Takes finished batches out of the ledger, and gives back the rows of lost ones.
-    async fn settle_batches(&mut self, now: Timestamp, sure: bool) -> Result<(), StoreError> {
-        // The ledger first: a batch that is in it was published before the broker is asked.
+    /// Issues lost batches again.
+    async fn settle_batches(
+        &mut self,
+        now: Timestamp,
+        owner: InstanceId,
+        sure: bool,
+    ) -> Result<(), StoreError> {
+        // The store first: a batch that is there was published before the broker is asked.
         let batches = self.parts.store.batches(now, BATCHES).await?;
         let depths = self.depths(&batches).await;
-        let mut settled: BTreeMap<Fate, Vec<BatchId>> = BTreeMap::new();
+        let mut counts: BTreeMap<Fate, u64> = BTreeMap::new();
         for batch in &batches {
             let depth = depths.get(&batch.lane).map(Vec::as_slice);
             let fate = fate(batch, depth, now);
-            if fate != Fate::UnderWay && (sure || fate != Fate::Orphaned) {
-                settled.entry(fate).or_default().push(batch.id);
+            if fate != Fate::UnderWay && (sure || fate != Fate::Orphaned) && self.has_room() {
+                let count = self.reissue(Suspect::Batch(batch.id), owner, now).await?;
+                *counts.entry(fate).or_default() += count;
             }
         }
-        for (fate, ids) in settled {
-            let mut rows = 0;
-            for chunk in ids.chunks(100) {
-                rows += self.parts.store.requeue(chunk, now).await?;
+        for (fate, count) in counts {
+            if count > 0 {
+                tracing::warn!("{count} deliveries are queued again: {}", fate.reason());
             }
-            if rows > 0 {
-                tracing::warn!("{rows} messages are due again: {}", fate.reason());
-            }
-            self.parts.metrics.recovered(fate.word(), rows);
+            self.parts.metrics.recovered(fate.word(), count);
         }
         Ok(())
     }
@@ -199,10 +399,14 @@ impl Janitor {
         );
         let letters = self.parts.store.dead_letters(before, 1_000).await?;
         if !letters.is_empty() {
-            self.letters = Some(tokio::spawn(publish_dead_letters(self.parts.clone(), letters)));
+            self.letters = Some(tokio::spawn(dead_letter::publish(self.parts.clone(), letters)));
         }
         Ok(())
     }
+}
+
+fn micros(age: Duration) -> u64 {
+    u64::try_from(age.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -252,8 +456,6 @@ fn fate(batch: &Batch, depth: Option<&[Depth]>, now: Timestamp) -> Fate {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::clock::{Clock, Instant};
     use crate::service::{Directory, Presence};
@@ -291,10 +493,10 @@ mod tests {
         let parts = parts(&clock);
         parts.presence.renew().await.unwrap();
         let instance = parts.presence.instance().unwrap();
-        let reign =
-            Reign { steady_since: Timestamp::EPOCH, until: Instant::START.after(Duration::from_secs(4)) };
-        let (led, leading) = watch::channel(Some(reign));
-        let mut janitor = Janitor::new(parts.clone(), leading);
+        let term =
+            Term { steady_since: Timestamp::EPOCH, until: Instant::START.after(Duration::from_secs(4)) };
+        let (led, leading) = watch::channel(Some(term));
+        let mut janitor = Janitor::new(parts.clone(), leading, None);
 
         tokio::time::advance(LEASE * 2).await;
         let now = clock.now();
@@ -304,7 +506,7 @@ mod tests {
             "its lease could not be renewed before"
         );
 
-        led.send_replace(Some(Reign { steady_since: now, until: clock.instant().after(LEASE * 2) }));
+        led.send_replace(Some(Term { steady_since: now, until: clock.instant().after(LEASE * 2) }));
         janitor.step().await.unwrap();
         assert!(parts.store.renew(instance, now, now).await.unwrap(), "it has had no time to renew");
 
@@ -318,7 +520,7 @@ mod tests {
         let at = |offset| Some(Place { partition: 2, offset });
         let depth = |position, end| vec![Depth { partition: 2, position, end }];
         let soon = Timestamp::EPOCH.after(Duration::from_secs(1));
-        let late = Timestamp::EPOCH.after(Duration::from_secs(61));
+        let late = Timestamp::EPOCH.after(UNACKNOWLEDGED_MAX + Duration::from_secs(1));
         for (batch, depth, now, expected) in [
             (batch(None, false), None, soon, Fate::UnderWay),
             (batch(None, false), None, late, Fate::Orphaned),

@@ -4,12 +4,13 @@
 //!
 //! 1. It *enters*: a row in `messages`, inserted by anyone in their own transaction, or by [`intake`]
 //!    for the [`api`].
-//! 2. The [`producer`] claims it from the [`store`] and puts a ticket on a lane of the [`queue`].
+//! 2. The [`producer`] claims it from the [`store`], in a batch with others, and puts a [`ticket`] on a lane of the
+//!    [`queue`].
 //! 3. A [`consumer`] takes the ticket, begins the message (the guarded write that makes a repeated
 //!    ticket harmless), and hands it to [`delivery`].
 //! 4. [`retry`] judges the outcome: sent, retry at a time, or dead.
 //! 5. The consumer records the verdict and the attempt, tells the [`cache`], and is done with the ticket.
-//! 6. What died on the way is given back by the [`janitor`].
+//! 6. What died on the way is issued again by the [`janitor`].
 //!
 //! Rooms never call each other: they meet in the store and the queue, so that each can be a process
 //! of its own. Dependencies point one way, from the bottom of this list to the top; `tests/tidy.rs` checks it.
@@ -20,6 +21,7 @@ pub mod redact;
 pub mod retry;
 pub mod shortage;
 pub mod telemetry;
+pub mod ticket;
 
 pub mod cache;
 pub mod queue;
@@ -30,6 +32,7 @@ pub mod keys;
 pub mod service;
 
 pub mod consumer;
+pub mod dead_letter;
 pub mod intake;
 pub mod janitor;
 pub mod producer;

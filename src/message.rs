@@ -4,15 +4,13 @@
 //! rules are which words are legal ([`Status::may_become`]) and how a value reads as text.
 
 use std::fmt;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
 
 use crate::clock::Timestamp;
 
 /// A message's number in its store: a bigint identity in insert order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Default, Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct MessageId(pub i64);
 
@@ -21,9 +19,6 @@ impl fmt::Display for MessageId {
         self.0.fmt(f)
     }
 }
-
-/// The fencing number of a message: each claim adds one, and a ticket of an older epoch is stale.
-pub type Epoch = i32;
 
 /// Where a message stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -103,7 +98,7 @@ impl Status {
             (_, Sent) => true,
             (Pending | Retrying, Queued | Cancelled | Expired) => true,
             (Queued, Processing | Pending | Retrying | Cancelled | Expired) => true,
-            (Processing, Pending | Retrying | Dead | Cancelled) => true,
+            (Processing, Queued | Pending | Retrying | Dead | Cancelled | Expired) => true,
             (Dead | Cancelled | Expired, Pending) => true,
             _ => false,
         }
@@ -122,7 +117,7 @@ impl fmt::Display for Status {
 pub enum Held {
     /// The endpoint has as many attempts in flight and waiting as it may have.
     EndpointBusy,
-    /// The endpoint is disabled, or no endpoint has that name.
+    /// The endpoint is disabled or has settings that can't be used, or no endpoint has that name.
     EndpointClosed,
     /// A reason that only a newer program knows, and which it will free the row of.
     #[serde(skip_deserializing)]
@@ -168,7 +163,7 @@ pub struct NewMessage {
     pub tags: Option<serde_json::Value>,
 }
 
-/// A whole message row, as it is read for people and programs; the services carry [`Ticket`]s.
+/// A whole message row, as it is read for people and programs; the services carry [tickets](crate::ticket::Ticket).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Message {
     pub id: MessageId,
@@ -186,7 +181,6 @@ pub struct Message {
     pub created_at: Timestamp,
     pub status: Status,
     pub held: Option<Held>,
-    pub epoch: Epoch,
     /// Tries made so far, over all lanes.
     pub attempts: i32,
     /// The lane of its next or last try; empty: the fresh lane.
@@ -197,37 +191,6 @@ pub struct Message {
     pub finished_at: Option<Timestamp>,
     /// Why it is dead, or what the last failed try came to.
     pub reason: Option<String>,
-}
-
-/// What travels on a lane: enough to make the request without asking the store again.
-///
-/// The first seven fields are the contract's record value; the others are written only when set.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Ticket {
-    pub id: MessageId,
-    pub epoch: Epoch,
-    pub endpoint: String,
-    pub recipient: String,
-    pub content: String,
-    pub created_at: Timestamp,
-    /// The number of the try that this ticket is for, from 1.
-    pub attempt: i32,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub content_type: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub headers: Option<Box<RawValue>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ordering_key: Option<String>,
-    /// When its try is due, in a ticket that was claimed ahead of that; in any other it is due at once.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub due_at: Option<Timestamp>,
-}
-
-impl Ticket {
-    /// How long before its time a ticket may be claimed and put on its lane: so a burst of them is on its
-    /// consumers' desks when its moment comes, and each is tried in its millisecond (ADR 9). Not longer,
-    /// because a change of the row in the store counts for nothing once its ticket is under way.
-    pub const AHEAD: Duration = Duration::from_secs(1);
 }
 
 /// What kind of end a try came to. The classes are kept apart because they mean different things:
@@ -340,6 +303,8 @@ pub enum Verdict {
     Retry { lane: String, lane_tries: i32, at: Timestamp },
     /// No more tries. `lane` is the dead-letter lane that its record goes to.
     Dead { reason: String, lane: String },
+    /// Its `expires_at` passed before this try, which was therefore not made.
+    Expired,
     /// This was not a try: give the message back as it was, due at once.
     Release,
 }
@@ -348,7 +313,6 @@ pub enum Verdict {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attempt {
     pub message_id: MessageId,
-    pub epoch: Epoch,
     /// From 1, over all lanes.
     pub attempt: i32,
     pub lane: String,
@@ -407,26 +371,5 @@ mod tests {
             }
         }
         assert!(Status::Dead.may_become(Status::Pending));
-    }
-
-    #[test]
-    fn a_ticket_without_extras_has_exactly_the_contracts_fields() {
-        let ticket = Ticket {
-            id: MessageId(7),
-            epoch: 1,
-            endpoint: "default".into(),
-            recipient: "+90".into(),
-            content: "Hi".into(),
-            created_at: Timestamp::from_micros(0),
-            attempt: 1,
-            content_type: None,
-            headers: None,
-            ordering_key: None,
-            due_at: None,
-        };
-        assert_eq!(
-            serde_json::to_string(&ticket).unwrap(),
-            r#"{"id":7,"epoch":1,"endpoint":"default","recipient":"+90","content":"Hi","created_at":"1970-01-01T00:00:00Z","attempt":1}"#
-        );
     }
 }

@@ -1,15 +1,13 @@
-//! Claimed and queued: takes due rows from the store and puts their tickets on a lane.
+//! Claimed and queued: takes what is due from the store and puts its tickets on a lane.
 //!
 //! One producer is active; a lease row elects it and a standby takes over within ten seconds. It
 //! claims in batches, each of which goes to one partition, and never more than a lane has room for.
 //! A claim and its publishing overlap: while one batch waits for the broker, the next is claimed.
-//! What can't be published is given back; what is published twice is harmless, because the ticket's
-//! epoch is stale by then.
+//! A ticket that is published twice is harmless: once its delivery has begun, its bit is gone.
 
+mod capacity;
 mod pacing;
-mod passing;
-mod rooms;
-mod ticket;
+mod publish;
 
 use std::time::Duration;
 
@@ -18,15 +16,18 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Instant, Now, Timestamp};
-use crate::message::{Held, MessageId, Ticket};
+use crate::message::Held;
 use crate::service::{self, Parts, Service, Step};
-use crate::store::{BatchId, Bid, Claim, Claimed, Due, DueNow, InstanceId, Pacing, Result, StoreError};
+use crate::store::{
+    Bid, Claim, Due, DueNow, InstanceId, Pacing, Reissue, Result, StoreError, Suspect, Urgency,
+};
+use crate::ticket::{BatchId, Ticket};
 
-pub use ticket::{dead_letter_record, lane_record};
+pub use publish::lane_record;
+pub(crate) use publish::publish;
 
+use capacity::Capacity;
 use pacing::Pacer;
-use passing::{LEFT_MAX, Passing};
-use rooms::Rooms;
 
 /// How a producer works.
 #[derive(Clone, Debug)]
@@ -48,10 +49,6 @@ pub struct ProducerOptions {
 const LEADERSHIP: Duration = Duration::from_secs(4);
 /// How often a producer bids.
 const BID: Duration = Duration::from_millis(1_500);
-/// How often the range behind the cursor is searched for rows that committed late or were given back.
-const SWEEP: Duration = Duration::from_millis(200);
-/// How many rows of busy endpoints that were passed by are held in each of these searches.
-const HOLD: usize = 200;
 /// How often timed rows are looked for. They are claimed [`Ticket::AHEAD`] of their time, so no wait that is
 /// longer than both together becomes longer by it.
 const TIMED: Duration = Duration::from_millis(100);
@@ -64,12 +61,14 @@ const BURST: Duration = Duration::from_secs(1);
 const BUSY: Duration = Duration::from_millis(20);
 /// How often held rows of endpoints that are open again are looked for.
 const UNHOLD: Duration = Duration::from_secs(1);
+/// How long a stop waits for what is being published. A broker that answers takes milliseconds.
+const DRAIN: Duration = Duration::from_secs(10);
 /// Batches waiting for the broker at once.
 const PUBLISHING_MAX: usize = 8;
 
 /// The leadership of the active producer, as the janitor beside it has to know it.
 #[derive(Clone, Copy, Debug)]
-pub struct Reign {
+pub struct Term {
     /// Since when there has been an active producer without a break.
     pub steady_since: Timestamp,
     /// When it ends unless it is renewed: nothing is known of the store from then on.
@@ -81,25 +80,23 @@ pub struct Producer {
     parts: Parts,
     options: ProducerOptions,
     /// For the janitor beside it.
-    leading: watch::Sender<Option<Reign>>,
-    rooms: Rooms,
+    leading: watch::Sender<Option<Term>>,
+    stop: CancellationToken,
+    capacity: Capacity,
     pacer: Option<Pacer>,
     publishing: JoinSet<()>,
-    /// Set when a claim's answer was lost: then the ledger may hold batches that we don't know of.
+    /// Set when a claim's answer was lost: then the store may hold batches that we don't know of.
     unsure: bool,
     led_until: Instant,
     /// Somebody has paused all producers.
     paused: bool,
-    cursor: MessageId,
     next_bid: Instant,
-    next_sweep: Instant,
     next_timed: Instant,
     burst_until: Instant,
     next_unhold: Instant,
     /// Endpoints whose new rows would only wait on the lane; nothing is known of them at rest.
-    busy: Vec<String>,
-    next_busy: Instant,
-    passing: Passing,
+    saturated: Vec<String>,
+    next_saturated: Instant,
     gap: Duration,
 }
 
@@ -123,9 +120,14 @@ impl Service for Producer {
         if self.paused {
             return Ok(Step::Idle(GAP_MAX.max(self.options.poll)));
         }
-        self.rooms.refresh(&self.options.fresh_lane, now.instant).await;
+        self.capacity.refresh(&self.options.fresh_lane, now.instant).await;
         if self.unsure {
-            self.give_back_unknown(instance).await?;
+            if self.parts.store.check_feeds(now.time).await? {
+                tracing::warn!(
+                    "the database has come from another server; messages without a place are looked for"
+                );
+            }
+            self.reissue_unknown(instance).await?;
         }
         if now.instant >= self.next_unhold {
             self.unhold(now).await?;
@@ -133,12 +135,10 @@ impl Service for Producer {
         let DueNow { new, lanes } = self.due(now).await?;
         let mut worked = false;
         if new {
-            worked |= self.claim_late(instance, now).await?;
-            worked |= self.claim_fresh(instance, now).await?;
+            worked |= self.claim_new(instance, now).await?;
         } else {
-            // What was true before a pause would only delay the first rows after it.
-            self.passing = Passing::default();
-            self.busy.clear();
+            // What was true before a pause would only delay the first messages after it.
+            self.saturated.clear();
         }
         if now.instant >= self.next_timed {
             worked |= self.claim_timed(&lanes, instance, now).await?;
@@ -150,41 +150,43 @@ impl Service for Producer {
 impl Producer {
     /// A producer that has not bid for leadership yet.
     pub fn new(parts: Parts, options: ProducerOptions) -> Producer {
-        let rooms = Rooms::new(parts.clone(), options.room);
+        let capacity = Capacity::new(parts.clone(), options.room);
         let pacer = options.pacing.map(Pacer::new);
         Producer {
             parts,
-            rooms,
+            capacity,
             pacer,
             options,
             leading: watch::Sender::new(None),
+            stop: CancellationToken::new(),
             publishing: JoinSet::new(),
             unsure: false,
             led_until: Instant::START,
             paused: false,
-            cursor: MessageId(0),
             next_bid: Instant::START,
-            next_sweep: Instant::START,
             next_timed: Instant::START,
             burst_until: Instant::START,
             next_unhold: Instant::START,
-            busy: Vec::new(),
-            next_busy: Instant::START,
-            passing: Passing::default(),
+            saturated: Vec::new(),
+            next_saturated: Instant::START,
             gap: GAP_MIN,
         }
     }
 
     /// Tells of this producer's leadership; `None` while it has none.
-    pub fn leading(&self) -> watch::Receiver<Option<Reign>> {
+    pub fn leading(&self) -> watch::Receiver<Option<Term>> {
         self.leading.subscribe()
     }
 
     /// Works until `stop`; then waits for what is being published, so that a clean stop leaves no
     /// batch in doubt. `wake` cuts an idle wait short.
     pub async fn run(mut self, stop: &CancellationToken, wake: &Notify) {
+        self.stop = stop.clone();
         service::run(&mut self, stop, wake).await;
-        while self.publishing.join_next().await.is_some() {}
+        let drained = async { while self.publishing.join_next().await.is_some() {} };
+        if tokio::time::timeout(DRAIN, drained).await.is_err() {
+            tracing::warn!("{} batches are left to another producer's janitor", self.publishing.len());
+        }
         self.leading.send_replace(None);
         self.parts.metrics.is_active_producer(false);
     }
@@ -222,7 +224,6 @@ impl Producer {
                 self.paused = leadership.paused;
                 if !led {
                     tracing::info!(instance = instance.0, "instance {} is the active producer", instance.0);
-                    self.cursor = MessageId(0);
                     self.unsure = true;
                     if let Some(pacer) = &mut self.pacer {
                         let left = leadership.paced_until.map_or(Duration::ZERO, |ends| ends.since(now.time));
@@ -232,7 +233,7 @@ impl Producer {
             }
             None => self.led_until = Instant::START,
         }
-        self.leading.send_replace(won.map(|led| Reign { steady_since: led.steady_since, until: led_until }));
+        self.leading.send_replace(won.map(|led| Term { steady_since: led.steady_since, until: led_until }));
         Ok(won.is_some())
     }
 
@@ -251,49 +252,25 @@ impl Producer {
         self.parts.store.due(&lanes, now.time.after(Ticket::AHEAD)).await
     }
 
-    /// Claims new rows that appeared behind the cursor, when it is time to.
-    async fn claim_late(&mut self, instance: InstanceId, now: Now) -> Result<bool> {
-        if now.instant < self.next_sweep {
-            return Ok(false);
-        }
-        let (due, pass_busy) = (Due::up_to(self.cursor), self.passing.has_left());
-        let taken = self.claim(instance, Look { due, most: self.options.batch, pass_busy }, now).await?;
-        match taken {
-            Taken::Full(_) => return Ok(true),
-            Taken::NoRoom => return Ok(false),
-            Taken::Some(_) | Taken::Nothing => self.next_sweep = now.instant.after(SWEEP),
-        }
-        if pass_busy {
-            match self.claim(instance, Look { due, most: HOLD, pass_busy: false }, now).await? {
-                Taken::Full(rows) => self.passing.held(Some(rows.seen)),
-                Taken::Some(_) | Taken::Nothing => self.passing.held(None),
-                Taken::NoRoom => {}
+    /// Claims new messages, urgent ones first: after a full claim the others have to wait. Asks which endpoints are
+    /// saturated while there are any.
+    async fn claim_new(&mut self, instance: InstanceId, now: Now) -> Result<bool> {
+        let mut worked = false;
+        for urgency in Urgency::ALL {
+            match self.claim(instance, Due::New(urgency), now).await? {
+                Taken::Full { .. } => {
+                    worked = true;
+                    break;
+                }
+                Taken::Some { .. } => worked = true,
+                Taken::Nothing | Taken::NoCapacity => {}
             }
         }
-        Ok(false)
-    }
-
-    /// Claims new rows after the cursor. Asks which endpoints are busy while there are any.
-    async fn claim_fresh(&mut self, instance: InstanceId, now: Now) -> Result<bool> {
-        let (after, pass_busy) = (self.cursor, self.passing.passes());
-        let up_to = if pass_busy { after.0.saturating_add(LEFT_MAX) } else { i64::MAX };
-        let due = Due::New { after, up_to: MessageId(up_to) };
-        let taken = self.claim(instance, Look { due, most: self.options.batch, pass_busy }, now).await?;
-        match taken {
-            Taken::Full(rows) | Taken::Some(rows) => {
-                let gone_past = usize::try_from(rows.last.0.abs_diff(after.0)).unwrap_or(usize::MAX);
-                let left = if pass_busy { gone_past.saturating_sub(rows.seen) } else { 0 };
-                self.passing.claimed(matches!(taken, Taken::Full(_)), left);
-                self.cursor = rows.last;
-            }
-            Taken::Nothing => self.passing.claimed(false, 0),
-            Taken::NoRoom => {}
+        if now.instant >= self.next_saturated {
+            self.saturated = self.parts.store.saturated().await?;
+            self.next_saturated = now.instant.after(BUSY);
         }
-        if now.instant >= self.next_busy {
-            self.busy = self.parts.store.busy().await?;
-            self.next_busy = now.instant.after(BUSY);
-        }
-        Ok(matches!(taken, Taken::Full(_) | Taken::Some(_)))
+        Ok(worked)
     }
 
     /// Claims rows whose time has almost come, lane by lane. A paced first try takes its place in the window in
@@ -303,10 +280,9 @@ impl Producer {
         for lane in lanes {
             let paced = lane.is_empty() && self.pacer.is_some();
             let by = if paced { now.time } else { now.time.after(Ticket::AHEAD) };
-            let look = Look { due: Due::Timed { lane, by }, most: self.options.batch, pass_busy: false };
-            let taken = self.claim(instance, look, now).await?;
-            full |= matches!(taken, Taken::Full(_));
-            if matches!(taken, Taken::Full(rows) | Taken::Some(rows) if rows.late) {
+            let taken = self.claim(instance, Due::Timed { lane, by }, now).await?;
+            full |= matches!(taken, Taken::Full { .. });
+            if matches!(taken, Taken::Full { late: true } | Taken::Some { late: true }) {
                 self.burst_until = now.instant.after(BURST);
             }
         }
@@ -318,13 +294,44 @@ impl Producer {
     }
 
     /// One claim, as large as room and pacing allow.
-    async fn claim(&mut self, owner: InstanceId, look: Look<'_>, now: Now) -> Result<Taken> {
-        let Look { due, most, pass_busy } = look;
+    async fn claim(&mut self, owner: InstanceId, due: Due<'_>, now: Now) -> Result<Taken> {
         let (lane, first_tries) = match due {
-            Due::Timed { lane, .. } if !lane.is_empty() => (lane, false),
-            _ => (self.options.fresh_lane.as_str(), true),
+            Due::Timed { lane, .. } if !lane.is_empty() => (lane.to_owned(), false),
+            _ => (self.options.fresh_lane.clone(), true),
         };
-        let mut limit = self.rooms.room(lane).min(most);
+        let limit = match self.allowance(&lane, first_tries, owner, now).await? {
+            Some(limit) if limit > 0 && self.publishing.len() < PUBLISHING_MAX => limit,
+            Some(_) => return Ok(Taken::NoCapacity),
+            None => return Ok(Taken::Nothing),
+        };
+        let (batch, saturated) = (BatchId::random(), &self.saturated);
+        let claim = Claim { due, limit, lane: &lane, batch, saturated, owner, now: now.time };
+        let watch = self.parts.clock.stopwatch();
+        let claimed = self.parts.store.claim(&claim).await.inspect_err(|_| self.unsure = true)?;
+        if claimed.seen == 0 {
+            return Ok(Taken::Nothing);
+        }
+        for id in &claimed.unreadable {
+            tracing::error!(id = id.0, "message {id} can't be read and is dead; its reason says why");
+        }
+        self.parts.metrics.batch("claim", claimed.tickets.len(), watch.elapsed());
+        let late = claimed.tickets.iter().any(|ticket| ticket.due_at.is_none());
+        if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
+            pacer.used(claimed.tickets.len());
+        }
+        self.publish(lane, batch, claimed.tickets);
+        Ok(if claimed.seen >= limit { Taken::Full { late } } else { Taken::Some { late } })
+    }
+
+    /// How many may be claimed for a lane now, by its room and the pacing. `None`: another producer leads.
+    async fn allowance(
+        &mut self,
+        lane: &str,
+        first_tries: bool,
+        owner: InstanceId,
+        now: Now,
+    ) -> Result<Option<usize>> {
+        let mut limit = self.capacity.free(lane).min(self.options.batch);
         if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
             limit = limit.min(pacer.allowance(now.instant));
             if limit > 0 && pacer.opens_window(now.instant) {
@@ -339,60 +346,41 @@ impl Producer {
                 };
                 if self.parts.store.lead(&bid).await?.is_none() {
                     self.led_until = Instant::START;
-                    return Ok(Taken::Nothing);
+                    return Ok(None);
                 }
                 pacer.open_window(now.instant);
             }
         }
-        if limit == 0 || self.publishing.len() >= PUBLISHING_MAX {
-            return Ok(Taken::NoRoom);
-        }
-        let directory = self.parts.directory.snapshot();
-        let (open, busy) = (&directory.open, &self.busy);
-        let claim = Claim { due, limit, lane, open, busy, pass_busy, owner, now: now.time };
-        let watch = self.parts.clock.stopwatch();
-        let claimed = self.parts.store.claim(&claim).await.inspect_err(|_| self.unsure = true)?;
-        let Some(last) = claimed.last else { return Ok(Taken::Nothing) };
-        for id in &claimed.unreadable {
-            tracing::error!(id = id.0, "message {id} can't be read and is dead; its reason says why");
-        }
-        self.parts.metrics.batch("claim", claimed.tickets.len(), watch.elapsed());
-        let late = claimed.tickets.iter().any(|ticket| ticket.due_at.is_none());
-        let rows = Rows { seen: claimed.seen, last, late };
-        let taken = if claimed.seen >= limit { Taken::Full(rows) } else { Taken::Some(rows) };
-        if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
-            pacer.used(claimed.tickets.len());
-        }
-        let lane = lane.to_owned();
-        self.publish(lane, claimed);
-        Ok(taken)
+        Ok(Some(limit))
     }
 
     /// Publishes a claimed batch beside the next claim.
-    fn publish(&mut self, lane: String, claimed: Claimed) {
-        let Some(batch) = claimed.batch else { return };
-        self.rooms.published(&lane, claimed.tickets.len());
-        let parts = self.parts.clone();
-        let known = self.rooms.under_way(batch);
+    fn publish(&mut self, lane: String, batch: BatchId, tickets: Vec<Ticket>) {
+        if tickets.is_empty() {
+            return;
+        }
+        self.capacity.published(&lane, &tickets);
+        let (parts, stop) = (self.parts.clone(), self.stop.clone());
+        let known = self.capacity.under_way(batch);
         self.publishing.spawn(async move {
-            publish(&parts, &lane, batch, claimed).await;
+            publish(&parts, &lane, batch, &tickets, &stop).await;
             drop(known);
         });
     }
 
-    /// After a claim whose answer was lost, and after an election: batches of ours in the ledger that
-    /// nobody is publishing are given back.
-    async fn give_back_unknown(&mut self, instance: InstanceId) -> Result<()> {
-        let batches = self.parts.store.batches(self.parts.clock.now(), 10_000).await?;
-        let unknown: Vec<BatchId> = batches
-            .iter()
-            .filter(|batch| {
-                batch.owner == instance && batch.place.is_none() && !self.rooms.is_under_way(batch.id)
-            })
-            .map(|batch| batch.id)
-            .collect();
-        for chunk in unknown.chunks(100) {
-            self.parts.store.requeue(chunk, self.parts.clock.now()).await?;
+    /// After a claim whose answer was lost, and after an election: batches of ours that nobody is publishing are
+    /// issued again.
+    async fn reissue_unknown(&mut self, owner: InstanceId) -> Result<()> {
+        let now = self.parts.clock.now();
+        for known in self.parts.store.batches(now, 10_000).await? {
+            if known.owner != owner || known.place.is_some() || self.capacity.is_under_way(known.id) {
+                continue;
+            }
+            let batch = BatchId::random();
+            let reissue = Reissue { suspect: Suspect::Batch(known.id), batch, owner, now };
+            if let Some(reissued) = self.parts.store.reissue(&reissue).await? {
+                self.publish(reissued.lane, batch, reissued.tickets);
+            }
         }
         self.unsure = false;
         Ok(())
@@ -408,9 +396,7 @@ impl Producer {
                 more |= freed > 0;
             }
         }
-        if more {
-            self.next_sweep = now.instant;
-        } else {
+        if !more {
             self.next_unhold = now.instant.after(UNHOLD);
         }
         Ok(())
@@ -421,56 +407,19 @@ impl Producer {
 const GAP_MIN: Duration = Duration::from_millis(2);
 const GAP_MAX: Duration = Duration::from_millis(100);
 
-/// What one claim is to look at: [`Claim`] without what all have in common.
-#[derive(Clone, Copy)]
-struct Look<'a> {
-    due: Due<'a>,
-    most: usize,
-    pass_busy: bool,
-}
-
+/// What a claim came to.
 #[derive(Clone, Copy)]
 enum Taken {
-    /// As many as were asked for: there may be more.
-    Full(Rows),
-    Some(Rows),
+    /// As many as were asked for: there may be more. `late`: the time of one of them had come before.
+    Full {
+        late: bool,
+    },
+    Some {
+        late: bool,
+    },
     Nothing,
     /// Nothing was asked for.
-    NoRoom,
-}
-
-#[derive(Clone, Copy)]
-struct Rows {
-    seen: usize,
-    last: MessageId,
-    /// The time of one of them had come before.
-    late: bool,
-}
-
-/// Publishes one batch, then notes it in the ledger; gives its rows back when the broker does not take it.
-async fn publish(parts: &Parts, lane: &str, batch: BatchId, claimed: Claimed) {
-    let watch = parts.clock.stopwatch();
-    let records: Vec<_> = claimed.tickets.iter().map(lane_record).collect();
-    let count = records.len();
-    let only = &[batch];
-    let never = CancellationToken::new();
-    match parts.queue.publish(lane, records).await {
-        Ok(place) => {
-            parts.metrics.batch("publish", count, watch.elapsed());
-            service::persist("ledger", &never, || parts.store.acknowledge(batch, place)).await;
-        }
-        Err(error) => {
-            tracing::warn!(
-                lane,
-                "{count} tickets could not be published on {lane}: {error}; they are given back"
-            );
-            service::persist("ledger", &never, || parts.store.requeue(only, parts.clock.now())).await;
-            // A lane that is missing is the usual reason, and mending it is idempotent.
-            if let Err(error) = parts.queue.ensure(&[lane.to_owned()]).await {
-                tracing::debug!(lane, "{lane} could not be made sure of: {error}");
-            }
-        }
-    }
+    NoCapacity,
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! A lane is a topic of partitions; each partition is an ordered log. A batch goes to one partition.
 //! Delivery is at least once and may repeat or lose anything: the guarded begin in the store makes
-//! repeats harmless, the ledger finds losses. Committed positions are hints.
+//! repeats harmless, the batches in the store find losses. Committed positions are hints.
 
 #[cfg(test)]
 pub(crate) mod conformance;

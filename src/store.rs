@@ -3,30 +3,37 @@
 //! The store is the truth (P3): queue and cache may be emptied at any moment. Everything here is
 //! batched; a backend never runs a statement per message. All times come from the caller's clock.
 //!
-//! How a message moves, and which call moves it:
+//! A delivery stands in exactly one place, and the place is its status. Every move is one transaction:
 //!
-//! | from | to | by |
+//! | place | status | how it comes there |
 //! | --- | --- | --- |
-//! | | `pending` | an `INSERT`, or [`Store::insert`] |
-//! | `pending`, due `retrying` | `queued`, epoch + 1 (or held, or `expired`) | [`Store::claim`] |
-//! | `queued` of the ticket's epoch | `processing` (or `expired`, or held) | [`Store::begin`], [`Store::hold`] |
-//! | `processing` of the ticket's epoch | `retrying`, `dead`, or back as it was | [`Store::record`] |
-//! | anything | `sent` | [`Store::record`]: a success is accepted from any epoch |
-//! | held | due again | [`Store::unhold`] |
-//! | `queued`, `processing` of something that died | due at once | [`Store::recover`], [`Store::requeue`] |
+//! | only `messages` | `pending` | an `INSERT`, or [`Store::insert`] |
+//! | a batch | `queued` | [`Store::claim`], [`Store::reissue`] |
+//! | a lease | `processing` | [`Store::begin`] |
+//! | `waiting` | `pending` before its first attempt, else `retrying` | [`Store::claim`] of one that is scheduled, or whose endpoint is saturated or closed; [`Store::hold`]; [`Store::record`] of a failure; a redrive |
+//! | `deliveries` | `sent`, `dead`, `cancelled`, `expired` | [`Store::record`], a cancel, a claim or [`Store::expire`] of one whose time is over |
 //!
-//! "Back as it was" means `pending` when no try has been recorded, else `retrying`, due at once, or when it was
-//! due if that is still to come.
-//! Whoever gives a row back raises its epoch by nothing: the next claim does, and until then a
-//! stale ticket finds the row not `queued`.
+//! A batch stands for the deliveries that were claimed together, a lease for those of one batch that one consumer
+//! has begun together. Each has a [`Mask`] of the positions that still stand in it. A ticket names its batch and
+//! position, so a ticket whose bit is gone is stale and begins nothing.
+//!
+//! What died, or what the broker lost, is repaired by [`Store::reissue`] alone: what is left in a batch or lease
+//! becomes a new batch, and its tickets are published again. The new batch keeps the positions and the *root*, the
+//! first batch that these deliveries were in, so that a success that comes late takes its delivery out wherever
+//! it stands by then.
 
 #[cfg(test)]
 pub(crate) mod conformance;
+mod execution;
 mod leadership;
+mod mask;
 pub mod operate;
 pub mod postgres;
+mod scheduling;
+mod schema_version;
+mod settle;
 pub mod sqlite;
-mod standing;
+mod upkeep;
 
 use std::time::Duration;
 
@@ -34,13 +41,18 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 use crate::clock::Timestamp;
-use crate::message::{
-    Attempt, Epoch, Held, Message, MessageId, NewMessage, Outcome, Status, Ticket, Verdict,
-};
+use crate::message::{Attempt, Held, Message, MessageId, NewMessage, Status};
 use crate::retry::{Lane, LaneGroup};
+use crate::ticket::{BatchId, EndpointId, Ticket};
 
+pub use execution::{Begin, Begun, DeadLetter, LeaseId, Record, Records, Wanted};
 pub use leadership::{Bid, Leadership, Pacing};
-pub use standing::Standing;
+pub use mask::Mask;
+pub use scheduling::{
+    BATCH_BYTES, BATCH_MAX, Batch, Claim, Claimed, Due, DueNow, Place, Reissue, Reissued, Suspect, Urgency,
+};
+pub use schema_version::SchemaVersion;
+pub use upkeep::{Reconciled, Reconciliation, Recovered, Recovery, Removal, Removed};
 
 use operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
 
@@ -141,74 +153,6 @@ fn latest_present(now: Timestamp) -> Timestamp {
     now.after(Duration::from_secs(120))
 }
 
-/// Which rows a claim looks at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Due<'a> {
-    /// `pending` rows without `send_at`, in id order, after the first of these ids, up to and including the second.
-    New { after: MessageId, up_to: MessageId },
-    /// `retrying` and scheduled `pending` rows of this lane (empty: the fresh lane) whose time has come by then.
-    /// The ticket of one whose time has not come now says when it will.
-    Timed { lane: &'a str, by: Timestamp },
-}
-
-impl Due<'static> {
-    /// New rows after this id.
-    pub fn after(after: MessageId) -> Self {
-        Due::New { after, up_to: MessageId(i64::MAX) }
-    }
-
-    /// New rows up to and including this id: finds what committed late behind the cursor.
-    pub fn up_to(up_to: MessageId) -> Self {
-        Due::New { after: MessageId(0), up_to }
-    }
-}
-
-/// What may be due: see [`Store::due`].
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DueNow {
-    /// Whether there are new rows.
-    pub new: bool,
-    /// The lanes with timed rows whose time has come by the time asked for, in any order.
-    pub lanes: Vec<String>,
-}
-
-/// One claim: at most `limit` due rows become `queued` for `lane`, with one ledger row for all.
-#[derive(Clone, Debug)]
-pub struct Claim<'a> {
-    pub due: Due<'a>,
-    pub limit: usize,
-    /// The topic the tickets go to; written into the ledger.
-    pub lane: &'a str,
-    /// Endpoints that take messages. Rows of any other are held as [`Held::EndpointClosed`] instead.
-    pub open: &'a [String],
-    /// Endpoints whose new rows are held as [`Held::EndpointBusy`] instead: they would only wait on the lane.
-    /// A row that was held or claimed before is not new: it was freed because there is room.
-    pub busy: &'a [String],
-    /// Leaves these rows as they are, and takes others in their place; not those of [`Due::Timed`].
-    pub pass_busy: bool,
-    pub owner: InstanceId,
-    pub now: Timestamp,
-}
-
-/// A ledger row's number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct BatchId(pub i64);
-
-/// What a claim took. `tickets` may be empty although `seen` is not: held and expired rows count there.
-#[derive(Clone, Debug, Default)]
-pub struct Claimed {
-    /// `None` when nothing was queued; then no ledger row was written either.
-    pub batch: Option<BatchId>,
-    pub tickets: Vec<Ticket>,
-    /// Rows looked at: less than the limit means that no more were due.
-    pub seen: usize,
-    /// The highest id looked at.
-    pub last: Option<MessageId>,
-    /// Rows that can't be read, by bytes that are no UTF-8 or numbers that no program holds. They are dead now, with
-    /// the reason, so that no other row waits behind them.
-    pub unreadable: Vec<MessageId>,
-}
-
 /// A JSON column as it is shown. What the program can't hold (a nesting of thousands, a number of a thousand
 /// digits) is shown as its text, because whatever a sender may store can be read back.
 fn json_or_text(json: &str) -> serde_json::Value {
@@ -218,119 +162,6 @@ fn json_or_text(json: &str) -> serde_json::Value {
 /// Why a message is dead that the claim could not read.
 fn unreadable_reason(why: &str) -> String {
     format!("the message can't be read: {why}")
-}
-
-/// Where the broker put a batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    pub partition: i32,
-    /// The offset of its last record.
-    pub offset: i64,
-}
-
-/// A ledger row: the tickets of one claim.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Batch {
-    pub id: BatchId,
-    pub lane: String,
-    pub owner: InstanceId,
-    pub created_at: Timestamp,
-    /// Where the broker acknowledged it; `None` while it has not.
-    pub place: Option<Place>,
-    /// Whether the owner's lease has run out.
-    pub orphaned: bool,
-}
-
-/// What a consumer says of tickets it wants to work on.
-#[derive(Clone, Debug)]
-pub struct Begin<'a> {
-    /// A random number of the caller's that names the group for [`Records::finished`].
-    pub lease: LeaseId,
-    /// Whether this very call was made before and its answer was lost: if it happened after all, the
-    /// answer is then what it began.
-    pub repeated: bool,
-    pub tickets: &'a [(MessageId, Epoch)],
-    pub owner: InstanceId,
-    pub now: Timestamp,
-}
-
-/// A lease row's number: one row for each call of [`Store::begin`] that began anything.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct LeaseId(pub i64);
-
-/// What a begin call took: the messages now `processing`. A ticket that is not among them is stale.
-#[derive(Clone, Debug, Default)]
-pub struct Begun {
-    pub messages: Vec<BegunMessage>,
-}
-
-/// A message that this process may now try.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BegunMessage {
-    pub id: MessageId,
-    /// Which of its tickets was begun: a call may hold stale ones of the same message beside it.
-    pub epoch: Epoch,
-    /// Tries recorded before this one, over all lanes.
-    pub attempts: i32,
-    /// Tries recorded before this one on the lane it is on.
-    pub lane_tries: i32,
-}
-
-/// What one try came to and what was decided.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Record {
-    pub id: MessageId,
-    pub epoch: Epoch,
-    /// The number of the try.
-    pub attempt: i32,
-    /// The lane it was made on.
-    pub lane: String,
-    /// `None` only with [`Verdict::Release`]: there was no try.
-    pub outcome: Option<Outcome>,
-    pub verdict: Verdict,
-}
-
-/// One write of records.
-#[derive(Clone, Debug)]
-pub struct Records<'a> {
-    pub records: &'a [Record],
-    /// Leases whose messages are all recorded with this write.
-    pub finished: &'a [LeaseId],
-    pub now: Timestamp,
-}
-
-/// A dead message whose record has still to reach the dead-letter lane.
-#[derive(Clone, Debug)]
-pub struct DeadLetter {
-    pub ticket: Ticket,
-    pub lane: String,
-    pub reason: String,
-    pub attempts: i32,
-    pub last_status: Option<u16>,
-    pub last_error: Option<String>,
-    pub dead_at: Timestamp,
-}
-
-/// What a recovery looks at.
-#[derive(Clone, Copy, Debug)]
-pub struct Recovery<'a> {
-    pub now: Timestamp,
-    /// No lease ends later that was renewed by now.
-    pub latest: Timestamp,
-    /// Instances of [`Recovered::ahead`] that have not renewed their lease for as long as one lasts, by the caller's
-    /// own watch. They are dead, too, although their lease has not run out.
-    pub silent: &'a [InstanceId],
-}
-
-/// What a recovery found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Recovered {
-    /// How many instances were dead.
-    pub instances: u64,
-    /// How many messages they were working on. These are due again.
-    pub messages: u64,
-    /// Instances whose lease ends later than any can, and when they renewed it last: their clock was ahead.
-    pub ahead: Vec<(InstanceId, Timestamp)>,
 }
 
 /// A count that stops counting: `more` says that there are at least `count`.
@@ -377,14 +208,14 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// [`StoreError::Unsupported`] when the store needs a program that knows others: a newer one, or one of
     /// another line.
-    async fn standing(&self) -> Result<Standing>;
+    async fn schema_version(&self) -> Result<SchemaVersion>;
 
     /// The names of migrations that are missing.
     ///
     /// # Errors
-    /// Those of [`Store::standing`].
+    /// Those of [`Store::schema_version`].
     async fn missing_migrations(&self) -> Result<Vec<String>> {
-        Ok(self.standing().await?.missing)
+        Ok(self.schema_version().await?.missing)
     }
 
     /// The random number that this store was given by its first migration; `webhook-id`s carry it.
@@ -413,10 +244,10 @@ pub trait Store: Send + Sync + 'static {
 
     /// Says which endpoints this instance can't try as fast as their messages come, in place of what it
     /// said before.
-    async fn say_busy(&self, instance: InstanceId, endpoints: &[String]) -> Result<()>;
+    async fn report_saturated(&self, instance: InstanceId, endpoints: &[String]) -> Result<()>;
 
     /// The endpoints that some instance has said to be busy.
-    async fn busy(&self) -> Result<Vec<String>>;
+    async fn saturated(&self) -> Result<Vec<String>>;
 
     /// Ends an instance in good order: its lease, leadership and row go.
     async fn retire(&self, instance: InstanceId) -> Result<()>;
@@ -428,40 +259,42 @@ pub trait Store: Send + Sync + 'static {
     /// yes in vain, never no.
     async fn due(&self, lanes: &[&str], by: Timestamp) -> Result<DueNow>;
 
-    /// Takes due rows, see [`Claim`]. One statement.
+    /// Takes what is due, see [`Claim`].
     async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed>;
 
     /// Notes that the broker has acknowledged a batch.
     async fn acknowledge(&self, batch: BatchId, place: Place) -> Result<()>;
 
-    /// The oldest ledger rows, at most `limit`.
+    /// The oldest batches, at most `limit`.
     async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>>;
 
-    /// Gives back the rows of these batches that are still `queued` in the epoch that the batch gave
-    /// them, and removes the ledger rows. Returns how many rows were given back. At most 100 batches
-    /// a call.
-    async fn requeue(&self, batches: &[BatchId], now: Timestamp) -> Result<u64>;
+    /// Makes a new batch of what is left in another, or in a lease without a living owner. `None`: nothing is left,
+    /// or the owner of the lease lives.
+    async fn reissue(&self, reissue: &Reissue) -> Result<Option<Reissued>>;
 
-    /// Begins messages: those that are `queued` in the ticket's epoch become `processing`, or
-    /// `expired` when their time is over. One statement per distinct epoch.
-    async fn begin(&self, begin: &Begin<'_>) -> Result<Begun>;
+    /// Begins deliveries: those whose bits are still in their batch come into leases. Answers in any order, and
+    /// nothing for a batch of which nothing was begun.
+    async fn begin(&self, begin: &Begin<'_>) -> Result<Vec<Begun>>;
 
-    /// Writes what tries came to, the attempts and the dead letters with them, in one transaction.
-    /// Returns the ids whose verdict was refused: stale failures.
+    /// Writes what attempts came to, and the dead letters with them, in one transaction. Returns the ids whose verdict
+    /// was refused: failures of deliveries that no longer stand in their lease. A success is never refused.
     async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>>;
 
-    /// Holds messages that are `queued` in the ticket's epoch: they become as they were before the
-    /// claim, and are not claimable until [`Store::unhold`].
-    async fn hold(&self, tickets: &[(MessageId, Epoch)], held: Held, now: Timestamp) -> Result<u64>;
+    /// Holds deliveries that still stand in their batch on this lane: they are not claimed again until
+    /// [`Store::unhold`]. Returns how many those were.
+    async fn hold(&self, lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> Result<u64>;
 
-    /// Which endpoints have rows held, and why.
+    /// Which endpoints have deliveries held, and why.
     async fn held(&self) -> Result<Vec<(String, Held)>>;
 
-    /// Frees at most `limit` held rows of an endpoint, oldest first: due at once, or when they were due if that
-    /// is still to come.
+    /// Frees at most `limit` held deliveries of an endpoint, urgent first, then oldest: due at once, or when they
+    /// were due if that is still to come.
     async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64>;
 
-    /// Takes away the instances whose lease has run out or that are silent, and gives back what they, and instances
+    /// Ends at most `limit` waiting deliveries whose time is over, and returns how many.
+    async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64>;
+
+    /// Takes away the instances whose lease has run out or that are silent, and lists what they, and instances
     /// that have retired, had begun and not recorded.
     async fn recover(&self, recovery: &Recovery<'_>) -> Result<Recovered>;
 
@@ -470,6 +303,21 @@ pub trait Store: Send + Sync + 'static {
 
     /// Marks dead letters as published.
     async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()>;
+
+    /// Removes final messages that are old, with their deliveries and attempts; and what else is as old: idempotency keys,
+    /// statistics, and bulk changes that have ended.
+    async fn remove_old(&self, removal: &Removal) -> Result<Removed>;
+
+    /// Makes the feeds anew when what they remember means nothing here: the database has come from another server, whose
+    /// transactions had other numbers. Whether it did. Messages that have no place are then found by the reconciliation.
+    async fn check_feeds(&self, now: Timestamp) -> Result<bool>;
+
+    /// Looks at the next `limit` messages that the feeds have passed: each must have a place. One that has none comes to
+    /// wait, due at once.
+    async fn reconcile(&self, now: Timestamp, limit: usize) -> Result<Reconciled>;
+
+    /// How the reconciliation stands.
+    async fn reconciliation(&self) -> Result<Reconciliation>;
 
     /// Makes partitions ahead of the ids in use. Does nothing where tables are not partitioned.
     async fn make_partitions(&self) -> Result<()>;

@@ -52,6 +52,8 @@ pub struct Metrics {
     verdicts: Family<Names<2>, Counter>,
     latency: Family<Names<1>, Histogram>,
     recovered: Family<Words<1>, Counter>,
+    removed: Family<Words<1>, Counter>,
+    reconciled: Family<Words<1>, Counter>,
     put_off: Family<Words<1>, Counter>,
     shortages: Shortages,
     part_up: Family<Words<1>, Gauge>,
@@ -95,6 +97,8 @@ impl Default for Metrics {
             verdicts: Family::default(),
             latency: Family::new_with_constructor(long_seconds),
             recovered: Family::default(),
+            removed: Family::default(),
+            reconciled: Family::default(),
             put_off: Family::default(),
             shortages: Shortages::default(),
             part_up: Family::default(),
@@ -132,6 +136,8 @@ impl Metrics {
         register(&mut all, "ams_verdicts_total", &self.verdicts);
         register(&mut all, "ams_delivery_latency_seconds", &self.latency);
         register(&mut all, "ams_recovered_total", &self.recovered);
+        register(&mut all, "ams_removed_total", &self.removed);
+        register(&mut all, "ams_reconciled_total", &self.reconciled);
         register(&mut all, "ams_put_off_total", &self.put_off);
         register(&mut all, "ams_part_up", &self.part_up);
         register(&mut all, "ams_part_answer_seconds", &self.part_answer);
@@ -174,6 +180,7 @@ impl Metrics {
             sent: verdict("sent"),
             retrying: verdict("retrying"),
             dead: verdict("dead"),
+            expired: verdict("expired"),
             released: verdict("released"),
             latency: self.latency.get_or_create_owned(&one()),
         }
@@ -203,7 +210,19 @@ impl Metrics {
         self.unreadable.get_or_create(&labels).inc_by(count as u64);
     }
 
-    /// The janitor gave rows back: `why` is `instance_died`, `batch_orphaned`, `ticket_lost`. Telling of none
+    /// The reconciliation looked at messages, and found some without a place.
+    pub fn reconciled(&self, checked: u64, repaired: u64) {
+        self.reconciled.get_or_create(&[("what", "checked")]).inc_by(checked);
+        self.reconciled.get_or_create(&[("what", "repaired")]).inc_by(repaired);
+    }
+
+    /// The retention removed whole partitions, and single messages besides. Telling of none shows a 0.
+    pub fn removed(&self, partitions: u64, messages: u64) {
+        self.removed.get_or_create(&[("what", "partitions")]).inc_by(partitions);
+        self.removed.get_or_create(&[("what", "messages")]).inc_by(messages);
+    }
+
+    /// The janitor issued deliveries again: `why` is `instance_died`, `batch_orphaned`, `ticket_lost`. Telling of none
     /// shows a 0.
     pub fn recovered(&self, why: &'static str, rows: u64) {
         self.recovered.get_or_create(&[("why", why)]).inc_by(rows);
@@ -294,6 +313,7 @@ pub struct LaneMetrics {
     sent: Counter,
     retrying: Counter,
     dead: Counter,
+    expired: Counter,
     released: Counter,
     latency: Histogram,
 }
@@ -327,6 +347,7 @@ impl LaneMetrics {
             Verdict::Sent => &self.sent,
             Verdict::Retry { .. } => &self.retrying,
             Verdict::Dead { .. } => &self.dead,
+            Verdict::Expired => &self.expired,
             Verdict::Release => &self.released,
         };
         verdicts.inc();

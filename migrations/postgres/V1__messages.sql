@@ -1,7 +1,9 @@
--- Messages, their tries, and what a writer may and may not say.
+-- Messages as their senders wrote them, what became of them, and what a writer may and may not say.
 --
--- Partitioned by id range from the first day: a partition is dropped when all of it is old, and every
--- batched statement carries id bounds, so that it looks at the partitions it needs.
+-- A message is written once by its sender and once by its result. In between its state stands in rows that stand for
+-- a thousand messages each; see V2.
+--
+-- Partitioned by id range from the first day: a partition is dropped when all of it is old.
 
 create type message_state as enum (
     'pending', 'queued', 'processing', 'sent', 'retrying', 'dead', 'cancelled', 'expired'
@@ -9,7 +11,11 @@ create type message_state as enum (
 
 create table installation (
     -- The random number that webhook-ids carry; made here, once.
-    id uuid not null
+    id uuid not null,
+    -- The newest migration that a program has to know. A program whose own newest is older is refused; one that
+    -- knows it may work, whatever migrations came later. A migration that programs before it can't work with sets
+    -- this to its own number; every other one leaves it alone.
+    needs_migration integer not null default 4
 );
 
 insert into installation (id) values (gen_random_uuid());
@@ -19,23 +25,12 @@ create sequence message_ids;
 
 create table messages (
     id bigint not null default nextval('message_ids'),
+    -- The transaction that wrote it: what the feeds go by, because a transaction is committed whole.
+    tx xid8 not null default pg_current_xact_id(),
     created_at timestamptz not null default now(),
-    -- Set by AMS from here ...
-    due_at timestamptz,
-    finished_at timestamptz,
-    status message_state not null default 'pending',
-    epoch integer not null default 0,
-    attempts integer not null default 0,
-    lane_tries integer not null default 0,
-    -- The lane of its next or last try; empty: the fresh lane.
-    lane text not null default '',
-    -- Why the row is kept back although it is due.
-    held text,
-    reason text,
-    -- ... to here; the rest is the writer's.
-    priority smallint not null default 0,
     send_at timestamptz,
     expires_at timestamptz,
+    priority smallint not null default 0,
     endpoint text not null default 'default',
     recipient text not null,
     ordering_key text,
@@ -45,23 +40,8 @@ create table messages (
     headers jsonb,
     tags jsonb,
     content text not null,
-    -- Generated, because a later status change then touches no index and stays on its page (HOT).
-    fresh boolean generated always as (status = 'pending' and held is null and send_at is null) stored,
-    -- When a row that waits for its time is due; null for every other row.
-    timed_at timestamptz generated always as (
-        case
-            when held is not null then null
-            when status = 'retrying' then due_at
-            when status = 'pending' then send_at
-        end
-    ) stored,
-    -- The status of a row that ended without being sent; null for every other row.
-    unsent message_state generated always as (
-        case when status in ('dead', 'cancelled', 'expired') then status end
-    ) stored,
 
     constraint messages_id_positive check (id > 0),
-    constraint messages_held_known check (held in ('endpoint_busy', 'endpoint_closed')),
     constraint messages_endpoint_not_empty check (endpoint <> ''),
     constraint messages_endpoint_at_most_255_characters check (length(endpoint) <= 255),
     constraint messages_recipient_not_empty check (recipient <> ''),
@@ -87,36 +67,92 @@ create table messages (
 
 alter sequence message_ids owned by messages.id;
 
--- Each index holds only the rows that somebody looks for.
-create index messages_fresh on messages (id) where fresh;
-create index messages_timed on messages (lane, timed_at, id) where timed_at is not null;
-create index messages_held on messages (endpoint, held, id) where held is not null;
-create index messages_unsent on messages (unsent, id) where unsent is not null;
+-- What the feeds read: a row stands in one of them.
+create index messages_urgent on messages (tx, id) where priority > 0;
+create index messages_normal on messages (tx, id) where priority = 0;
+create index messages_bulk on messages (tx, id) where priority < 0;
 
--- The test of the trigger's condition is all that an ordinary insert pays.
+-- The test of the trigger's condition is all that an ordinary insert pays. The id is the one that the sequence has
+-- just given for this row.
 create function refuse_what_is_ours() returns trigger language plpgsql as $$
 begin
     raise exception '% is set by AMS; insert without it', case
-        when new.status is distinct from 'pending' then 'status'
-        when new.epoch is distinct from 0 then 'epoch'
-        when new.attempts is distinct from 0 then 'attempts'
-        when new.lane_tries is distinct from 0 then 'lane_tries'
-        when new.lane is distinct from '' then 'lane'
-        when new.held is not null then 'held'
-        when new.due_at is not null then 'due_at'
-        when new.finished_at is not null then 'finished_at'
-        else 'reason'
+        when new.tx is distinct from pg_catalog.pg_current_xact_id() then 'tx'
+        else 'id'
     end;
 end
 $$;
 
 create trigger messages_ours before insert on messages for each row
-when (
-    new.status is distinct from 'pending' or new.epoch is distinct from 0 or new.attempts is distinct from 0
-    or new.lane_tries is distinct from 0 or new.lane is distinct from '' or new.held is not null
-    or new.due_at is not null or new.finished_at is not null or new.reason is not null
-)
+when (new.tx is distinct from pg_current_xact_id() or new.id is distinct from currval('message_ids'::regclass))
 execute function refuse_what_is_ours();
+
+-- What a row may hold beyond the constraints: what can be delivered, and read back. RFC 3339 can write the years 1
+-- to 9999.
+create function check_times() returns trigger language plpgsql as $$
+begin
+    raise exception '% must lie between the years 1 and 9999', case
+        when not new.created_at between '0001-01-01T00:00:00Z' and '9999-12-31T23:59:59.999999Z' then 'created_at'
+        when not new.send_at between '0001-01-01T00:00:00Z' and '9999-12-31T23:59:59.999999Z' then 'send_at'
+        else 'expires_at'
+    end using errcode = 'check_violation';
+end
+$$;
+
+create trigger messages_times before insert on messages for each row
+when (
+    not new.created_at between '0001-01-01T00:00:00Z'::timestamptz and '9999-12-31T23:59:59.999999Z'::timestamptz
+    or not new.send_at between '0001-01-01T00:00:00Z'::timestamptz and '9999-12-31T23:59:59.999999Z'::timestamptz
+    or not new.expires_at between '0001-01-01T00:00:00Z'::timestamptz and '9999-12-31T23:59:59.999999Z'::timestamptz
+)
+execute function check_times();
+
+-- The rules for a request's headers; `src/intake/rules.rs` says the same to callers of the API.
+create function check_headers() returns trigger language plpgsql as $$
+declare
+    fault text;
+begin
+    if new.content_type ~ '[\u0001-\u0008\u000a-\u001f\u007f]' then
+        raise exception 'content_type must be a text without control characters' using errcode = 'check_violation';
+    end if;
+    if new.headers is null or pg_catalog.jsonb_typeof(new.headers) <> 'object' then
+        return new;
+    end if;
+    select case
+        when pg_catalog.count(*) > 64 then 'must be at most 64'
+        when pg_catalog.sum(pg_catalog.octet_length(key) + pg_catalog.octet_length(value #>> '{}')) > 16384
+            then 'must have at most 16 KiB, names and values together'
+        else pg_catalog.min(case
+            when pg_catalog.jsonb_typeof(value) <> 'string' then 'must be a JSON object of texts'
+            when key !~ '^[-!#$%&''*+.^_`|~0-9A-Za-z]+$' then 'have a name that is no header name'
+            when key ~* '^(webhook-|ams-|proxy-)' or pg_catalog.lower(key) in (
+                'host', 'content-length', 'content-type', 'transfer-encoding', 'connection', 'keep-alive',
+                'upgrade', 'te', 'trailer', 'expect', 'user-agent', 'idempotency-key'
+            ) then 'name one that is set by AMS; leave it out'
+            when value #>> '{}' ~ '[\u0001-\u0008\u000a-\u001f\u007f]' then 'have a value with control characters'
+        end)
+    end into fault from pg_catalog.jsonb_each(new.headers);
+    if fault is not null then
+        raise exception 'headers %', fault using errcode = 'check_violation';
+    end if;
+    return new;
+end
+$$;
+
+create trigger messages_headers before insert on messages for each row
+when (new.headers is not null or new.content_type is not null)
+execute function check_headers();
+
+-- Twice what the API takes, because jsonb writes more blanks.
+create function check_tags() returns trigger language plpgsql as $$
+begin
+    raise exception 'tags must have at most 32 KiB' using errcode = 'check_violation';
+end
+$$;
+
+create trigger messages_tags before insert on messages for each row
+when (octet_length(new.tags::text) > 32768)
+execute function check_tags();
 
 -- No unique index spans partitions, so the keys stand in a table of their own.
 create table idempotency_keys (
@@ -125,26 +161,70 @@ create table idempotency_keys (
     created_at timestamptz not null
 );
 
-create function claim_idempotency_key() returns trigger language plpgsql security definer
-set search_path from current as $$
+-- Small: keys come in the order of their age.
+create index idempotency_keys_by_age on idempotency_keys using brin (created_at);
+
+-- A function that runs with its owner's rights looks names up in our schema and nowhere else. The schema of
+-- temporary tables stands last in its path, because it stands first in every path that does not name it.
+do $do$
 begin
-    insert into idempotency_keys (key, message_id, created_at)
-    values (new.idempotency_key, new.id, new.created_at);
-    return null;
-exception when unique_violation then
-    raise exception 'idempotency_key was used before; a message with this key is stored already'
-        using errcode = 'unique_violation', constraint = 'idempotency_keys_pkey';
+    execute format($sql$
+        create function %1$I.claim_idempotency_key() returns trigger language plpgsql security definer
+        set search_path = pg_catalog, %1$I, pg_temp as $body$
+        begin
+            -- An exception block would cost a subtransaction for each row.
+            insert into %1$I.idempotency_keys (key, message_id, created_at)
+            values (new.idempotency_key, new.id, new.created_at)
+            on conflict do nothing;
+            if not found then
+                raise exception 'idempotency_key was used before; a message with this key is stored already'
+                    using errcode = 'unique_violation', constraint = 'idempotency_keys_pkey';
+            end if;
+            return null;
+        end
+        $body$
+    $sql$, current_schema());
 end
-$$;
+$do$;
 
 create trigger messages_idempotency_key after insert on messages for each row
 when (new.idempotency_key is not null)
 execute function claim_idempotency_key();
 
--- One row for each try. The key makes a record that is written twice harmless.
+-- A delivery that has ended: one message to one endpoint. Only a success that comes late, and a redrive, change it.
+create table deliveries (
+    message_id bigint not null,
+    endpoint_id integer not null,
+    -- `sent`, `dead`, `cancelled` or `expired`.
+    status message_state not null,
+    -- Attempts made, over all lanes.
+    attempts integer not null,
+    -- The lane of the last attempt; empty: there was none.
+    lane text not null,
+    finished_at timestamptz not null,
+    reason text,
+    -- The attempt that succeeded; null where none did. The batch of its ticket tells attempts apart.
+    batch bigint,
+    started_at timestamptz,
+    connect_us integer,
+    head_us integer,
+    body_us integer,
+    http_status smallint,
+    address text,
+    provider_message_id text,
+    -- The first 4 KiB of the answer's body.
+    answer text,
+    primary key (message_id, endpoint_id)
+) partition by range (message_id);
+
+create index deliveries_unsent on deliveries (status, message_id) where status <> 'sent';
+
+-- An attempt that is not told by its delivery: one that failed, or a further success. The key makes a record that is
+-- written twice harmless.
 create table attempts (
     message_id bigint not null,
-    epoch integer not null,
+    endpoint_id integer not null,
+    batch bigint not null,
     attempt integer not null,
     started_at timestamptz not null,
     connect_us integer not null,
@@ -157,38 +237,73 @@ create table attempts (
     address text not null,
     error text,
     provider_message_id text,
-    -- The first 4 KiB of the answer's body.
     answer text not null,
-    primary key (message_id, epoch)
+    primary key (message_id, endpoint_id, batch)
 ) partition by range (message_id);
 
--- Makes the partitions of half a million ids each, four ahead of the ids in use. A partition is built
--- apart and then attached, which waits for nobody who writes.
-create function make_partitions() returns void language plpgsql security definer
-set search_path from current as $$
-declare
-    size constant bigint := 500000;
-    used bigint;
-begin
-    perform pg_advisory_xact_lock(hashtext('ams make_partitions'));
-    select last_value into used from message_ids;
-    for number in used / size .. used / size + 4 loop
-        if to_regclass(format('messages_%s', number)) is null then
-            execute format('create table messages_%s (like messages including all) with (fillfactor = 50)', number);
-            execute format(
-                'alter table messages attach partition messages_%s for values from (%s) to (%s)',
-                number, number * size, (number + 1) * size
-            );
-        end if;
-        if to_regclass(format('attempts_%s', number)) is null then
-            execute format('create table attempts_%s (like attempts including all)', number);
-            execute format(
-                'alter table attempts attach partition attempts_%s for values from (%s) to (%s)',
-                number, number * size, (number + 1) * size
-            );
-        end if;
-    end loop;
-end
-$$;
+-- Rows whose id has no partition of its own stand here: a sequence that was moved ahead, and days without a
+-- producer take no more from a writer than that.
+create table messages_default (like messages including all);
+alter table messages attach partition messages_default default;
+create table deliveries_default (like deliveries including all);
+alter table deliveries attach partition deliveries_default default;
+create table attempts_default (like attempts including all);
+alter table attempts attach partition attempts_default default;
 
-select make_partitions();
+-- Makes one partition, the first that is missing of the four from the ids in use on, and says whether there may
+-- be more to do. One for each call, because to attach it locks the default partition until the end of the
+-- transaction, and who locks two may wait for somebody who waits for him.
+do $do$
+begin
+    execute format($sql$
+        create function %1$I.make_partitions() returns boolean language plpgsql security definer
+        set search_path = pg_catalog, %1$I, pg_temp
+        -- Whoever needs the default partition waits behind a lock that is waited for. A reader may hold it for hours.
+        set lock_timeout = '100ms' as $body$
+        declare
+            -- Few enough partitions that no statement opens more than the 16 relations that a backend locks cheaply before
+            -- PostgreSQL 18, small enough that what is old goes soon.
+            size constant bigint := 5000000;
+            -- The partition of the last id that there can be.
+            last_number constant bigint := 9223372036854775807 / size - 1;
+            number bigint;
+            ahead bigint;
+            parent text;
+            part text;
+            id text;
+            taken boolean;
+        begin
+            if not pg_try_advisory_xact_lock(hashtext('ams make_partitions')) then
+                return false;
+            end if;
+            select last_value / size, last_value / size + 3 into number, ahead from %1$I.message_ids;
+            while number <= ahead and number <= last_number loop
+                foreach parent in array array['messages', 'deliveries', 'attempts'] loop
+                    part := format('%%s_%%s', parent, number);
+                    id := case parent when 'messages' then 'id' else 'message_id' end;
+                    continue when to_regclass(format('%%I.%%I', %1$L, part)) is not null;
+                    -- What the default partition has taken in stays there.
+                    execute format(
+                        'select exists (select from %%I.%%I where %%I >= $1 and %%I < $2)',
+                        %1$L, parent || '_default', id, id
+                    ) into taken using number * size, (number + 1) * size;
+                    continue when taken;
+                    execute format(
+                        'create table %%1$I.%%2$I (like %%1$I.%%3$I including all)',
+                        %1$L, part, parent
+                    );
+                    execute format(
+                        'alter table %%1$I.%%2$I attach partition %%1$I.%%3$I for values from (%%4$s) to (%%5$s)',
+                        %1$L, parent, part, number * size, (number + 1) * size
+                    );
+                    return true;
+                end loop;
+                number := number + 1;
+            end loop;
+            return false;
+        end
+        $body$
+    $sql$, current_schema());
+end
+$do$;
+

@@ -1,17 +1,9 @@
 -- What operators do: look for messages, pause, cancel and redrive many at once, let programs in by keys.
 
--- One for each filter of a list, newest first. They cost every insert and claim about 2 us a row.
+-- One for each filter of a list, newest first. They cost every insert about 2 us a row.
 create index messages_by_recipient on messages (recipient, id);
 create index messages_by_endpoint on messages (endpoint, id);
 create index messages_by_created_at on messages (created_at, id);
--- Scheduled, retrying and held rows by id; new rows have messages_fresh.
-create index messages_waiting on messages (id) where timed_at is not null or held is not null;
-
--- Both hold for all producers and over restarts; the pacing is what the active producer said last.
-alter table leader add column paused boolean not null default false;
-alter table leader add column pace_count integer;
-alter table leader add column pace_interval_ms bigint;
-
 -- A cancel or redrive of many messages, worked off piece by piece.
 create table jobs (
     id bigint generated always as identity primary key,

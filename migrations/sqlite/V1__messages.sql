@@ -1,13 +1,19 @@
--- Messages, their tries, and what a writer may and may not say.
+-- Messages as their senders wrote them, what became of them, and what a writer may and may not say.
+--
+-- A message is written once by its sender and once by its result. In between its state stands in rows that stand for
+-- a thousand messages each; see V2.
 --
 -- Everything here must work in a plain sqlite3 shell of version 3.40, because anyone may insert.
--- A writer's times are text in UTC that julianday() understands, kept to the millisecond; our own
--- times are integers, microseconds since 1970. The migrations of PostgreSQL have the same names and
--- the same meaning.
+-- A writer's times are text in UTC that julianday() understands; our own times are integers, microseconds since 1970.
+-- The migrations of PostgreSQL have the same names and the same meaning.
 
 create table installation (
     -- The random number that webhook-ids carry; made here, once.
-    id text not null
+    id text not null,
+    -- The newest migration that a program has to know. A program whose own newest is older is refused; one that
+    -- knows it may work, whatever migrations came later. A migration that programs before it can't work with sets
+    -- this to its own number; every other one leaves it alone.
+    needs_migration integer not null default 4
 ) strict;
 
 insert into installation (id)
@@ -16,22 +22,10 @@ select lower(
     || substr('89ab', 1 + (random() & 3), 1) || substr(hex(randomblob(2)), 2) || '-' || hex(randomblob(6))
 );
 
--- Our narrow columns stand first: they are read and written without walking through a long content.
+-- There is one writer at a time, so the ids are in the order of the commits: a feed goes by them.
 create table messages (
     id integer primary key autoincrement,
-    -- Set by AMS from here ...
-    status text not null default 'pending',
-    epoch integer not null default 0,
-    attempts integer not null default 0,
-    lane_tries integer not null default 0,
-    -- The lane of its next or last try; empty: the fresh lane.
-    lane text not null default '',
-    -- Why the row is kept back although it is due.
-    held text,
-    due_at integer,
-    finished_at integer,
-    reason text,
-    -- ... to here; the rest is the writer's.
+    -- The narrow columns stand first: they are read without walking through a long content.
     endpoint text not null default 'default',
     recipient text not null,
     priority integer not null default 0,
@@ -46,22 +40,8 @@ create table messages (
     headers text,
     tags text,
     content text not null,
-    -- When a row that waits for its time is due; null for every other row.
-    timed_at integer generated always as (
-        case
-            when held is not null then null
-            when status = 'retrying' then due_at
-            when status = 'pending' and send_at like '____-__-__%'
-                then cast(round((julianday(send_at) - 2440587.5) * 86400000.0) as integer) * 1000
-        end
-    ) virtual,
 
     constraint messages_id_positive check (id > 0),
-    constraint messages_status_known check (
-        status = 'pending' or status = 'queued' or status = 'processing' or status = 'sent'
-        or status = 'retrying' or status = 'dead' or status = 'cancelled' or status = 'expired'
-    ),
-    constraint messages_held_known check (held = 'endpoint_busy' or held = 'endpoint_closed'),
     constraint messages_endpoint_not_empty check (endpoint <> ''),
     constraint messages_endpoint_at_most_255_characters check (length(endpoint) <= 255),
     constraint messages_recipient_not_empty check (recipient <> ''),
@@ -92,30 +72,104 @@ create table messages (
     )
 ) strict;
 
--- Each index holds only the rows that somebody looks for, so a status change elsewhere costs nothing.
--- Comparisons stand here and above instead of `in (...)`, which makes a list anew for each row: 5 us a write.
-create index messages_fresh on messages (id) where status = 'pending' and held is null and send_at is null;
-create index messages_timed on messages (lane, timed_at, id) where timed_at is not null;
-create index messages_held on messages (endpoint, held, id) where held is not null;
-create index messages_unsent on messages (status, id)
-where status = 'dead' or status = 'cancelled' or status = 'expired';
+-- What the feeds read: a row stands in one of them.
+create index messages_urgent on messages (id) where priority > 0;
+create index messages_normal on messages (id) where priority = 0;
+create index messages_bulk on messages (id) where priority < 0;
 
-create trigger messages_ours before insert on messages
-when new.status is not 'pending' or new.epoch is not 0 or new.attempts is not 0 or new.lane_tries is not 0
-    or new.lane is not '' or new.held is not null or new.due_at is not null or new.finished_at is not null
-    or new.reason is not null
+-- The id is ours, too. Without one in the statement it is -1 here, before it is given.
+create trigger messages_id before insert on messages
+when new.id is not -1
 begin
-    select case
-        when new.status is not 'pending' then raise(abort, 'status is set by AMS; insert without it')
-        when new.epoch is not 0 then raise(abort, 'epoch is set by AMS; insert without it')
-        when new.attempts is not 0 then raise(abort, 'attempts is set by AMS; insert without it')
-        when new.lane_tries is not 0 then raise(abort, 'lane_tries is set by AMS; insert without it')
-        when new.lane is not '' then raise(abort, 'lane is set by AMS; insert without it')
-        when new.held is not null then raise(abort, 'held is set by AMS; insert without it')
-        when new.due_at is not null then raise(abort, 'due_at is set by AMS; insert without it, or set send_at')
-        when new.finished_at is not null then raise(abort, 'finished_at is set by AMS; insert without it')
-        else raise(abort, 'reason is set by AMS; insert without it')
-    end;
+    select raise(abort, 'id is set by AMS; insert without it');
+end;
+
+-- Text is UTF-8. SQLite takes any bytes, so these columns are read character by character when they hold more
+-- than ASCII: bytes that are no character come back as another one. The content may be too long for that; the
+-- claim looks at it.
+create trigger messages_text before insert on messages
+when new.endpoint glob '*[^' || char(1) || '-~]*' or instr(new.endpoint, char(0))
+    or new.recipient glob '*[^' || char(1) || '-~]*' or instr(new.recipient, char(0))
+    or new.content_type glob '*[^' || char(1) || '-~]*' or instr(new.content_type, char(0))
+    or new.ordering_key glob '*[^' || char(1) || '-~]*' or instr(new.ordering_key, char(0))
+    or new.idempotency_key glob '*[^' || char(1) || '-~]*' or instr(new.idempotency_key, char(0))
+begin
+    select case given.name
+        when 'endpoint' then raise(abort, 'endpoint must be UTF-8 without the character U+0000')
+        when 'recipient' then raise(abort, 'recipient must be UTF-8 without the character U+0000')
+        when 'content_type' then raise(abort, 'content_type must be UTF-8 without the character U+0000')
+        when 'ordering_key' then raise(abort, 'ordering_key must be UTF-8 without the character U+0000')
+        else raise(abort, 'idempotency_key must be UTF-8 without the character U+0000')
+    end
+    from (
+        select 'endpoint' as name, new.endpoint as text
+        union all select 'recipient', new.recipient
+        union all select 'content_type', new.content_type
+        union all select 'ordering_key', new.ordering_key
+        union all select 'idempotency_key', new.idempotency_key
+    ) given
+    where given.text is not null and (
+        instr(given.text, char(0))
+        or exists (
+            with recursive at (i) as (select 1 union all select i + 1 from at where i < length(given.text))
+            select 1 from at where char(unicode(substr(given.text, i, 1))) is not substr(given.text, i, 1)
+        )
+    )
+    limit 1;
+end;
+
+-- RFC 3339 can write the years 1 to 9999; SQLite knows a year 0, too.
+create trigger messages_times before insert on messages
+when new.created_at like '0000%' or new.send_at like '0000%' or new.expires_at like '0000%'
+begin
+    select raise(abort, 'created_at, send_at and expires_at must lie between the years 1 and 9999');
+end;
+
+-- The rules for a request's headers; `src/intake/rules.rs` says the same to callers of the API.
+create trigger messages_content_type before insert on messages
+when new.content_type glob '*[' || char(1) || '-' || char(8, 10) || '-' || char(31, 127) || ']*'
+begin
+    select raise(abort, 'content_type must be a text without control characters');
+end;
+
+create trigger messages_header_rules after insert on messages
+when new.headers is not null
+begin
+    select raise(abort, 'headers must be at most 64') where (select count(*) from json_each(new.headers)) > 64;
+    select raise(abort, 'headers must have at most 16 KiB, names and values together')
+    where (
+        select sum(length(cast(key as blob)) + length(cast(value as blob))) from json_each(new.headers)
+    ) > 16384;
+    select raise(abort, 'headers have a name that is no header name') from json_each(new.headers)
+    where key = '' or key glob '*[^-!#$%&''*+.^_`|~0-9A-Za-z]*' limit 1;
+    select raise(abort, 'headers name one that is set by AMS; leave it out') from json_each(new.headers)
+    where key like 'webhook-%' or key like 'ams-%' or key like 'proxy-%' or lower(key) in (
+        'host', 'content-length', 'content-type', 'transfer-encoding', 'connection', 'keep-alive', 'upgrade',
+        'te', 'trailer', 'expect', 'user-agent', 'idempotency-key'
+    )
+    limit 1;
+    select raise(abort, 'headers have a value with control characters') from json_each(new.headers)
+    where value glob '*[' || char(1) || '-' || char(8, 10) || '-' || char(31, 127) || ']*' or instr(value, char(0))
+    limit 1;
+    -- JSON can write half of a surrogate pair, which is no character.
+    select raise(abort, 'headers have a value that is not UTF-8') from json_each(new.headers) given
+    where given.value glob '*[^' || char(1) || '-~]*' and exists (
+        with recursive at (i) as (select 1 union all select i + 1 from at where i < length(given.value))
+        select 1 from at where char(unicode(substr(given.value, i, 1))) is not substr(given.value, i, 1)
+    )
+    limit 1;
+end;
+
+create trigger messages_tags before insert on messages
+when length(cast(new.tags as blob)) > 32768
+begin
+    select raise(abort, 'tags must have at most 32 KiB');
+end;
+
+create trigger messages_json_nul before insert on messages
+when instr(new.headers, '\u0000') or instr(new.tags, '\u0000')
+begin
+    select raise(abort, 'headers and tags must not hold the character U+0000');
 end;
 
 create trigger messages_headers after insert on messages
@@ -141,23 +195,56 @@ begin
     values (new.idempotency_key, new.id, new.created_at);
 end;
 
--- One row for each try. The key makes a record that is written twice harmless.
+-- A delivery that has ended: one message to one endpoint. Only a success that comes late, and a redrive, change it.
+create table deliveries (
+    message_id integer not null,
+    -- 0: the message can't be read, not even where it goes.
+    endpoint_id integer not null,
+    status text not null,
+    -- Attempts made, over all lanes.
+    attempts integer not null,
+    -- The lane of the last attempt; empty: there was none.
+    lane text not null,
+    finished_at integer not null,
+    reason text,
+    -- The attempt that succeeded; null where none did. The batch of its ticket tells attempts apart.
+    batch integer,
+    started_at integer,
+    connect_us integer,
+    head_us integer,
+    body_us integer,
+    http_status integer,
+    address text,
+    provider_message_id text,
+    -- The first 4 KiB of the answer's body.
+    answer text,
+    -- Comparisons instead of `in (...)`, which makes a list anew for each row: 5 us a write.
+    constraint deliveries_status_known check (
+        status = 'sent' or status = 'dead' or status = 'cancelled' or status = 'expired'
+    ),
+    primary key (message_id, endpoint_id)
+) strict, without rowid;
+
+create index deliveries_unsent on deliveries (status, message_id) where status <> 'sent';
+
+-- An attempt that is not told by its delivery: one that failed, or a further success. The key makes a record that is
+-- written twice harmless.
 create table attempts (
     message_id integer not null,
-    epoch integer not null,
+    endpoint_id integer not null,
+    batch integer not null,
     attempt integer not null,
-    lane text not null,
-    class text not null,
-    -- The code of the answer's status line, when one arrived.
-    status integer,
-    address text not null,
-    error text,
-    -- The first 4 KiB of the answer's body.
-    answer text not null,
-    provider_message_id text,
     started_at integer not null,
     connect_us integer not null,
     head_us integer not null,
     body_us integer not null,
-    primary key (message_id, epoch)
+    -- The code of the answer's status line, when one arrived.
+    status integer,
+    lane text not null,
+    class text not null,
+    address text not null,
+    error text,
+    provider_message_id text,
+    answer text not null,
+    primary key (message_id, endpoint_id, batch)
 ) strict, without rowid;

@@ -7,13 +7,6 @@ create index messages_by_endpoint on messages (endpoint, id);
 create index messages_by_created_at on messages (
     cast(round((julianday(created_at) - 2440587.5) * 86400000.0) as integer), id
 );
--- Scheduled, retrying and held rows by id; new rows have messages_fresh.
-create index messages_waiting on messages (id) where timed_at is not null or held is not null;
-
--- Both hold for all producers and over restarts; the pacing is what the active producer said last.
-alter table leader add column paused integer not null default 0;
-alter table leader add column pace_count integer;
-alter table leader add column pace_interval_ms integer;
 
 -- A cancel or redrive of many messages, worked off piece by piece.
 create table jobs (

@@ -7,8 +7,8 @@ use axum::http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::explain::{Surroundings, why};
 use super::problem::{Code, Problem};
-use super::words::{Surroundings, why};
 use super::{ApiState, endpoint_exists};
 use crate::cache::Response;
 use crate::clock::Timestamp;
@@ -347,7 +347,6 @@ fn fresh(id: MessageId, created_at: Timestamp, message: NewMessage) -> Message {
         created_at,
         status: Status::Pending,
         held: None,
-        epoch: 0,
         attempts: 0,
         lane: String::new(),
         due_at: None,

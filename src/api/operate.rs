@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::ApiState;
+use super::explain::Surroundings;
 use super::messages::{MessageView, find};
 use super::problem::{Code, Problem};
 use super::search::refuse_nul;
-use super::words::Surroundings;
 use crate::clock::Timestamp;
 use crate::janitor::JOB_PIECE;
 use crate::message::{MessageId, Status};

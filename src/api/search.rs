@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::ApiState;
+use super::explain::Surroundings;
 use super::messages::MessageView;
 use super::problem::{Code, Problem};
-use super::words::Surroundings;
 use crate::clock::Timestamp;
 use crate::message::{MessageId, Status};
 use crate::store::operate::{Cursor, Filter, Found};

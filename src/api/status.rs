@@ -43,6 +43,40 @@ pub(super) struct StatusView {
     parts: BTreeMap<&'static str, PartView>,
     /// What the process that answers is short of.
     shortages: Vec<ShortageView>,
+    /// The proof that every message has a place.
+    reconciliation: ReconciliationView,
+}
+
+/// How far the reconciliation has come, and what it has found.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct ReconciliationView {
+    /// Every message up to this id has been looked at in this round.
+    #[schema(example = 0)]
+    at: i64,
+    /// Messages looked at since the store was made.
+    #[schema(example = 1200000)]
+    checked: u64,
+    /// Those that had no place: each was sent all the same, and each is a defect of ours or a restore.
+    #[schema(example = 0)]
+    repaired: u64,
+    /// When the last round ended.
+    #[schema(value_type = Option<String>, format = DateTime, example = "2030-01-01T09:00:00Z")]
+    finished_at: Option<Timestamp>,
+    /// When the feeds were made anew, because the database had come from another server.
+    #[schema(value_type = Option<String>, format = DateTime, example = json!(null))]
+    feeds_made_at: Option<Timestamp>,
+}
+
+impl From<crate::store::Reconciliation> for ReconciliationView {
+    fn from(stands: crate::store::Reconciliation) -> ReconciliationView {
+        ReconciliationView {
+            at: stands.at.0,
+            checked: stands.checked,
+            repaired: stands.repaired,
+            finished_at: stands.finished_at,
+            feeds_made_at: stands.feeds_made_at,
+        }
+    }
 }
 
 /// A process.
@@ -141,6 +175,7 @@ pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusV
     let now = state.parts.clock.now();
     let overview = state.parts.store.overview(now).await?;
     let control = state.parts.store.control(now).await?;
+    let reconciliation = state.parts.store.reconciliation().await?.into();
     let services: Vec<_> = overview
         .instances
         .into_iter()
@@ -165,6 +200,7 @@ pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusV
         producer: control.into(),
         parts,
         shortages: shortages(&state.parts),
+        reconciliation,
         services,
     }))
 }

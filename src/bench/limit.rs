@@ -16,9 +16,10 @@ use super::stack::Stack;
 use super::{BenchOptions, failed};
 use crate::app::Result;
 use crate::clock::Timestamp;
-use crate::message::{Class, Epoch, MessageId, Outcome, Ticket, Times, Verdict};
+use crate::message::{Class, MessageId, Outcome, Times, Verdict};
 use crate::producer::lane_record;
-use crate::store::{Begin, Claim, Due, LeaseId, Record, Records};
+use crate::store::{Begin, Claim, Due, LeaseId, Mask, Record, Records, Urgency, Wanted};
+use crate::ticket::{BatchId, EndpointId, Ticket};
 
 /// Requests in flight in the bare client: what the limits allow a receiver that answers at once.
 const IN_FLIGHT: usize = 64;
@@ -69,37 +70,37 @@ async fn store(
     let now = stack.clock().now();
     let owner = store.enroll("bench", "bench", now, now.after(std::time::Duration::from_secs(600))).await;
     let owner = owner.map_err(|error| wrong(&error))?;
-    let open = ["default".to_owned()];
     let mut meter = Meter { count: count as f64, stages };
 
-    let (mut after, mut groups) = (MessageId(0), Vec::new());
+    let mut groups: Vec<Vec<Ticket>> = Vec::new();
     let before = machine_us();
     loop {
-        let due = Due::after(after);
-        let claim =
-            Claim { due, limit: BATCH, lane: "bench", open: &open, busy: &[], pass_busy: false, owner, now };
+        let (due, batch) = (Due::New(Urgency::Normal), BatchId::random());
+        let claim = Claim { due, limit: BATCH, lane: "bench", batch, saturated: &[], owner, now };
         let claimed = store.claim(&claim).await.map_err(|error| wrong(&error))?;
-        let Some(last) = claimed.last else { break };
-        after = last;
-        groups.push(claimed.tickets.iter().map(|ticket| (ticket.id, ticket.epoch)).collect::<Vec<_>>());
+        if claimed.seen == 0 {
+            break;
+        }
+        groups.push(claimed.tickets);
     }
     meter.add("claim", before);
 
+    let wanted: Vec<[Wanted; 1]> = groups.iter().map(|tickets| [wanted(tickets)]).collect();
     let before = machine_us();
-    for (i, tickets) in (1_i64..).zip(&groups) {
-        let begin = Begin { lease: LeaseId(i), repeated: false, tickets, owner, now };
+    for wanted in &wanted {
+        let begin = Begin { wanted, repeated: false, owner };
         store.begin(&begin).await.map_err(|error| wrong(&error))?;
     }
     meter.add("begin", before);
 
     let groups: Vec<Vec<Record>> = groups
         .into_iter()
-        .map(|group| group.into_iter().map(|(id, epoch)| sent(id, epoch, now)).collect())
+        .zip(&wanted)
+        .map(|(group, [wanted])| group.into_iter().map(|ticket| sent(ticket, wanted.lease, now)).collect())
         .collect();
     let before = machine_us();
-    for (i, records) in (1_i64..).zip(&groups) {
-        let records = Records { records, finished: &[LeaseId(i)], now };
-        store.record(&records).await.map_err(|error| wrong(&error))?;
+    for records in &groups {
+        store.record(&Records { records, now }).await.map_err(|error| wrong(&error))?;
     }
     meter.add("record", before);
     drop(store);
@@ -173,20 +174,30 @@ fn ticket(stack: &Stack, i: usize, payload: usize) -> Ticket {
     let message = super::message(payload);
     Ticket {
         id: MessageId(i64::try_from(i).unwrap_or(i64::MAX)),
-        epoch: 1,
+        batch: BatchId(1),
+        position: u16::try_from(i % BATCH).unwrap_or(0),
+        endpoint_id: EndpointId(1),
         endpoint: "default".into(),
         recipient: message.recipient,
         content: message.content,
         created_at: stack.clock().now(),
         attempt: 1,
+        lane_tries: 0,
+        priority: 0,
         content_type: None,
         headers: None,
         ordering_key: None,
+        expires_at: None,
         due_at: None,
     }
 }
 
-fn sent(id: MessageId, epoch: Epoch, now: Timestamp) -> Record {
+fn wanted(tickets: &[Ticket]) -> Wanted {
+    let batch = tickets.first().map_or(BatchId(0), |ticket| ticket.batch);
+    Wanted { lease: LeaseId::random(), batch, positions: Mask::first(tickets.len()) }
+}
+
+fn sent(ticket: Ticket, lease: LeaseId, now: Timestamp) -> Record {
     let outcome = Outcome {
         class: Class::Accepted,
         status: Some(200),
@@ -199,5 +210,6 @@ fn sent(id: MessageId, epoch: Epoch, now: Timestamp) -> Record {
         started_at: now,
         times: Times::default(),
     };
-    Record { id, epoch, attempt: 1, lane: "bench".into(), outcome: Some(outcome), verdict: Verdict::Sent }
+    let root = ticket.batch;
+    Record { ticket, lane: "bench".into(), lease, root, outcome: Some(outcome), verdict: Verdict::Sent }
 }

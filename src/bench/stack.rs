@@ -99,6 +99,9 @@ impl Stack {
         let bare = bare.map_err(|error| wrong(&error))?;
         let store = app::open_store(&StoreConfig::Postgres(bare.url().to_owned()))?;
         store.migrate().await.map_err(|error| wrong(&error))?;
+        // A claim holds the messages of an endpoint that is not there.
+        let endpoint = Endpoint::new("default", "http://localhost:3000");
+        store.put_endpoint(&endpoint).await.map_err(|error| wrong(&error))?;
         fill(store.as_ref(), &self.clock, count, payload_bytes).await?;
         Ok((store, bare))
     }

@@ -277,6 +277,8 @@ async fn look_around(config: &Config, store: Option<&dyn Store>) -> Vec<Finding>
         let keys = judge::keys(config, &store.keys().await?, now);
         let lanes = store.lanes().await?.into_iter().map(|lane| (lane.topic, lane.fresh)).collect::<Vec<_>>();
         let work = judge::work(&store.overview(now).await?, &store.control(now).await?, &lanes, now);
+        let mut work = work;
+        work.push(judge::reconciliation(&store.reconciliation().await?));
         let (mut endpoints, held) = (store.endpoints().await?, store.held().await?);
         if endpoints.is_empty() {
             endpoints.push(Endpoint::new("default", &config.request_url));

@@ -24,7 +24,7 @@ pub(super) async fn run(config: &Config, matches: &ArgMatches) -> app::Result<Ex
     let applied = store.migrate().await.map_err(sentence)?;
     print(&applied.iter().map(|name| format!("applied: {name}\n")).collect::<String>())?;
     if applied.is_empty() {
-        let newer = store.standing().await.map_err(sentence)?.newer;
+        let newer = store.schema_version().await.map_err(sentence)?.newer;
         print(&match newer.is_empty() {
             true => "nothing to apply: the store is up to date\n".to_owned(),
             false => format!(

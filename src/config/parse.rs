@@ -11,7 +11,7 @@ use crate::delivery;
 /// The levels of the log; `off` writes nothing.
 const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
 /// The rooms of this program, which a filter of the log may name: a misspelt one would be silent.
-const ROOMS: [&str; 22] = [
+const ROOMS: [&str; 24] = [
     "api",
     "app",
     "bench",
@@ -20,6 +20,7 @@ const ROOMS: [&str; 22] = [
     "clock",
     "config",
     "consumer",
+    "dead_letter",
     "delivery",
     "intake",
     "janitor",
@@ -34,6 +35,7 @@ const ROOMS: [&str; 22] = [
     "store",
     "telemetry",
     "testclient",
+    "ticket",
 ];
 
 pub(super) type Parsed<T> = Result<T, String>;
@@ -53,7 +55,7 @@ pub(super) fn check(name: &str, value: &str) -> Parsed<()> {
         "REDIS_DB" | "BATCH_COUNT" => count(value).map(drop),
         "KAFKA_TOPIC" | "KAFKA_TOPIC_RETRY" => topic(value).map(drop),
         "RETRY_COUNT" => tries(value).map(drop),
-        "RETRY_INTERVAL" | "RETRY_MAX_INTERVAL" | "INTERVAL" | "SHUTDOWN_TIMEOUT" => {
+        "RETRY_INTERVAL" | "RETRY_MAX_INTERVAL" | "INTERVAL" | "RETENTION" | "SHUTDOWN_TIMEOUT" => {
             duration(value).map(drop)
         }
         "REQUEST_URL" | "AMS_URL" => url(value).map(drop),

@@ -126,6 +126,7 @@ pub const SETTINGS: &[Setting] = &[
     setting("AMS_URL", Some("http://127.0.0.1:8080"), "the API that operators' verbs talk to"),
     secret("AMS_KEY", "the key that operators' verbs show to the API"),
     setting("ERROR_RATE", Some("0"), "test client: share of requests it fails, 0 to 1"),
+    setting("RETENTION", Some("30d"), "how long final messages are kept; 0: for ever"),
     setting("SHUTDOWN_TIMEOUT", Some("30s"), "how long a stop waits for attempts in flight"),
     setting(
         "LOG_LEVEL",

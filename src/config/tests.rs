@@ -131,7 +131,7 @@ fn bad_values(name: &str) -> Option<&'static [&'static str]> {
         "REDIS_DB" | "BATCH_COUNT" => &["-1", "x"],
         "KAFKA_TOPIC" | "KAFKA_TOPIC_RETRY" => &["a b", "..", "a/b"],
         "RETRY_COUNT" => &["0", "1001", "x"],
-        "RETRY_INTERVAL" | "RETRY_MAX_INTERVAL" | "INTERVAL" | "SHUTDOWN_TIMEOUT" => {
+        "RETRY_INTERVAL" | "RETRY_MAX_INTERVAL" | "INTERVAL" | "RETENTION" | "SHUTDOWN_TIMEOUT" => {
             &["soon", "-3", "3 apples", "NaN"]
         }
         "REQUEST_URL" | "AMS_URL" => {
@@ -186,7 +186,7 @@ fn what_a_setting_means_is_understood_however_it_is_written() {
         ("LOG_LEVEL", "INFO"),
         ("LOG_LEVEL", "off"),
         ("LOG_LEVEL", "warn, ams::consumer=DEBUG ,hyper=off,kafka=trace,ams=info"),
-        ("LOG_LEVEL", "ams::consumer::desk=trace"),
+        ("LOG_LEVEL", "ams::consumer::dispatcher=trace"),
         ("AMS_HOSTS", "ams.example.org., api ,10.0.0.5,[fd00::1]"),
         ("KAFKA_BROKERS", "kafka:9092, [::1]:9093"),
         ("DB_HOST", "db-1.example_org"),

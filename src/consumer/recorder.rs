@@ -3,20 +3,17 @@
 //! A result is never thrown away and a message never sent again because a write failed: the write is
 //! repeated until the store has it. Answers go to the cache and dead letters to their lane afterwards.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::begin::Lease;
 use crate::cache::Response;
 use crate::clock::Timestamp;
-use crate::message::{MessageId, Outcome, Ticket, Verdict};
-use crate::producer::dead_letter_record;
+use crate::dead_letter;
+use crate::message::{MessageId, Outcome, Verdict};
 use crate::service::{Backoff, Parts};
-use crate::store::{DeadLetter, LeaseId, Record, Records, StoreError};
+use crate::store::{DeadLetter, Record, Records, StoreError};
 use crate::telemetry::LaneMetrics;
 
 /// Records written in one call, at most.
@@ -28,17 +25,24 @@ const LINGER: Duration = Duration::from_millis(10);
 /// A try with its verdict, on the way to the store.
 pub(super) struct Judged {
     pub(super) record: Record,
-    pub(super) ticket: Ticket,
-    pub(super) lease: Arc<Lease>,
     pub(super) judged_at: Timestamp,
 }
 
-/// Writes until the other side is done; tells `written` how many were.
+/// Results that were written.
+pub(super) struct Written {
+    pub(super) records: usize,
+    /// Bytes of their tickets.
+    pub(super) bytes: usize,
+}
+
+/// Writes until the other side is done, or `give_up` is cancelled; tells `written` how many were. What is not written
+/// then is left in its leases, for the janitor.
 pub(super) async fn run(
     parts: Parts,
     lane: LaneMetrics,
     mut judged: mpsc::UnboundedReceiver<Judged>,
-    written: mpsc::UnboundedSender<usize>,
+    written: mpsc::UnboundedSender<Written>,
+    give_up: &CancellationToken,
 ) {
     // A cache that is slow must not hold anything up: what does not fit is not cached.
     let (answers, kept) = mpsc::channel(16);
@@ -52,10 +56,14 @@ pub(super) async fn run(
                 batch.push(more);
             }
         }
-        let count = batch.len();
-        write(&parts, &lane, std::mem::take(&mut batch), &answers).await;
-        // The desk has gone when a stop ran out of patience.
-        let _ = written.send(count);
+        let bytes = batch.iter().map(|judged| judged.record.ticket.bytes()).sum();
+        let done = Written { records: batch.len(), bytes };
+        let write = write(&parts, &lane, std::mem::take(&mut batch), &answers);
+        if give_up.run_until_cancelled(write).await.is_none() {
+            break;
+        }
+        // The dispatcher has gone when a stop ran out of patience.
+        let _ = written.send(done);
     }
     drop(answers);
     if cache.await.is_err() {
@@ -71,28 +79,28 @@ async fn write(
     answers: &mpsc::Sender<Vec<(MessageId, Response)>>,
 ) {
     let watch = parts.clock.stopwatch();
-    let finished = finished(&batch);
-    let (records, tickets): (Vec<_>, Vec<_>) =
-        batch.into_iter().map(|j| (j.record, (j.ticket, j.judged_at))).unzip();
-    let refused = write_records(parts, records.clone(), &finished).await;
+    let (mut records, judged_at): (Vec<_>, Vec<_>) =
+        batch.into_iter().map(|j| (j.record, j.judged_at)).unzip();
+    let refused = write_records(parts, &mut records).await;
     parts.metrics.batch("record", records.len(), watch.elapsed());
     parts.metrics.stale("record", refused.len());
 
     let mut responses = Vec::new();
     let mut letters = Vec::new();
-    for (record, (ticket, judged_at)) in records.into_iter().zip(tickets) {
-        if refused.contains(&record.id) {
+    for (record, judged_at) in records.into_iter().zip(judged_at) {
+        if refused.contains(&record.ticket.id) {
             continue;
         }
+        let ticket = record.ticket;
         lane.judged(&record.verdict);
         let Some(outcome) = record.outcome else { continue };
         match record.verdict {
             Verdict::Sent => {
                 lane.delivered_after(judged_at.since(ticket.created_at));
-                responses.push((record.id, response(&outcome, judged_at)));
+                responses.push((ticket.id, response(&outcome, judged_at)));
             }
             Verdict::Dead { reason, lane } => letters.push(DeadLetter {
-                attempts: record.attempt,
+                attempts: ticket.attempt,
                 last_status: outcome.status,
                 last_error: outcome.error,
                 dead_at: judged_at,
@@ -100,32 +108,24 @@ async fn write(
                 lane,
                 reason,
             }),
-            Verdict::Retry { .. } | Verdict::Release => {}
+            Verdict::Retry { .. } | Verdict::Expired | Verdict::Release => {}
         }
     }
     if !responses.is_empty() && answers.try_send(responses).is_err() {
         tracing::debug!("the cache is behind; some answers are not kept there");
     }
     if !letters.is_empty() {
-        tokio::spawn(publish_dead_letters(parts.clone(), letters));
+        tokio::spawn(dead_letter::publish(parts.clone(), letters));
     }
-}
-
-/// The leases whose last messages are in this batch.
-fn finished(batch: &[Judged]) -> Vec<LeaseId> {
-    batch
-        .iter()
-        .filter(|judged| judged.lease.unrecorded.fetch_sub(1, Ordering::Relaxed) == 1)
-        .map(|judged| judged.lease.id)
-        .collect()
 }
 
 /// Writes records until the store has them. When the store refuses the values of a batch, its
 /// halves are written apart, and a single refused record loses its texts rather than its verdict.
-async fn write_records(parts: &Parts, mut records: Vec<Record>, finished: &[LeaseId]) -> Vec<MessageId> {
+async fn write_records(parts: &Parts, records: &mut [Record]) -> Vec<MessageId> {
     let mut backoff = Backoff::new("recorder");
+    let mut refusals = 0;
     loop {
-        let call = Records { records: &records, finished, now: parts.clock.now() };
+        let call = Records { records, now: parts.clock.now() };
         match parts.store.record(&call).await {
             Ok(refused) => {
                 backoff.succeeded();
@@ -136,19 +136,23 @@ async fn write_records(parts: &Parts, mut records: Vec<Record>, finished: &[Leas
                     "a batch of {} records was refused ({why}); its halves go apart",
                     records.len()
                 );
-                let second = records.split_off(records.len() / 2);
-                let mut refused = Box::pin(write_records(parts, records, &[])).await;
-                refused.extend(Box::pin(write_records(parts, second, finished)).await);
+                let (first, second) = records.split_at_mut(records.len() / 2);
+                let mut refused = Box::pin(write_records(parts, first)).await;
+                refused.extend(Box::pin(write_records(parts, second)).await);
                 return refused;
             }
             Err(error) => {
                 if let (StoreError::Refused(why), Some(record)) = (&error, records.first_mut()) {
-                    tracing::error!(
-                        id = record.id.0,
-                        "the store refuses what message {} came to: {why}",
-                        record.id
-                    );
-                    strip(record);
+                    let id = record.ticket.id;
+                    tracing::error!(id = id.0, "the store refuses what message {id} came to: {why}");
+                    refusals += 1;
+                    if !strip(record, refusals) {
+                        tracing::error!(
+                            id = id.0,
+                            "what message {id} came to is given up; it will be sent again"
+                        );
+                        return vec![id];
+                    }
                 }
                 tokio::time::sleep(backoff.failed(&error)).await;
             }
@@ -156,13 +160,21 @@ async fn write_records(parts: &Parts, mut records: Vec<Record>, finished: &[Leas
     }
 }
 
-/// Takes out of a record what came from the receiver and is not needed to decide.
-fn strip(record: &mut Record) {
-    if let Some(outcome) = &mut record.outcome {
-        outcome.answer = String::new();
-        outcome.provider_message_id = None;
-        outcome.error = Some("the answer could not be stored".to_owned());
+/// Takes out of a record what its verdict does not need: first what came from the receiver, then the attempt itself, then
+/// the words of the verdict. `false`: there is nothing more to take out.
+fn strip(record: &mut Record, refusals: u32) -> bool {
+    match (refusals, &mut record.outcome, &mut record.verdict) {
+        (1, Some(outcome), _) => {
+            outcome.answer = String::new();
+            outcome.provider_message_id = None;
+            outcome.error = Some("the answer could not be stored".to_owned());
+        }
+        (1 | 2, outcome, _) => *outcome = None,
+        (3, _, Verdict::Dead { reason, .. }) => *reason = "its reason could not be stored".to_owned(),
+        (3, ..) => {}
+        _ => return false,
     }
+    true
 }
 
 fn response(outcome: &Outcome, at: Timestamp) -> Response {
@@ -184,23 +196,5 @@ async fn keep_answers(parts: Parts, mut answers: mpsc::Receiver<Vec<(MessageId, 
             tracing::warn!("answers are not cached for now: {error}");
         }
         down = kept.is_err();
-    }
-}
-
-/// Publishes dead letters and marks them in the store. What fails here the janitor does later.
-pub(crate) async fn publish_dead_letters(parts: Parts, letters: Vec<DeadLetter>) {
-    let mut lanes: std::collections::BTreeMap<&str, Vec<&DeadLetter>> = std::collections::BTreeMap::new();
-    for letter in &letters {
-        lanes.entry(&letter.lane).or_default().push(letter);
-    }
-    for (lane, letters) in lanes {
-        let records = letters.iter().map(|letter| dead_letter_record(letter)).collect();
-        let ids: Vec<_> = letters.iter().map(|letter| letter.ticket.id).collect();
-        if let Err(error) = parts.queue.publish(lane, records).await {
-            tracing::warn!(lane, "{} dead letters will be published later: {error}", ids.len());
-            continue;
-        }
-        let mark = || parts.store.dead_lettered(&ids);
-        crate::service::persist("dead letters", &CancellationToken::new(), mark).await;
     }
 }

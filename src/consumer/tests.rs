@@ -10,13 +10,14 @@ use super::*;
 use crate::cache::memory::MemoryCache;
 use crate::clock::{Clock, Timestamp};
 use crate::delivery::Script;
-use crate::message::{Class, MessageId, NewMessage, Outcome, Status, Ticket, Times};
+use crate::message::{Class, Held, MessageId, NewMessage, Outcome, Status, Times};
 use crate::producer::{Producer, ProducerOptions};
 use crate::queue::embedded::EmbeddedQueue;
 use crate::service::{Directory, Presence};
 use crate::shortage::{Resource, Shortage};
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Endpoint, Store};
+use crate::ticket::Ticket;
 
 const COUNT: i64 = 100;
 
@@ -81,10 +82,11 @@ impl Bench {
             ConsumerOptions { lane: self.lane.clone(), window: 1_000, drain: Duration::from_secs(30) };
         let wake = Notify::new();
         let work = async {
-            tokio::join!(
+            let ((), ended) = tokio::join!(
                 producer.take().unwrap().run(&stop, &wake),
                 run(self.parts.clone(), delivery, consumer, &stop),
             );
+            ended.unwrap();
             alive.cancel();
         };
         let until = async {
@@ -238,4 +240,76 @@ async fn a_stop_gives_back_what_waits_for_a_shortage_to_end() {
     let script = scarce(&bench.parts.clock, 10, &came);
     bench.run(script, bench.until(Status::Sent, COUNT as usize)).await;
     assert_eq!(came.lock().unwrap().len(), COUNT as usize);
+}
+
+/// A queue whose subscriptions end at once, as when the thread that reads them has failed.
+struct EndingQueue(EmbeddedQueue);
+
+#[async_trait::async_trait]
+impl crate::queue::Queue for EndingQueue {
+    fn kind(&self) -> &'static str {
+        self.0.kind()
+    }
+
+    async fn ensure(&self, lanes: &[String]) -> crate::queue::Result<()> {
+        self.0.ensure(lanes).await
+    }
+
+    async fn publish(
+        &self,
+        lane: &str,
+        records: Vec<crate::queue::LaneRecord>,
+    ) -> crate::queue::Result<crate::store::Place> {
+        self.0.publish(lane, records).await
+    }
+
+    async fn subscribe(&self, lane: &str, group: &str, window: usize) -> crate::queue::Result<Subscription> {
+        let mut subscription = self.0.subscribe(lane, group, window).await?;
+        subscription.taken = mpsc::channel(1).1;
+        Ok(subscription)
+    }
+
+    async fn depth(&self, lane: &str, group: &str) -> crate::queue::Result<Vec<crate::queue::Depth>> {
+        self.0.depth(lane, group).await
+    }
+
+    async fn ping(&self) -> crate::queue::Result<()> {
+        self.0.ping().await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subscription_that_ends_by_itself_is_an_error() {
+    let mut bench = Bench::new(&[]).await;
+    bench.parts.queue = Arc::new(EndingQueue(EmbeddedQueue::new(1, bench.parts.clock.clone())));
+    let script: Script = Arc::new(|_, _| panic!("nothing was sent"));
+    let delivery = Arc::new(Delivery::scripted(bench.parts.clock.clone(), script));
+    let options = ConsumerOptions { lane: bench.lane.clone(), window: 10, drain: Duration::from_secs(1) };
+    let ended = run(bench.parts.clone(), delivery, options, &CancellationToken::new()).await;
+    assert_eq!(ended, Err("the subscription of messages has ended by itself".to_owned()));
+}
+
+/// It is the endpoint's fault, and no message dies of it.
+#[tokio::test(start_paused = true)]
+async fn messages_of_an_endpoint_with_broken_settings_are_held_until_it_is_mended() {
+    let broken =
+        Endpoint { secret: Some("none".to_owned()), ..Endpoint::new("default", "http://localhost:3000") };
+    let bench = Bench::new(std::slice::from_ref(&broken)).await;
+    let clock = bench.parts.clock.clone();
+    let script: Script = Arc::new(move |_, _| {
+        let clock = clock.clone();
+        Box::pin(async move { Ok(accepted(&clock)) })
+    });
+    let done = async {
+        let mut tick = tokio::time::interval(Duration::from_millis(100));
+        while bench.parts.store.held().await.unwrap() != [("default".to_owned(), Held::EndpointClosed)]
+            || bench.with(Status::Pending).await < COUNT as usize
+        {
+            tick.tick().await;
+        }
+        bench.parts.store.put_endpoint(&Endpoint { secret: None, ..broken.clone() }).await.unwrap();
+        bench.until(Status::Sent, COUNT as usize).await;
+    };
+    bench.run(script, done).await;
+    assert!(bench.parts.store.attempts(MessageId(1)).await.unwrap().len() == 1);
 }

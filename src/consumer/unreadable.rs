@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::desk::{Call, under_way};
+use super::dispatcher::{Call, under_way};
 use crate::queue::{LaneRecord, QueueError, RECORD_CUT, Receipt, Taken};
 use crate::retry::dead_letter_of;
 use crate::service::{Backoff, Parts};

@@ -14,7 +14,8 @@ use uuid::Uuid;
 use super::signature::Key;
 use super::target::Target;
 use crate::clock::Timestamp;
-use crate::message::{MessageId, Ticket};
+use crate::message::MessageId;
+use crate::ticket::Ticket;
 
 const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
 const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");

@@ -9,7 +9,6 @@ mod shortages;
 mod tls;
 
 use super::*;
-use crate::message::MessageId;
 
 /// Long enough for a busy machine, short enough for a test that waits for it.
 const DEADLINE: Duration = Duration::from_millis(300);
@@ -20,17 +19,11 @@ const SLACK: Duration = Duration::from_secs(3);
 /// The second try of a message.
 pub(super) fn ticket(id: i64) -> Ticket {
     Ticket {
-        id: MessageId(id),
-        epoch: 1,
-        endpoint: "default".into(),
         recipient: "+905551111111".into(),
         content: "Hi \"there\"".into(),
         created_at: Timestamp::parse("2026-11-23T09:59:59Z").unwrap(),
         attempt: 2,
-        content_type: None,
-        headers: None,
-        ordering_key: None,
-        due_at: None,
+        ..crate::ticket::tests::ticket(id)
     }
 }
 

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use super::*;
 use crate::cache::memory::MemoryCache;
 use crate::clock::Clock;
-use crate::message::NewMessage;
+use crate::message::{MessageId, NewMessage, Status};
 use crate::queue::embedded::EmbeddedQueue;
 use crate::queue::{self, Depth, LaneRecord, Queue, QueueError, Subscription};
 use crate::retry::tests::lane;
@@ -59,9 +59,9 @@ impl Bench {
     async fn beside_slow(endpoints: impl Iterator<Item = &str>) -> Bench {
         let mut bench = Bench::new(None).await;
         let parts = &bench.parts;
-        parts.store.say_busy(parts.presence.instance().unwrap(), &["slow".to_owned()]).await.unwrap();
+        parts.store.report_saturated(parts.presence.instance().unwrap(), &["slow".to_owned()]).await.unwrap();
         bench.insert(["default"].into_iter()).await;
-        while bench.producer.busy.is_empty() {
+        while bench.producer.saturated.is_empty() {
             bench.step().await;
         }
         bench.insert(endpoints).await;
@@ -116,22 +116,29 @@ impl Bench {
 }
 
 #[tokio::test]
-async fn others_go_before_the_rows_of_a_busy_endpoint_are_held() {
+async fn messages_of_a_saturated_endpoint_are_held_and_the_others_go() {
     let mut bench = Bench::beside_slow(["slow", "default"].into_iter().cycle().take(1_600)).await;
     let counts = bench.until("default queued", 801).await;
-    assert!(counts.get("slow pending held").is_none_or(|held| *held <= 200), "{counts:?}");
     assert_eq!(counts.get("slow queued"), None, "{counts:?}");
     bench.until("slow pending held", 800).await;
-}
-
-#[tokio::test]
-async fn rows_of_a_busy_endpoint_alone_are_held_and_go_when_they_are_freed() {
-    let mut bench = Bench::beside_slow(["slow"; 700].into_iter()).await;
-    bench.until("slow pending held", 700).await;
     let (store, now) = (&bench.parts.store, bench.parts.clock.now());
     store.unhold("slow", Held::EndpointBusy, 40, now).await.unwrap();
     let counts = bench.until("slow queued", 40).await;
-    assert_eq!(counts.get("slow pending held"), Some(&660), "{counts:?}");
+    assert_eq!(counts.get("slow pending held"), Some(&760), "{counts:?}");
+}
+
+/// An urgent message waits behind no other.
+#[tokio::test]
+async fn urgent_messages_go_before_a_backlog() {
+    let mut bench = Bench::new(None).await;
+    bench.insert(["default"; 3_000].into_iter()).await;
+    let urgent =
+        NewMessage { recipient: "+90".into(), content: "Hello".into(), priority: 1, ..NewMessage::default() };
+    bench.parts.store.insert(&[urgent], bench.parts.clock.now()).await.unwrap();
+    bench.step().await;
+    let status = bench.parts.store.message(MessageId(3_001)).await.unwrap().unwrap().status;
+    assert_eq!(status, Status::Queued);
+    assert!(bench.counts().await.contains_key("default pending"));
 }
 
 #[tokio::test]
@@ -245,7 +252,7 @@ async fn a_broker_that_is_away_is_asked_ever_more_seldom_and_stops_no_step() {
     let start = bench.parts.clock.now();
     bench.parts.store.put_lane(&lane, start).await.unwrap();
     bench.parts.directory.refresh().await.unwrap();
-    while bench.producer.rooms.room("messages") == 0 || asked.lock().unwrap().is_empty() {
+    while bench.producer.capacity.free("messages") == 0 || asked.lock().unwrap().is_empty() {
         bench.step().await;
         assert!(bench.parts.clock.now().since(start) < Duration::from_secs(12), "{asked:?}");
     }

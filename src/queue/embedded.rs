@@ -1,6 +1,6 @@
 //! The queue in this process: lanes of partitions in memory, with groups that share them.
 //!
-//! It does what a broker does and no more: what is lost with the process, the ledger finds. There is
+//! It does what a broker does and no more: what is lost with the process, the batches in the store find. There is
 //! no thread in it, and its time is its clock's, so the simulation replays.
 
 use std::collections::{BTreeMap, VecDeque};

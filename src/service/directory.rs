@@ -1,6 +1,6 @@
 //! What every service needs to know of endpoints and lanes, read from the store each second.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 use tokio_util::sync::CancellationToken;
 
 use super::{LEASE, Service, Step};
+use crate::delivery::fault_of;
 use crate::retry::{Lane, LaneGroup, Policy, dead_letter_of};
 use crate::store::{Endpoint, Result, Store, StoreError};
 
@@ -27,14 +28,15 @@ pub struct Snapshot {
     pub lanes: Vec<Lane>,
     /// The consumer groups of all lanes.
     pub groups: Vec<LaneGroup>,
-    /// Names of the endpoints that take messages, for claims.
-    pub open: Vec<String>,
+    /// Endpoints whose settings can't be used, and why: their messages are held until somebody mends them.
+    pub faults: BTreeMap<String, String>,
 }
 
 impl Snapshot {
-    /// The endpoint of that name, when it exists and is enabled.
+    /// The endpoint of that name, when it exists, is enabled, and has settings that can be used.
     pub fn open_endpoint(&self, name: &str) -> Option<&Arc<Endpoint>> {
-        self.endpoints.get(name).filter(|endpoint| endpoint.enabled)
+        let open = self.endpoints.get(name).filter(|endpoint| endpoint.enabled);
+        open.filter(|_| self.faults.is_empty() || !self.faults.contains_key(name))
     }
 
     /// The consumer groups whose positions tell how far `lane` has been read: the living ones, or those that fell
@@ -73,9 +75,13 @@ impl Directory {
     pub async fn refresh(&self) -> Result<()> {
         let endpoints = self.store.endpoints().await?;
         let (lanes, groups) = (self.store.lanes().await?, self.store.lane_groups().await?);
-        let open = endpoints.iter().filter(|endpoint| endpoint.enabled).map(|e| e.name.clone()).collect();
+        let before = self.snapshot();
+        let faults = faults(&endpoints, &before);
+        for (name, fault) in faults.iter().filter(|(name, fault)| before.faults.get(*name) != Some(*fault)) {
+            tracing::error!("messages of endpoint {name} are held, because {fault}; mend its settings");
+        }
         let endpoints = endpoints.into_iter().map(|e| (e.name.clone(), Arc::new(e))).collect();
-        self.snapshot.store(Arc::new(Snapshot { endpoints, lanes, groups, open }));
+        self.snapshot.store(Arc::new(Snapshot { endpoints, lanes, groups, faults }));
         Ok(())
     }
 
@@ -83,6 +89,15 @@ impl Directory {
     pub async fn run(&self, stop: &CancellationToken) {
         super::run(&mut &*self, stop, &tokio::sync::Notify::new()).await;
     }
+}
+
+/// What is wrong with endpoints. Those that have not changed since are not read again.
+fn faults(endpoints: &[Endpoint], before: &Snapshot) -> BTreeMap<String, String> {
+    let fault = |endpoint: &Endpoint| match before.endpoints.get(&endpoint.name) {
+        Some(known) if **known == *endpoint => before.faults.get(&endpoint.name).cloned(),
+        _ => fault_of(endpoint),
+    };
+    endpoints.iter().filter_map(|endpoint| Some((endpoint.name.clone(), fault(endpoint)?))).collect()
 }
 
 impl Service for &Directory {
@@ -99,6 +114,29 @@ mod tests {
     use super::*;
     use crate::clock::Timestamp;
     use crate::retry::tests::lane;
+
+    #[tokio::test]
+    async fn an_endpoint_with_broken_settings_takes_nothing_until_it_is_mended() {
+        let store: Arc<dyn Store> = Arc::new(crate::store::sqlite::SqliteStore::in_memory().unwrap());
+        let directory = Directory::new(Arc::clone(&store));
+        let sound = Endpoint::new("sound", "http://localhost:3000/a");
+        let secret =
+            Endpoint { secret: Some("x".to_owned()), ..Endpoint::new("secret", "http://localhost/") };
+        let url = Endpoint::new("url", "localhost:3000");
+        for endpoint in [&sound, &secret, &url] {
+            store.put_endpoint(endpoint).await.unwrap();
+        }
+        for _ in 0..2 {
+            directory.refresh().await.unwrap();
+            let known = directory.snapshot();
+            let open = ["sound", "secret", "url"].map(|name| known.open_endpoint(name).is_some());
+            assert_eq!(open, [true, false, false], "{:?}", known.faults);
+            assert!(known.faults["secret"].contains("secret"), "{:?}", known.faults);
+        }
+        store.put_endpoint(&Endpoint { secret: None, ..secret }).await.unwrap();
+        directory.refresh().await.unwrap();
+        assert!(directory.snapshot().open_endpoint("secret").is_some());
+    }
 
     #[test]
     fn a_lane_has_the_groups_that_were_heard_of_else_the_one_that_registered_it() {

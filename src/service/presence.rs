@@ -10,7 +10,7 @@ use super::{Backoff, Service, Step};
 use crate::clock::{Clock, Instant};
 use crate::store::{InstanceId, Result, Store, StoreError};
 
-/// How long an instance lives without renewing its lease. After a crash its work is given back this
+/// How long an instance lives without renewing its lease. After a crash its work is issued again this
 /// much later, so it is well under the 30 s in which work must resume.
 pub const LEASE: Duration = Duration::from_secs(10);
 

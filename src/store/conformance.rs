@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    Begin, BegunMessage, Claim, Claimed, Due, Inserted, InstanceId, LeaseId, Record, Records, Recovered,
-    Recovery, Result, Store,
+    BatchId, Begin, Claim, Claimed, Due, Endpoint, Inserted, InstanceId, LeaseId, Mask, Record, Records,
+    Recovered, Recovery, Reissue, Reissued, Store, Suspect, Urgency, Wanted,
 };
 use crate::clock::{Clock, Timestamp};
-use crate::message::{Class, Epoch, Message, MessageId, NewMessage, Outcome, Ticket, Times, Verdict};
+use crate::message::{Class, Message, MessageId, NewMessage, Outcome, Times, Verdict};
+use crate::ticket::Ticket;
 
 pub(crate) mod claiming;
 pub(crate) mod entering;
@@ -21,6 +22,7 @@ pub(crate) mod knowing;
 pub(crate) mod newer;
 pub(crate) mod operating;
 pub(crate) mod random;
+pub(crate) mod removing;
 pub(crate) mod trying;
 
 /// Makes one test for each behaviour. `$make` is an async function without arguments that returns
@@ -36,51 +38,52 @@ macro_rules! store_conformance {
             entering::idempotency_keys_are_checked_within_a_batch,
             entering::one_conflict_keeps_a_whole_batch_out,
             entering::inserts_are_numbered_in_order,
-            claiming::a_claim_takes_fresh_rows_in_id_order,
+            claiming::a_claim_takes_new_messages_in_id_order,
             claiming::a_claim_takes_no_more_than_its_limit,
-            claiming::a_claimed_row_is_not_claimed_again,
-            claiming::late_rows_are_found_behind_the_cursor,
-            claiming::a_scheduled_row_waits_for_its_time,
-            claiming::timed_rows_are_claimed_lane_by_lane_oldest_due_first,
-            claiming::a_row_that_is_claimed_ahead_keeps_its_time,
-            claiming::an_expired_row_is_not_queued,
-            claiming::rows_of_a_closed_endpoint_are_held_by_the_claim,
+            claiming::a_claimed_message_is_not_claimed_again,
+            claiming::urgent_messages_have_a_feed_of_their_own,
+            claiming::a_scheduled_message_waits_for_its_time,
+            claiming::waiting_deliveries_are_claimed_lane_by_lane_oldest_due_first,
+            claiming::a_delivery_that_is_claimed_ahead_keeps_its_time,
+            claiming::an_expired_message_is_not_queued,
+            claiming::messages_of_a_closed_endpoint_are_held_by_the_claim,
             claiming::a_ticket_carries_what_the_request_needs,
-            claiming::each_claim_raises_the_epoch,
-            claiming::a_claim_of_nothing_writes_no_ledger,
-            claiming::concurrent_claims_never_take_a_row_twice,
+            claiming::an_endpoint_takes_over_the_number_that_its_messages_have,
+            claiming::a_claim_of_nothing_writes_no_batch,
+            claiming::concurrent_claims_never_take_a_message_twice,
             claiming::a_store_says_when_something_is_due,
-            trying::a_begin_takes_what_is_queued_in_the_tickets_epoch,
+            trying::a_begin_takes_what_is_left_in_the_batch,
             trying::a_ticket_begins_once,
             trying::a_stale_ticket_begins_nothing,
             trying::a_repeated_begin_answers_what_it_began,
             trying::a_repeated_begin_that_never_happened_begins,
-            trying::an_expired_message_does_not_begin,
+            trying::a_repeated_begin_finds_all_of_its_leases,
+            trying::an_attempt_that_came_too_late_is_expired,
             trying::a_success_is_recorded_with_its_attempt,
             trying::a_retry_waits_for_its_time_on_its_lane,
             trying::the_last_failure_makes_a_message_dead,
             trying::a_released_message_is_as_it_was,
             trying::a_record_repeated_changes_nothing,
             trying::a_stale_failure_is_refused_and_its_attempt_kept,
-            trying::a_late_success_is_accepted_from_an_old_epoch,
+            trying::a_late_success_is_accepted_wherever_its_delivery_stands,
             trying::a_late_success_takes_the_dead_letter_back,
             trying::one_write_takes_every_kind_of_verdict,
             holding::a_held_ticket_is_not_claimable,
-            holding::rows_of_a_busy_endpoint_are_held_by_the_claim,
-            holding::new_rows_of_a_busy_endpoint_are_passed_by,
+            holding::messages_of_a_saturated_endpoint_are_held_by_the_claim,
+            holding::held_deliveries_expire,
             holding::what_instances_say_to_be_busy_is_known_while_they_live,
-            holding::only_tickets_of_the_epoch_are_held,
-            holding::held_rows_are_freed_oldest_first,
-            holding::a_held_row_that_was_tried_is_due_again_when_freed,
-            healing::the_ledger_remembers_batches_and_places,
-            healing::the_ledger_gives_the_oldest_first,
+            holding::only_what_is_left_in_its_batch_is_held,
+            holding::held_deliveries_are_freed_urgent_first_then_oldest,
+            holding::a_held_delivery_that_was_tried_is_due_again_when_freed,
+            healing::batches_and_their_places_are_remembered,
+            healing::the_oldest_batches_come_first,
             healing::a_batch_of_a_dead_owner_is_orphaned,
-            healing::a_requeue_gives_back_only_what_is_still_queued,
-            healing::a_requeue_does_not_touch_a_later_epoch,
-            healing::recovery_gives_back_what_the_dead_had_begun,
+            healing::a_reissue_takes_only_what_is_still_queued,
+            healing::a_reissue_keeps_what_its_tickets_said,
+            healing::recovery_lists_what_the_dead_had_begun,
             healing::recovery_leaves_the_living_alone,
             healing::recovery_leaves_recorded_messages_alone,
-            healing::recovery_gives_back_what_the_retired_left,
+            healing::recovery_lists_what_the_retired_left,
             healing::a_lease_that_was_taken_away_can_not_be_renewed,
             healing::an_instance_whose_clock_was_ahead_is_dead_once_it_is_silent,
             healing::one_instance_leads_until_its_term_ends,
@@ -98,6 +101,10 @@ macro_rules! store_conformance {
             knowing::the_overview_knows_the_oldest_due_row,
             knowing::the_database_describes_itself,
             knowing::partitions_can_be_made_at_any_time,
+            removing::every_place_is_found_by_the_reconciliation,
+            removing::what_is_old_and_final_goes,
+            removing::what_has_not_ended_stays_however_old_it_is,
+            removing::keys_go_with_their_messages,
             operating::a_search_gives_newest_first_page_by_page,
             operating::each_filter_finds_its_messages,
             operating::a_page_stays_right_while_rows_are_added,
@@ -148,7 +155,14 @@ impl Bench {
         let clock = Clock::manual(Timestamp::from_micros(start));
         let now = clock.now();
         let owner = store.enroll("up", "here", now, now.after(LEASE)).await.unwrap();
-        Bench { store, clock, owner }
+        let bench = Bench { store, clock, owner };
+        bench.open("default").await;
+        bench
+    }
+
+    /// Makes an endpoint.
+    async fn open(&self, name: &str) {
+        self.store.put_endpoint(&Endpoint::new(name, "http://localhost:3000")).await.unwrap();
     }
 
     fn now(&self) -> Timestamp {
@@ -178,60 +192,64 @@ impl Bench {
         self.insert(&(0..count).map(|n| text(&format!("text {n}"))).collect::<Vec<_>>()).await
     }
 
-    async fn claim_by(&self, owner: InstanceId, due: Due<'_>, limit: usize) -> Claimed {
+    async fn claim_beside(
+        &self,
+        owner: InstanceId,
+        due: Due<'_>,
+        limit: usize,
+        saturated: &[String],
+    ) -> Claimed {
         let lane = match due {
             Due::Timed { lane, .. } if !lane.is_empty() => lane,
             _ => FRESH,
         };
-        let open = &["default".to_owned()];
-        let claim = Claim { due, limit, lane, open, busy: &[], pass_busy: false, owner, now: self.now() };
+        let claim = Claim { due, limit, lane, batch: BatchId::random(), saturated, owner, now: self.now() };
         self.store.claim(&claim).await.unwrap()
+    }
+
+    async fn claim_by(&self, owner: InstanceId, due: Due<'_>, limit: usize) -> Claimed {
+        self.claim_beside(owner, due, limit, &[]).await
     }
 
     async fn claim(&self, due: Due<'_>, limit: usize) -> Claimed {
         self.claim_by(self.owner, due, limit).await
     }
 
-    /// Claims every fresh row there is.
+    /// Claims every new message of the usual priority.
     async fn claim_fresh(&self) -> Claimed {
-        self.claim(Due::after(MessageId(0)), 1_000).await
+        self.claim(Due::New(Urgency::Normal), 1_000).await
     }
 
     async fn claim_timed(&self, lane: &str) -> Claimed {
         self.claim(Due::Timed { lane, by: self.now() }, 1_000).await
     }
 
-    async fn begin_by(
-        &self,
-        owner: InstanceId,
-        lease: i64,
-        tickets: &[(MessageId, Epoch)],
-    ) -> Vec<BegunMessage> {
-        let lease = LeaseId(lease);
-        let begin = Begin { lease, repeated: false, tickets, owner, now: self.now() };
-        let mut messages = self.store.begin(&begin).await.unwrap().messages;
-        messages.sort_by_key(|message| message.id);
-        messages
+    /// Issues a batch again.
+    async fn reissue(&self, suspect: Suspect) -> Option<Reissued> {
+        let reissue = Reissue { suspect, batch: BatchId::random(), owner: self.owner, now: self.now() };
+        self.store.reissue(&reissue).await.unwrap()
     }
 
-    async fn begin(&self, lease: i64, tickets: &[(MessageId, Epoch)]) -> Vec<BegunMessage> {
-        self.begin_by(self.owner, lease, tickets).await
+    async fn begin_by(&self, owner: InstanceId, tickets: &[Ticket]) -> Vec<Job> {
+        let wanted = wanted(tickets);
+        let begun = self.store.begin(&Begin { wanted: &wanted, repeated: false, owner }).await.unwrap();
+        jobs(tickets, &begun)
     }
 
-    /// Brings `count` new messages to `processing` under this lease.
-    async fn processing(&self, lease: i64, count: usize) -> Vec<(MessageId, Epoch)> {
+    async fn begin(&self, tickets: &[Ticket]) -> Vec<Job> {
+        self.begin_by(self.owner, tickets).await
+    }
+
+    /// Brings `count` new messages to `processing`.
+    async fn processing(&self, count: usize) -> Vec<Job> {
         self.fill(count).await;
-        let tickets = pairs(&self.claim_fresh().await);
-        assert_eq!(self.begin(lease, &tickets).await.len(), count);
-        tickets
+        let jobs = self.begin(&self.claim_fresh().await.tickets).await;
+        assert_eq!(jobs.len(), count);
+        jobs
     }
 
     async fn record(&self, records: &[Record]) -> Vec<MessageId> {
-        self.record_finished(records, &[]).await.unwrap()
-    }
-
-    async fn record_finished(&self, records: &[Record], finished: &[LeaseId]) -> Result<Vec<MessageId>> {
-        self.store.record(&Records { records, finished, now: self.now() }).await
+        self.store.record(&Records { records, now: self.now() }).await.unwrap()
     }
 
     async fn recover(&self) -> Recovered {
@@ -242,28 +260,69 @@ impl Bench {
         self.store.message(id).await.unwrap().expect("the message is there")
     }
 
-    /// A record of a failed try whose next is due in three seconds on the retry lane.
-    fn failed(&self, (id, epoch): (MessageId, Epoch), attempt: i32) -> Record {
+    /// A record of a failed attempt whose next is due in three seconds on the retry lane.
+    fn failed(&self, job: &Job) -> Record {
         let verdict = Verdict::Retry { lane: RETRY.to_owned(), lane_tries: 0, at: self.in_seconds(3) };
-        let outcome = outcome(Class::Rejected, Some(500), self.now());
-        record((id, epoch), attempt, Some(outcome), verdict)
+        record(job, Some(outcome(Class::Rejected, Some(500), self.now())), verdict)
     }
 
-    fn sent(&self, ticket: (MessageId, Epoch), attempt: i32) -> Record {
-        let outcome = outcome(Class::Accepted, Some(200), self.now());
-        record(ticket, attempt, Some(outcome), Verdict::Sent)
+    fn sent(&self, job: &Job) -> Record {
+        record(job, Some(outcome(Class::Accepted, Some(200), self.now())), Verdict::Sent)
     }
 
-    fn dead(&self, ticket: (MessageId, Epoch), attempt: i32) -> Record {
+    fn dead(&self, job: &Job) -> Record {
         let verdict =
             Verdict::Dead { reason: "all tries failed".to_owned(), lane: "messages-dlq".to_owned() };
-        let outcome = outcome(Class::Timeout, None, self.now());
-        record(ticket, attempt, Some(outcome), verdict)
+        record(job, Some(outcome(Class::Timeout, None, self.now())), verdict)
     }
 
-    fn released(&self, ticket: (MessageId, Epoch)) -> Record {
-        record(ticket, 1, None, Verdict::Release)
+    fn released(&self, job: &Job) -> Record {
+        record(job, None, Verdict::Release)
     }
+}
+
+/// A ticket that has begun.
+#[derive(Clone, Debug)]
+struct Job {
+    ticket: Ticket,
+    lease: LeaseId,
+    root: BatchId,
+}
+
+impl Job {
+    fn id(&self) -> MessageId {
+        self.ticket.id
+    }
+}
+
+/// What is wanted of these tickets' batches.
+fn wanted(tickets: &[Ticket]) -> Vec<Wanted> {
+    let mut wanted: Vec<Wanted> = Vec::new();
+    for ticket in tickets {
+        if !wanted.iter().any(|wanted| wanted.batch == ticket.batch) {
+            let (lease, positions) = (LeaseId::random(), Mask::EMPTY);
+            wanted.push(Wanted { lease, batch: ticket.batch, positions });
+        }
+        let of_batch = wanted.iter_mut().find(|wanted| wanted.batch == ticket.batch);
+        of_batch.unwrap().positions.set(usize::from(ticket.position));
+    }
+    wanted
+}
+
+/// The tickets that have begun, each once, in the order of their ids.
+fn jobs(tickets: &[Ticket], begun: &[super::Begun]) -> Vec<Job> {
+    let mut jobs: Vec<Job> = Vec::new();
+    for ticket in tickets {
+        let position = usize::from(ticket.position);
+        let of_batch = begun.iter().find(|b| b.batch == ticket.batch && b.positions.has(position));
+        let twice =
+            jobs.iter().any(|job| (job.ticket.batch, job.ticket.position) == (ticket.batch, ticket.position));
+        if let (Some(begun), false) = (of_batch, twice) {
+            jobs.push(Job { ticket: ticket.clone(), lease: begun.lease, root: begun.root });
+        }
+    }
+    jobs.sort_by_key(Job::id);
+    jobs
 }
 
 /// A recovery at a time at which no lease ends later than ten times [`LEASE`] from now.
@@ -298,23 +357,16 @@ pub(crate) fn outcome(class: Class, status: Option<u16>, started_at: Timestamp) 
     }
 }
 
-fn record(
-    (id, epoch): (MessageId, Epoch),
-    attempt: i32,
-    outcome: Option<Outcome>,
-    verdict: Verdict,
-) -> Record {
-    Record { id, epoch, attempt, lane: FRESH.to_owned(), outcome, verdict }
-}
-
-fn pairs(claimed: &Claimed) -> Vec<(MessageId, Epoch)> {
-    claimed.tickets.iter().map(pair).collect()
-}
-
-fn pair(ticket: &Ticket) -> (MessageId, Epoch) {
-    (ticket.id, ticket.epoch)
+fn record(job: &Job, outcome: Option<Outcome>, verdict: Verdict) -> Record {
+    let Job { ticket, lease, root } = job.clone();
+    Record { ticket, lane: FRESH.to_owned(), lease, root, outcome, verdict }
 }
 
 fn ids(claimed: &Claimed) -> Vec<MessageId> {
     claimed.tickets.iter().map(|ticket| ticket.id).collect()
+}
+
+/// The batch of a claim that queued something.
+fn batch(claimed: &Claimed) -> BatchId {
+    claimed.tickets[0].batch
 }

@@ -68,7 +68,7 @@ pub(super) enum Walk<'a> {
     Pending,
     /// Those that wait for a time or are held.
     Waiting,
-    /// Those in the ledger.
+    /// Those in batches.
     Queued,
     /// Those in leases.
     Processing,

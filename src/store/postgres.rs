@@ -1,9 +1,8 @@
 //! The store on PostgreSQL.
 //!
 //! Every statement is right as a generic plan and run as one (`plan_cache_mode`): the planner's other
-//! choice once read a partition to its end. Guarded updates go by `id = any(…)` and one epoch each, with
-//! id bounds that prune partitions; they are never joined to unnested arrays, except where values differ
-//! for each row, and there a CASE hides the guard from the planner's statistics.
+//! choice once read a partition to its end. Rows are named by `id = any(…)` or by an array of their places, never by
+//! a join alone, which is planned as a join with the whole table.
 //!
 //! Nothing here calls [`Row::get`], which panics on a value that it can't hold: `try_get` gives an error.
 
@@ -11,10 +10,13 @@ mod begin;
 mod claim;
 mod hold;
 mod insert;
+mod mask;
 mod operate;
 mod read;
+mod reconcile;
 mod record;
 mod registry;
+mod retention;
 mod schema;
 mod scratch;
 mod search;
@@ -61,9 +63,10 @@ impl PostgresOptions {
         let url = url.replace("sslmode=verify-full", "sslmode=require");
         let mut config = Config::from_str(&url).map_err(|error| StoreError::Refused(unreadable(&error)))?;
         // A generic plan that is made while a partition is empty would read that partition whole, later when it
-        // is full; every statement has its index. Costs that only rule out a plan must not start the JIT compiler.
+        // is full; every statement has its index. A bitmap reads all that an index has, whatever order and limit ask for,
+        // and for a table that an `analyze` has seen empty it seems as good as any. Costs that only rule out a plan must not start the JIT compiler.
         let options = format!(
-            "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off \
+            "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c enable_bitmapscan=off -c jit=off \
              -c statement_timeout={STATEMENT_TIMEOUT_MS} -c timezone=UTC"
         );
         config
@@ -92,6 +95,7 @@ fn unreadable(error: &tokio_postgres::Error) -> String {
 pub struct PostgresStore {
     pool: Pool,
     options: PostgresOptions,
+    feeds: claim::Feeds,
 }
 
 impl PostgresStore {
@@ -112,7 +116,7 @@ impl PostgresStore {
             .create_timeout(Some(CONNECT))
             .build()
             .map_err(|error| StoreError::Internal(error.to_string()))?;
-        Ok(PostgresStore { pool, options: options.clone() })
+        Ok(PostgresStore { pool, options: options.clone(), feeds: claim::Feeds::default() })
     }
 
     async fn connection(&self) -> Result<Object> {
@@ -200,15 +204,6 @@ fn bounds(ids: &[i64]) -> (i64, i64) {
     (ids.iter().copied().min().unwrap_or(0), ids.iter().copied().max().unwrap_or(0))
 }
 
-/// Ids by epoch: a guarded update speaks of one epoch.
-fn by_epoch(pairs: impl IntoIterator<Item = (i64, Epoch)>) -> std::collections::BTreeMap<Epoch, Vec<i64>> {
-    let mut groups = std::collections::BTreeMap::<Epoch, Vec<i64>>::new();
-    for (id, epoch) in pairs {
-        groups.entry(epoch).or_default().push(id);
-    }
-    groups
-}
-
 fn limit(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
@@ -223,8 +218,8 @@ impl Store for PostgresStore {
         schema::migrate(&self.options).await
     }
 
-    async fn standing(&self) -> Result<Standing> {
-        self.call(async |db| schema::standing(db).await).await
+    async fn schema_version(&self) -> Result<SchemaVersion> {
+        self.call(async |db| schema::schema_version(db).await).await
     }
 
     async fn installation(&self) -> Result<Uuid> {
@@ -253,12 +248,12 @@ impl Store for PostgresStore {
         self.call(async |db| registry::renew(db, instance, now, lease_until).await).await
     }
 
-    async fn say_busy(&self, instance: InstanceId, endpoints: &[String]) -> Result<()> {
-        self.call(async |db| registry::say_busy(db, instance, endpoints).await).await
+    async fn report_saturated(&self, instance: InstanceId, endpoints: &[String]) -> Result<()> {
+        self.call(async |db| registry::report_saturated(db, instance, endpoints).await).await
     }
 
-    async fn busy(&self) -> Result<Vec<String>> {
-        self.call(async |db| registry::busy(db).await).await
+    async fn saturated(&self) -> Result<Vec<String>> {
+        self.call(async |db| registry::saturated(db).await).await
     }
 
     async fn retire(&self, instance: InstanceId) -> Result<()> {
@@ -270,11 +265,11 @@ impl Store for PostgresStore {
     }
 
     async fn due(&self, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
-        self.call(async |db| claim::due(db, lanes, by).await).await
+        self.call(async |db| claim::due(db, &self.feeds, lanes, by).await).await
     }
 
     async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {
-        self.call(async |db| claim::claim(db, claim).await).await
+        self.call(async |db| claim::claim(db, &self.feeds, claim).await).await
     }
 
     async fn acknowledge(&self, batch: BatchId, place: Place) -> Result<()> {
@@ -285,11 +280,11 @@ impl Store for PostgresStore {
         self.call(async |db| claim::batches(db, now, limit).await).await
     }
 
-    async fn requeue(&self, batches: &[BatchId], now: Timestamp) -> Result<u64> {
-        self.call(async |db| claim::requeue(db, batches, now).await).await
+    async fn reissue(&self, reissue: &Reissue) -> Result<Option<Reissued>> {
+        self.call(async |db| begin::reissue(db, reissue).await).await
     }
 
-    async fn begin(&self, begin: &Begin<'_>) -> Result<Begun> {
+    async fn begin(&self, begin: &Begin<'_>) -> Result<Vec<Begun>> {
         self.call(async |db| begin::begin(db, begin).await).await
     }
 
@@ -297,8 +292,8 @@ impl Store for PostgresStore {
         self.call(async |db| record::record(db, records).await).await
     }
 
-    async fn hold(&self, tickets: &[(MessageId, Epoch)], held: Held, now: Timestamp) -> Result<u64> {
-        self.call(async |db| hold::hold(db, tickets, held, now).await).await
+    async fn hold(&self, lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> Result<u64> {
+        self.call(async |db| hold::hold(db, lane, tickets, held, now).await).await
     }
 
     async fn held(&self) -> Result<Vec<(String, Held)>> {
@@ -307,6 +302,10 @@ impl Store for PostgresStore {
 
     async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
         self.call(async |db| hold::unhold(db, endpoint, held, limit, now).await).await
+    }
+
+    async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {
+        self.call(async |db| hold::expire(db, now, limit).await).await
     }
 
     async fn recover(&self, recovery: &Recovery<'_>) -> Result<Recovered> {
@@ -319,6 +318,22 @@ impl Store for PostgresStore {
 
     async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()> {
         self.call(async |db| record::dead_lettered(db, ids).await).await
+    }
+
+    async fn remove_old(&self, removal: &Removal) -> Result<Removed> {
+        self.call(async |db| retention::remove_old(db, removal).await).await
+    }
+
+    async fn check_feeds(&self, now: Timestamp) -> Result<bool> {
+        self.call(async |db| reconcile::check_feeds(db, now).await).await
+    }
+
+    async fn reconcile(&self, now: Timestamp, limit: usize) -> Result<Reconciled> {
+        self.call(async |db| reconcile::reconcile(db, now, limit).await).await
+    }
+
+    async fn reconciliation(&self) -> Result<Reconciliation> {
+        self.call(async |db| reconcile::reconciliation(db).await).await
     }
 
     async fn make_partitions(&self) -> Result<()> {
@@ -367,7 +382,13 @@ impl Store for PostgresStore {
     }
 
     async fn change(&self, change: Change, ids: &[MessageId], now: Timestamp) -> Result<Vec<MessageId>> {
-        self.call(async |db| operate::change(db, change, ids, now).await).await
+        self.call(async |db| {
+            let transaction = db.transaction().await?;
+            let changed = operate::change(&transaction, change, ids, now).await?;
+            transaction.commit().await?;
+            Ok(changed)
+        })
+        .await
     }
 
     async fn open_job(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Job> {

@@ -8,14 +8,20 @@
 //! [`SqliteStore::inline`] runs every call on the calling thread instead, so that a simulation is
 //! deterministic and a test costs no threads. Clones are further handles on the same database.
 
+mod batch;
 mod begin;
+mod change;
 mod claim;
+mod endpoint;
 mod hold;
 mod insert;
 mod operate;
+mod place;
 mod read;
+mod reconcile;
 mod record;
 mod registry;
+mod retention;
 mod schema;
 mod search;
 mod worker;
@@ -33,19 +39,20 @@ use uuid::Uuid;
 use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
 use super::{
     About, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint, Inserted,
-    InstanceId, Leadership, Overview, Place, Records, Recovered, Recovery, Result, Standing, Store,
-    StoreError, Whole,
+    InstanceId, Leadership, Overview, Place, Reconciled, Reconciliation, Records, Recovered, Recovery,
+    Reissue, Reissued, Removal, Removed, Result, SchemaVersion, Store, StoreError, Whole,
 };
 use crate::clock::Timestamp;
-use crate::message::{Attempt, Epoch, Held, Message, MessageId, NewMessage};
+use crate::message::{Attempt, Held, Message, MessageId, NewMessage};
 use crate::retry::{Lane, LaneGroup};
+use crate::ticket::Ticket;
 
 use worker::{Call, Worker};
 
 /// How long another program's lock is waited for.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 /// More statements than there are in this module, so that each is prepared once.
-const STATEMENTS: usize = 128;
+const STATEMENTS: usize = 192;
 
 /// A handle on one SQLite database.
 #[derive(Clone)]
@@ -85,10 +92,10 @@ impl SqliteStore {
             Ok::<_, rusqlite::Error>(connection)
         };
         let reader = only_reads().map_err(|error| told(error.to_string()))?;
-        schema::standing(&reader)?;
+        schema::schema_version(&reader)?;
         let lookout = only_reads().map_err(|error| told(error.to_string()))?;
         // The first read opens the journal; a look must not be the one to find that it can't be.
-        schema::standing(&lookout)?;
+        schema::schema_version(&lookout)?;
         // It must not keep its caller: in doubt the producer claims.
         lookout.busy_timeout(Duration::ZERO).map_err(|error| told(error.to_string()))?;
         let backend = Backend::Threads {
@@ -105,7 +112,7 @@ impl SqliteStore {
     /// As [`SqliteStore::open`].
     pub fn inline(connection: Connection) -> Result<SqliteStore> {
         set_up(&connection)?;
-        schema::standing(&connection)?;
+        schema::schema_version(&connection)?;
         Ok(SqliteStore { backend: Arc::new(Backend::Inline(Mutex::new(connection))) })
     }
 
@@ -140,13 +147,21 @@ impl SqliteStore {
         }
     }
 
-    /// Runs `job` on the reading connection, where it sees everything committed.
+    /// Runs `job` on the reading connection, where it sees everything committed. All of its statements see the same,
+    /// because between two of them a delivery could go from one place to another and stand in none.
     async fn read<T: Send + 'static>(
         &self,
         job: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         match &*self.backend {
-            Backend::Threads { reader, .. } => reader.alone(|connection| job(connection)).await,
+            Backend::Threads { reader, .. } => {
+                let in_one_view = |connection: &mut Connection| {
+                    // It ends with the block.
+                    let _view = connection.unchecked_transaction()?;
+                    job(connection)
+                };
+                reader.alone(in_one_view).await
+            }
             Backend::Inline(connection) => job(&lock(connection)),
         }
     }
@@ -173,8 +188,8 @@ impl Store for SqliteStore {
         self.alone(schema::migrate).await
     }
 
-    async fn standing(&self) -> Result<Standing> {
-        self.read(schema::standing).await
+    async fn schema_version(&self) -> Result<SchemaVersion> {
+        self.read(schema::schema_version).await
     }
 
     async fn installation(&self) -> Result<Uuid> {
@@ -212,13 +227,13 @@ impl Store for SqliteStore {
         self.write(move |db| registry::renew(db, instance, now, lease_until)).await
     }
 
-    async fn say_busy(&self, instance: InstanceId, endpoints: &[String]) -> Result<()> {
+    async fn report_saturated(&self, instance: InstanceId, endpoints: &[String]) -> Result<()> {
         let endpoints = endpoints.to_vec();
-        self.write(move |db| registry::say_busy(db, instance, &endpoints)).await
+        self.write(move |db| registry::report_saturated(db, instance, &endpoints)).await
     }
 
-    async fn busy(&self) -> Result<Vec<String>> {
-        self.read(registry::busy).await
+    async fn saturated(&self) -> Result<Vec<String>> {
+        self.read(registry::saturated).await
     }
 
     async fn retire(&self, instance: InstanceId) -> Result<()> {
@@ -249,38 +264,35 @@ impl Store for SqliteStore {
     }
 
     async fn acknowledge(&self, batch: BatchId, place: Place) -> Result<()> {
-        self.write(move |db| claim::acknowledge(db, batch, place)).await
+        self.write(move |db| batch::acknowledge(db, batch, place)).await
     }
 
     async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
-        self.read(move |db| claim::batches(db, now, limit)).await
+        self.read(move |db| batch::batches(db, now, limit)).await
     }
 
-    async fn requeue(&self, batches: &[BatchId], now: Timestamp) -> Result<u64> {
-        let batches = batches.to_vec();
-        self.write(move |db| claim::requeue(db, &batches, now)).await
+    async fn reissue(&self, reissue: &Reissue) -> Result<Option<Reissued>> {
+        let reissue = *reissue;
+        self.write(move |db| batch::reissue(db, &reissue)).await
     }
 
-    async fn begin(&self, begin: &Begin<'_>) -> Result<Begun> {
-        let tickets = begin.tickets.to_vec();
-        let (lease, repeated, owner, now) = (begin.lease, begin.repeated, begin.owner, begin.now);
-        let call = move |db: &Connection| {
-            begin::begin(db, &Begin { lease, repeated, tickets: &tickets, owner, now })
-        };
-        self.write(call).await
+    async fn begin(&self, begin: &Begin<'_>) -> Result<Vec<Begun>> {
+        let wanted = begin.wanted.to_vec();
+        let (repeated, owner) = (begin.repeated, begin.owner);
+        self.write(move |db| begin::begin(db, &Begin { wanted: &wanted, repeated, owner })).await
     }
 
     async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>> {
-        let (written, finished, now) = (records.records.to_vec(), records.finished.to_vec(), records.now);
-        let call = move |db: &Connection| {
-            record::record(db, &Records { records: &written, finished: &finished, now })
-        };
-        self.write(call).await
+        if records.records.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (written, now) = (records.records.to_vec(), records.now);
+        self.write(move |db| record::record(db, &Records { records: &written, now })).await
     }
 
-    async fn hold(&self, tickets: &[(MessageId, Epoch)], held: Held, now: Timestamp) -> Result<u64> {
-        let tickets = tickets.to_vec();
-        self.write(move |db| hold::hold(db, &tickets, held, now)).await
+    async fn hold(&self, lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> Result<u64> {
+        let (lane, tickets) = (lane.to_owned(), tickets.to_vec());
+        self.write(move |db| hold::hold(db, &lane, &tickets, held, now)).await
     }
 
     async fn held(&self) -> Result<Vec<(String, Held)>> {
@@ -292,14 +304,18 @@ impl Store for SqliteStore {
         self.write(move |db| hold::unhold(db, &endpoint, held, limit, now)).await
     }
 
+    async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {
+        self.write(move |db| hold::expire(db, now, limit)).await
+    }
+
     async fn recover(&self, recovery: &Recovery<'_>) -> Result<Recovered> {
         let (now, latest, silent) =
             (recovery.now, recovery.latest, Arc::<[InstanceId]>::from(recovery.silent));
         let look = Arc::clone(&silent);
         let looked =
             self.read(move |db| begin::look_for_dead(db, &Recovery { now, latest, silent: &look })).await?;
-        if !looked.any {
-            return Ok(Recovered { ahead: looked.ahead, ..Recovered::default() });
+        if !looked.dead {
+            return Ok(Recovered { instances: 0, leases: looked.leases, ahead: looked.ahead });
         }
         let recovered =
             self.write(move |db| begin::recover(db, &Recovery { now, latest, silent: &silent })).await?;
@@ -315,22 +331,40 @@ impl Store for SqliteStore {
         self.write(move |db| record::dead_lettered(db, &ids)).await
     }
 
+    async fn remove_old(&self, removal: &Removal) -> Result<Removed> {
+        let removal = *removal;
+        self.write(move |db| retention::remove_old(db, &removal)).await
+    }
+
+    async fn check_feeds(&self, _now: Timestamp) -> Result<bool> {
+        // Ids are in the order of their commits wherever the file is.
+        Ok(false)
+    }
+
+    async fn reconcile(&self, now: Timestamp, limit: usize) -> Result<Reconciled> {
+        self.write(move |db| reconcile::reconcile(db, now, limit)).await
+    }
+
+    async fn reconciliation(&self) -> Result<Reconciliation> {
+        self.read(reconcile::reconciliation).await
+    }
+
     async fn make_partitions(&self) -> Result<()> {
         Ok(())
     }
 
     async fn endpoints(&self) -> Result<Vec<Endpoint>> {
-        self.read(registry::endpoints).await
+        self.read(endpoint::endpoints).await
     }
 
     async fn put_endpoint(&self, endpoint: &Endpoint) -> Result<()> {
         let endpoint = endpoint.clone();
-        self.write(move |db| registry::put_endpoint(db, &endpoint)).await
+        self.write(move |db| endpoint::put_endpoint(db, &endpoint)).await
     }
 
     async fn delete_endpoint(&self, name: &str) -> Result<Deletion> {
         let name = name.to_owned();
-        self.write(move |db| operate::delete_endpoint(db, &name)).await
+        self.write(move |db| endpoint::delete_endpoint(db, &name)).await
     }
 
     async fn lanes(&self) -> Result<Vec<Lane>> {
@@ -352,15 +386,12 @@ impl Store for SqliteStore {
     }
 
     async fn message(&self, id: MessageId) -> Result<Option<Message>> {
-        self.read(move |db| read::message(db, id)).await
+        Ok(self.messages(&[id]).await?.pop())
     }
 
     async fn messages(&self, ids: &[MessageId]) -> Result<Vec<Message>> {
         let ids = ids.to_vec();
-        let found = move |db: &Connection| {
-            ids.iter().filter_map(|id| read::message(db, *id).transpose()).collect::<Result<Vec<_>>>()
-        };
-        self.read(found).await
+        self.read(move |db| read::messages(db, &ids)).await
     }
 
     async fn search(&self, filter: &Filter, from: Cursor, limit: usize) -> Result<Found> {
@@ -370,7 +401,7 @@ impl Store for SqliteStore {
 
     async fn change(&self, change: Change, ids: &[MessageId], now: Timestamp) -> Result<Vec<MessageId>> {
         let ids = ids.to_vec();
-        self.write(move |db| operate::change(db, change, &ids, now)).await
+        self.write(move |db| change::change(db, change, &ids, now)).await
     }
 
     async fn open_job(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Job> {
@@ -530,7 +561,7 @@ fn our_optional_time(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result
     Ok(row.get::<_, Option<i64>>(column)?.map(Timestamp::from_micros))
 }
 
-/// A JSON list of numbers, as ledger and leases keep them.
+/// A JSON list, as batches and leases keep them.
 fn list<T: serde::de::DeserializeOwned>(json: &str) -> Result<Vec<T>> {
     serde_json::from_str(json)
         .map_err(|error| StoreError::Internal(format!("`{json:.60}` is not a list: {error}")))

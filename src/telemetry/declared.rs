@@ -117,7 +117,7 @@ pub const METRICS: &[Metric] = &[
         "ams_verdicts_total",
         "messages",
         &["lane", "verdict"],
-        "recorded verdicts: sent, retrying, dead, and released (it was no try)",
+        "recorded verdicts: sent, retrying, dead, expired, and released (it was no try)",
     ),
     metric(
         Histogram,
@@ -131,7 +131,21 @@ pub const METRICS: &[Metric] = &[
         "ams_recovered_total",
         "messages",
         &["why"],
-        "messages that the janitor gave back: instance_died, batch_orphaned, ticket_lost",
+        "deliveries that the janitor queued again: instance_died, batch_orphaned, ticket_lost",
+    ),
+    metric(
+        Counter,
+        "ams_removed_total",
+        "partitions or messages",
+        &["what"],
+        "what the retention removed: whole partitions of messages, and messages one by one where partitions fill slowly",
+    ),
+    metric(
+        Counter,
+        "ams_reconciled_total",
+        "messages",
+        &["what"],
+        "messages that the reconciliation has checked, and those that had no place and were repaired",
     ),
     metric(
         Counter,
@@ -160,8 +174,7 @@ pub const METRICS: &[Metric] = &[
         "ams_backlog_messages",
         "messages",
         &["status"],
-        "messages that are not final; counting stops at 10,000, and of queued and processing ones only those \
-         among the newest 100,000 messages count",
+        "messages that are not final; counting stops at 10,000",
     ),
     metric(
         Gauge,

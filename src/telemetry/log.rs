@@ -111,7 +111,7 @@ mod tests {
             tracing::subscriber::with_default(log, || {
                 tracing::debug!(target: "tokio_postgres::query", "executing with parameters: [\"planted\"]");
                 tracing::warn!(target: "hyper", "a warning");
-                tracing::debug!(target: "ams::consumer::desk", "below its level");
+                tracing::debug!(target: "ams::consumer::dispatcher", "below its level");
                 tracing::trace!(target: "ams::producer", id = 7, "a trace");
                 tracing::debug!(target: "amsterdam", "planted");
             });

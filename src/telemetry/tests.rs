@@ -13,6 +13,8 @@ fn all() -> Metrics {
     metrics.stale("begin", 2);
     metrics.unreadable("messages", "cut", 2);
     metrics.recovered("ticket_lost", 4);
+    metrics.removed(1, 2);
+    metrics.reconciled(3, 1);
     metrics.part("cache", false, Duration::from_millis(500));
     let lane = metrics.lane("messages");
     lane.begun_after(Duration::from_millis(3));

@@ -6,8 +6,9 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::delivery::{Delivery, DeliveryOptions};
-use crate::message::{Class, MessageId, Outcome, Ticket};
+use crate::message::{Class, Outcome};
 use crate::store::Endpoint;
+use crate::ticket::Ticket;
 
 struct Client {
     url: String,
@@ -40,19 +41,7 @@ fn delivery() -> Delivery {
 }
 
 async fn send(delivery: &Delivery, url: &str, id: i64) -> Outcome {
-    let ticket = Ticket {
-        id: MessageId(id),
-        epoch: 1,
-        endpoint: "default".into(),
-        recipient: "+90".into(),
-        content: "Hi".into(),
-        created_at: Timestamp::EPOCH,
-        attempt: 3,
-        content_type: None,
-        headers: None,
-        ordering_key: None,
-        due_at: None,
-    };
+    let ticket = Ticket { attempt: 3, ..crate::ticket::tests::ticket(id) };
     let endpoint = Endpoint { timeout: Duration::from_millis(300), ..Endpoint::new("default", url) };
     delivery.deliver(&ticket, &endpoint).await.unwrap()
 }

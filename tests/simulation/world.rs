@@ -19,6 +19,7 @@ use ams::shortage::{Resource, Shortage};
 use ams::store::sqlite::SqliteStore;
 use ams::store::{Endpoint, Store};
 use ams::telemetry::Metrics;
+use ams::ticket::Ticket;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -195,18 +196,19 @@ impl World {
                 pacing: None,
             },
         );
-        let janitor = Janitor::new(parts.clone(), producer.leading());
+        let janitor = Janitor::new(parts.clone(), producer.leading(), None);
         let delivery = Arc::new(Delivery::scripted(parts.clock.clone(), self.script(&parts.clock)));
         let options = |lane| ConsumerOptions { lane, window: 50, drain: Duration::from_secs(30) };
         let [fresh, retry] = lanes();
         let wake = Notify::new();
         let work = async {
-            tokio::join!(
+            let ((), (), fresh, retry) = tokio::join!(
                 producer.run(stop, &wake),
                 janitor.run(stop),
                 consumer::run(parts.clone(), Arc::clone(&delivery), options(fresh), stop),
                 consumer::run(parts.clone(), Arc::clone(&delivery), options(retry), stop),
             );
+            fresh.and(retry).unwrap();
             alive.cancel();
         };
         tokio::join!(work, parts.presence.run(alive), parts.directory.run(alive));
@@ -244,9 +246,10 @@ impl World {
             let (receivers, faults, clock) = (Arc::clone(&receivers), Arc::clone(&faults), clock.clone());
             let store = Arc::clone(&store);
             Box::pin(async move {
-                let row = store.message(ticket.id).await.unwrap().unwrap();
-                if row.epoch == ticket.epoch && row.due_at.or(row.send_at) > Some(clock.now()) {
-                    receivers.lock().unwrap().early.push(format!("{row:?} was tried at {}", clock.now()));
+                let due_at = due_at(store.as_ref(), &ticket).await;
+                if due_at > Some(clock.now()) {
+                    let early = format!("{ticket:?} was tried at {}, due at {due_at:?}", clock.now());
+                    receivers.lock().unwrap().early.push(early);
                 }
                 if faults.is_short() {
                     return Err(Shortage {
@@ -301,7 +304,8 @@ impl World {
             .flatten()
             .filter(|message| !message.status.is_final())
             .map(|m| {
-                format!("{} is {} held {:?} epoch {} due {:?}", m.id, m.status, m.held, m.epoch, m.due_at)
+                let attempts = m.attempts;
+                format!("{} is {} held {:?} attempts {attempts} due {:?}", m.id, m.status, m.held, m.due_at)
             })
             .collect();
         open.join("; ")
@@ -355,6 +359,18 @@ impl World {
         drop(receivers);
         Ok(self.report)
     }
+}
+
+/// When a ticket's attempt may begin at the earliest: at the time its sender gave, and after a failure no sooner than
+/// the wait before this attempt. Of one attempt number there may be two on record, when a lease was taken away: the
+/// older one counts, because the other may be the one that was refused.
+async fn due_at(store: &SqliteStore, ticket: &Ticket) -> Option<Timestamp> {
+    let message = store.message(ticket.id).await.unwrap().unwrap();
+    let [_, retry] = lanes();
+    let attempts = store.attempts(ticket.id).await.unwrap();
+    let before = attempts.iter().filter(|before| before.attempt == ticket.attempt - 1);
+    let waited = before.map(|before| before.started_at.after(retry.wait(ticket.attempt - 1))).min();
+    message.send_at.max(waited)
 }
 
 fn lanes() -> [Lane; 2] {

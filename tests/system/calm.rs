@@ -53,16 +53,11 @@ async fn a_stop_without_a_successor_leaves_no_repeat() {
         let up = stack.start("up", &[]);
         until("it delivers", Duration::from_secs(30), async || receiver.arrivals() > before + 300).await;
         assert!(up.stop().await.success());
-        assert_eq!(processing(&stack).await, 0, "left processing after a clean stop");
+        assert_eq!(stack.processing().await, 0, "left processing after a clean stop");
     }
     load.finish().await;
     let _up = stack.start("up", &[]);
     settle("stops", &stack, &receiver, 0).await;
-}
-
-async fn processing(stack: &Stack) -> i64 {
-    let statement = "select count(*) from messages where status = 'processing'";
-    stack.sql().await.query_one(statement, &[]).await.unwrap().get(0)
 }
 
 #[tokio::test]
@@ -92,13 +87,13 @@ async fn a_frozen_consumer_does_no_harm_when_it_wakes() {
     let load = Load::start(&stack);
     until("it runs", Duration::from_secs(30), async || receiver.arrivals() > 3_000).await;
     frozen.signal("-STOP");
-    let in_flight = usize::try_from(processing(&stack).await).unwrap();
+    let in_flight = usize::try_from(stack.processing().await).unwrap();
     let_run(ams::service::LEASE * 2).await;
     frozen.signal("-CONT");
     let_run(Duration::from_secs(2)).await;
     load.finish().await;
     settle("a consumer frozen for twice its lease", &stack, &receiver, in_flight).await;
-    let older = "select count(*) from messages where status <> 'sent'";
+    let older = "select count(*) from message_status where status <> 'sent'";
     let older: i64 = stack.sql().await.query_one(older, &[]).await.unwrap().get(0);
     assert_eq!(older, 0, "stale results over newer ones");
 }
@@ -110,15 +105,15 @@ async fn a_second_signal_ends_at_once() {
     let stack = Stack::new("second_signal", &receiver).await;
     let up = stack.start("up", &[]);
     stack.insert(1).await;
-    until("an attempt is in flight", Duration::from_secs(30), async || processing(&stack).await == 1).await;
+    until("an attempt is in flight", Duration::from_secs(30), async || stack.processing().await == 1).await;
     up.signal("-TERM");
     until("the first is heard", Duration::from_secs(10), async || {
         std::fs::read_to_string(&stack.log).unwrap().contains("a second signal ends at once")
     })
     .await;
-    assert_eq!(processing(&stack).await, 1, "it waits for the attempt");
+    assert_eq!(stack.processing().await, 1, "it waits for the attempt");
     assert_eq!(up.stop().await.code(), Some(130));
-    assert_eq!(processing(&stack).await, 1, "nothing was finished");
+    assert_eq!(stack.processing().await, 1, "nothing was finished");
 }
 
 #[tokio::test]

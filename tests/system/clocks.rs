@@ -79,7 +79,7 @@ async fn a_dead_leader_from_the_future_is_succeeded_on_sqlite() {
     let sql = rusqlite::Connection::open(&file).unwrap();
     let insert = "insert into messages (recipient, content) values ('+90', 'Hello')";
     until("the store is migrated", Duration::from_secs(10), async || sql.execute_batch(insert).is_ok()).await;
-    let begun = "select count(*) from messages where status = 'processing'";
+    let begun = "select count(*) from message_status where status = 'processing'";
     until("it is in flight", Duration::from_secs(10), async || {
         sql.query_row(begun, [], |row| row.get::<_, i64>(0)).is_ok_and(|count| count == 1)
     })

@@ -15,19 +15,11 @@ use crate::harness::*;
 
 /// Rows tried on each store.
 const ROWS: usize = 600;
-/// Every column that an insert can name.
-const COLUMNS: [&str; 23] = [
+/// Every column that an insert can name; SQLite has no `tx`.
+const COLUMNS: [&str; 14] = [
     "id",
+    "tx",
     "created_at",
-    "due_at",
-    "finished_at",
-    "status",
-    "epoch",
-    "attempts",
-    "lane_tries",
-    "lane",
-    "held",
-    "reason",
     "priority",
     "send_at",
     "expires_at",
@@ -39,7 +31,6 @@ const COLUMNS: [&str; 23] = [
     "headers",
     "tags",
     "content",
-    "timed_at",
 ];
 
 /// A value, before it is written for a store.
@@ -366,8 +357,11 @@ async fn rows_that_can_not_be_read_stop_no_other_and_no_stop() {
     sql.execute_batch(
         "drop trigger messages_text; \
          insert into messages (recipient, content, endpoint) values ('+90', 'x', cast(x'6dfc6c6c6572' as text)); \
+         insert into unknown_endpoints (name) values (cast(x'6dfc6c6c6572' as text)); \
+         insert into waiting (message_id, endpoint_id, due_at, held, attempts, lane, lane_tries, priority) \
+         select 1, id, 0, 'endpoint_closed', 0, '', 0, 0 from unknown_endpoints; \
+         update feed set position = 1; \
          insert into messages (recipient, content, endpoint) values ('+90', 'x', cast(x'6dfc6c6c6573' as text)); \
-         update messages set held = 'endpoint_closed' where id = 2; \
          insert into messages (recipient, content) values ('+90', cast(x'ff' as text)); \
          insert into messages (recipient, content) values ('+90', 'Hello')",
     )

@@ -161,8 +161,7 @@ async fn kill(verb: &'static str, others: &[&str]) -> Line {
     for _ in 0..line.kills {
         let_run(Duration::from_millis(fastrand::u64(200..1_500))).await;
         service.kill();
-        let processing = "select count(*) from messages where status = 'processing'";
-        line.in_flight += stack.sql().await.query_one(processing, &[]).await.unwrap().get::<_, i64>(0);
+        line.in_flight += stack.processing().await;
         let watch = Clock::system().stopwatch();
         // Rows of before the kill may still arrive from elsewhere; what counts is one committed after it.
         let newest: i64 =

@@ -26,7 +26,7 @@ async fn half_of_the_requests_fail_and_every_message_ends_as_it_should() {
     let ended = stack.all_final(count, Duration::from_secs(120)).await;
 
     let accepted = receiver.accepted();
-    let rows = stack.sql().await.query("select id, status::text from messages", &[]).await.unwrap();
+    let rows = stack.sql().await.query("select id, status::text from message_status", &[]).await.unwrap();
     let tries = tries(&stack).await;
     let (mut late, mut latest) = (Vec::new(), BTreeMap::new());
     for row in &rows {
@@ -74,8 +74,8 @@ async fn half_of_the_requests_fail_and_every_message_ends_as_it_should() {
 
 /// When each try of each message began and ended.
 async fn tries(stack: &Stack) -> BTreeMap<i64, Vec<(Timestamp, Timestamp)>> {
-    let statement = "select message_id, (extract(epoch from started_at) * 1000000)::bigint, \
-                     connect_us::bigint + head_us + body_us from attempts order by message_id, epoch";
+    let statement = "select message_id, (extract(epoch from at) * 1000000)::bigint, (took_ms * 1000)::bigint \
+                     from message_history where took_ms is not null order by message_id, attempt";
     let mut tries: BTreeMap<i64, Vec<_>> = BTreeMap::new();
     for row in stack.sql().await.query(statement, &[]).await.unwrap() {
         let (started, took): (i64, i64) = (row.get(1), row.get(2));

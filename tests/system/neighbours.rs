@@ -67,7 +67,7 @@ async fn a_hanging_endpoint_leaves_the_healthy_one_its_throughput() {
 
     let ended = stack.all_final(healthy_count + half + 1, Duration::from_secs(300)).await;
     assert_eq!(ended.get("dead"), Some(&half), "{ended:?}");
-    let wrong = "select count(*) from messages where endpoint = 'hanging' and attempts <> 2";
+    let wrong = "select count(*) from message_status where endpoint = 'hanging' and attempts <> 2";
     let wrong: i64 = stack.sql().await.query_one(wrong, &[]).await.unwrap().get(0);
     assert_eq!(wrong, 0, "messages with other than their exact tries");
 }
@@ -91,20 +91,21 @@ async fn a_disabled_endpoint_slows_nobody_and_costs_no_write_while_it_waits() {
     let _services = [stack.start("producer", &[]), stack.start("consumer", &[])];
     insert(&stack, &["closed"], HELD).await;
     let sql = stack.sql().await;
-    let held = "select count(*) from messages where held is not null";
+    let held = "select count(*) from waiting where held is not null";
     until("all are held", Duration::from_secs(60), async || {
         sql.query_one(held, &[]).await.unwrap().get::<_, i64>(0) == HELD
     })
     .await;
 
-    let written = "select sum(n_tup_upd) from pg_stat_user_tables where relname like 'messages%'";
+    let written = "select sum(n_tup_ins + n_tup_upd + n_tup_del) from pg_stat_user_tables \
+                   where relname in ('waiting', 'batches', 'leases') or relname like 'deliveries%'";
     let count =
         async || sql.query_one(&format!("select ({written})::bigint"), &[]).await.unwrap().get::<_, i64>(0);
     // A connection that rests tells what it has written after ten seconds: PGSTAT_IDLE_INTERVAL of PostgreSQL 15.
     const TOLD: Duration = Duration::from_secs(12);
     until("each was written once", TOLD, async || count().await >= HELD).await;
     let_run(Duration::from_secs(2) + TOLD).await;
-    assert_eq!(count().await, HELD, "one write a row, and none while it waits");
+    assert_eq!(count().await, HELD, "one write a message, and none while it waits");
 
     stack.insert(10_000).await;
     until("the others arrive", Duration::from_secs(20), async || open.arrivals() == 10_000).await;

@@ -99,7 +99,7 @@ async fn a_process_short_of_descriptors_delivers_everything_and_says_what_it_is_
     .await;
     assert!(shown, "the shortage is shown while it lasts");
     until("all are recorded", Duration::from_secs(10), async || {
-        up.sql("select count(*) from messages where status = 'sent'") == "600"
+        up.sql("select count(*) from deliveries where status = 'sent'") == "600"
     })
     .await;
     assert_eq!((receiver.arrivals(), receiver.duplicates()), (600, 0), "one attempt for each");
@@ -128,7 +128,7 @@ async fn clients_of_the_api_take_no_descriptors_of_the_deliveries() {
     let clients = futures_util::future::try_join_all(connect).await.unwrap();
     up.insert(600);
     until("all are recorded", Duration::from_secs(30), async || {
-        up.sql("select count(*) from messages where status = 'sent'") == "600"
+        up.sql("select count(*) from deliveries where status = 'sent'") == "600"
     })
     .await;
     assert_eq!(up.sql("select count(*) from attempts where class <> 'accepted'"), "0");
@@ -144,7 +144,7 @@ async fn connections_that_receivers_have_closed_are_closed_while_nothing_is_sent
     let up = Up::start(1_024, &receiver).await;
     up.insert(800);
     until("all are recorded", Duration::from_secs(60), async || {
-        up.sql("select count(*) from messages where status = 'sent'") == "800"
+        up.sql("select count(*) from deliveries where status = 'sent'") == "800"
     })
     .await;
     // It ends, and with it the other side of every connection.

@@ -92,30 +92,3 @@ async fn the_embedded_store_goes_on_after_a_newer_program() {
         "{text}"
     );
 }
-
-/// What is run before V4 so that writers need not wait must make the very indexes that V4 asks for.
-#[tokio::test]
-async fn indexes_built_before_v4_are_taken_by_it() {
-    let receiver = Receiver::start(TestClientOptions::default()).await;
-    let stack = Stack::new("before_v4", &receiver).await;
-    let sql = stack.sql().await;
-    let count = async || -> i64 {
-        let count = "select count(*) from pg_indexes where tablename ~ '^messages_[0-9]+$'";
-        sql.query_one(count, &[]).await.unwrap().get(0)
-    };
-    let v4 = std::fs::read_to_string("migrations/postgres/V4__operate.sql").unwrap();
-    let wanted: Vec<_> = v4.lines().filter(|line| line.starts_with("create index messages_")).collect();
-    let with_v4 = count().await;
-    for line in &wanted {
-        let name = line.split_whitespace().nth(2).unwrap();
-        sql.batch_execute(&format!("drop index {name}")).await.unwrap();
-    }
-    assert!(wanted.len() == 4 && count().await < with_v4);
-    let before =
-        ["-X", "-q", "-v", "ON_ERROR_STOP=1", &stack.database_url, "-f", "migrations/before/V4__operate.sql"];
-    tool("psql", &before);
-    tool("psql", &before);
-    assert_eq!(count().await, with_v4);
-    sql.batch_execute(&wanted.join("\n")).await.unwrap();
-    assert_eq!(count().await, with_v4, "V4 built others");
-}

@@ -9,7 +9,7 @@ use crate::config::{Config, Raw};
 use crate::queue::Depth;
 use crate::service::LEASE;
 use crate::store::operate::{ApiKey, Control};
-use crate::store::{About, Endpoint, Overview};
+use crate::store::{About, Endpoint, Overview, Reconciliation};
 
 use super::super::screen::{grouped, many, time};
 
@@ -153,6 +153,31 @@ pub(super) fn store(place: &str, missing: &[String], database: &About) -> Vec<Fi
         findings.push(ok(about, format!("{place}: {from} {}, migrated", database.version)));
     }
     findings
+}
+
+/// What the reconciliation has found.
+pub(super) fn reconciliation(stands: &Reconciliation) -> Finding {
+    let about = "reconciliation";
+    let checked = many(stands.checked, "message");
+    match (stands.repaired, stands.feeds_made_at) {
+        (0, None) => ok(about, format!("{checked} checked, each has a place")),
+        (0, Some(at)) => ok(
+            about,
+            format!("the database came from another server at {at}; {checked} checked, each has a place"),
+        ),
+        (repaired, Some(at)) => ok(
+            about,
+            format!(
+                "the database came from another server at {at}; {checked} checked, {repaired} had no place and were queued"
+            ),
+        ),
+        (repaired, None) => warning(
+            about,
+            format!(
+                "{repaired} of {checked} had no place and were queued; please report it with the log of the producer"
+            ),
+        ),
+    }
 }
 
 /// How far the store's clock is ahead of ours (negative: behind), give or take `unsure`.

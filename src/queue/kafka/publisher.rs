@@ -43,7 +43,7 @@ impl Publisher {
         config
             .set("enable.idempotence", "true")
             .set("acks", "all")
-            .set("linger.ms", "3")
+            .set("linger.ms", "0.5")
             .set("batch.num.messages", "10000")
             .set("batch.size", "2000000")
             .set("queue.buffering.max.messages", "500000")
@@ -199,7 +199,7 @@ impl Acks {
         let error = self.error.lock().unwrap_or_else(PoisonError::into_inner).take();
         let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(answer) = answer {
-            // Whoever published may have been stopped meanwhile; the ledger knows what to do.
+            // Whoever published may have been stopped meanwhile; the batch in the store is issued again.
             let _ = answer.send(error.map_or_else(|| Ok(self.last_offset.load(Ordering::Relaxed)), Err));
         }
     }

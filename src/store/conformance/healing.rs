@@ -1,42 +1,42 @@
-//! Ledger, leases, instances and leadership: how what died is found and given back.
+//! Batches, leases, instances and leadership: how what died is found and issued again.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Bench, FRESH, LEASE, RETRY, pairs, recovery};
+use super::{Bench, FRESH, LEASE, RETRY, batch, recovery};
 use crate::clock::Timestamp;
-use crate::message::{MessageId, Status};
-use crate::store::{BatchId, Bid, Due, InstanceId, Leadership, LeaseId, Place, Recovered, Store};
+use crate::message::Status;
+use crate::store::{BatchId, Bid, Due, InstanceId, Leadership, Place, Recovered, Store, Suspect, Urgency};
 
 const PLACE: Place = Place { partition: 3, offset: 41 };
-const NOTHING: Recovered = Recovered { instances: 0, messages: 0, ahead: Vec::new() };
+const NOTHING: Recovered = Recovered { instances: 0, leases: Vec::new(), ahead: Vec::new() };
 
-pub(crate) async fn the_ledger_remembers_batches_and_places(store: Arc<dyn Store>) {
+pub(crate) async fn batches_and_their_places_are_remembered(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     bench.fill(2).await;
-    let batch = bench.claim_fresh().await.batch.expect("a batch");
-    let ledger = bench.store.batches(bench.now(), 10).await.unwrap();
-    assert_eq!(ledger.len(), 1);
-    assert_eq!((ledger[0].id, ledger[0].lane.as_str(), ledger[0].owner), (batch, FRESH, bench.owner));
-    assert_eq!((ledger[0].created_at, ledger[0].place, ledger[0].orphaned), (bench.now(), None, false));
+    let id = batch(&bench.claim_fresh().await);
+    let batches = bench.store.batches(bench.now(), 10).await.unwrap();
+    assert_eq!(batches.len(), 1);
+    assert_eq!((batches[0].id, batches[0].lane.as_str(), batches[0].owner), (id, FRESH, bench.owner));
+    assert_eq!((batches[0].created_at, batches[0].place, batches[0].orphaned), (bench.now(), None, false));
     for _ in 0..2 {
-        bench.store.acknowledge(batch, PLACE).await.unwrap();
+        bench.store.acknowledge(id, PLACE).await.unwrap();
         assert_eq!(bench.store.batches(bench.now(), 10).await.unwrap()[0].place, Some(PLACE));
     }
-    bench.store.acknowledge(BatchId(batch.0 + 1_000), PLACE).await.unwrap();
+    bench.store.acknowledge(BatchId::random(), PLACE).await.unwrap();
     assert_eq!(bench.store.batches(bench.now(), 10).await.unwrap().len(), 1);
 }
 
-pub(crate) async fn the_ledger_gives_the_oldest_first(store: Arc<dyn Store>) {
+pub(crate) async fn the_oldest_batches_come_first(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     bench.fill(4).await;
     let mut made = Vec::new();
     for _ in 0..4 {
-        made.push(bench.claim(Due::after(MessageId(0)), 1).await.batch.expect("a batch"));
+        made.push(batch(&bench.claim(Due::New(Urgency::Normal), 1).await));
         bench.pass(1);
     }
-    let ledger = bench.store.batches(bench.now(), 3).await.unwrap();
-    assert_eq!(ledger.iter().map(|batch| batch.id).collect::<Vec<_>>(), made[..3]);
+    let batches = bench.store.batches(bench.now(), 3).await.unwrap();
+    assert_eq!(batches.iter().map(|batch| batch.id).collect::<Vec<_>>(), made[..3]);
 }
 
 pub(crate) async fn a_batch_of_a_dead_owner_is_orphaned(store: Arc<dyn Store>) {
@@ -52,112 +52,123 @@ pub(crate) async fn a_batch_of_a_dead_owner_is_orphaned(store: Arc<dyn Store>) {
     assert!(orphaned(bench.now()).await);
 }
 
-pub(crate) async fn a_requeue_gives_back_only_what_is_still_queued(store: Arc<dyn Store>) {
+pub(crate) async fn a_reissue_takes_only_what_is_still_queued(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     bench.fill(4).await;
-    let claimed = bench.claim_fresh().await;
-    let tickets = pairs(&claimed);
-    bench.begin(1, &tickets[..2]).await;
-    bench.record(&[bench.sent(tickets[0], 1)]).await;
-    let batch = claimed.batch.expect("a batch");
-    assert_eq!(bench.store.requeue(&[batch], bench.now()).await.unwrap(), 2);
-    assert!(bench.store.batches(bench.now(), 10).await.unwrap().is_empty());
-    let words = [Status::Sent, Status::Processing, Status::Pending, Status::Pending];
-    for (ticket, status) in tickets.iter().zip(words) {
-        assert_eq!(bench.message(ticket.0).await.status, status);
+    let tickets = bench.claim_fresh().await.tickets;
+    let begun = bench.begin(&tickets[..2]).await;
+    bench.record(&[bench.sent(&begun[0])]).await;
+    let reissued = bench.reissue(Suspect::Batch(tickets[0].batch)).await.expect("two are left");
+    assert_eq!(reissued.lane, FRESH);
+    let places: Vec<_> = reissued.tickets.iter().map(|ticket| (ticket.id, ticket.position)).collect();
+    assert_eq!(places, [(tickets[2].id, 2), (tickets[3].id, 3)], "positions never change");
+    assert_ne!(reissued.tickets[0].batch, tickets[0].batch);
+    let statuses = [Status::Sent, Status::Processing, Status::Queued, Status::Queued];
+    for (ticket, status) in tickets.iter().zip(statuses) {
+        assert_eq!(bench.message(ticket.id).await.status, status);
     }
-    assert_eq!(bench.store.requeue(&[batch], bench.now()).await.unwrap(), 0);
-    assert_eq!(bench.store.requeue(&[], bench.now()).await.unwrap(), 0);
-    assert_eq!(pairs(&bench.claim_fresh().await), [(tickets[2].0, 2), (tickets[3].0, 2)]);
+    assert!(bench.reissue(Suspect::Batch(tickets[0].batch)).await.is_none());
+    assert!(bench.begin(&tickets[2..]).await.is_empty(), "the old tickets are stale");
+    let begun = bench.begin(&reissued.tickets).await;
+    assert_eq!((begun.len(), begun[0].root), (2, tickets[0].batch));
+    assert!(bench.reissue(Suspect::Batch(reissued.tickets[0].batch)).await.is_none(), "nothing is left");
 }
 
-pub(crate) async fn a_requeue_does_not_touch_a_later_epoch(store: Arc<dyn Store>) {
+pub(crate) async fn a_reissue_keeps_what_its_tickets_said(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let first = bench.processing(1, 2).await;
-    let batch = bench.store.batches(bench.now(), 10).await.unwrap()[0].id;
-    let records = [bench.released(first[0]), bench.failed(first[1], 1)];
-    bench.record(&records).await;
+    let jobs = bench.processing(2).await;
+    bench.record(&[bench.failed(&jobs[0]), bench.failed(&jobs[1])]).await;
     bench.pass(3);
-    let fresh = pairs(&bench.claim_fresh().await);
-    let timed = bench.claim_timed(RETRY).await;
-    assert_eq!((fresh.len(), timed.tickets.len()), (1, 1));
-    assert_eq!(bench.store.requeue(&[batch], bench.now()).await.unwrap(), 0);
-    assert_eq!(bench.begin(2, &[fresh[0], pairs(&timed)[0]]).await.len(), 2);
-    // A row that was tried before is due again, not pending.
-    bench.record(&[bench.failed((first[1].0, 2), 2)]).await;
-    bench.pass(3);
-    let third = bench.claim_timed(RETRY).await;
-    bench.pass(1);
-    assert_eq!(bench.store.requeue(&[third.batch.expect("a batch")], bench.now()).await.unwrap(), 1);
-    let row = bench.message(first[1].0).await;
-    assert_eq!((row.status, row.due_at, row.attempts), (Status::Retrying, Some(bench.now()), 2));
+    let tickets = bench.claim_timed(RETRY).await.tickets;
+    assert!(bench.reissue(Suspect::Batch(jobs[0].ticket.batch)).await.is_none(), "that batch is long gone");
+    let reissued = bench.reissue(Suspect::Batch(tickets[0].batch)).await.expect("both are left");
+    assert_eq!(reissued.lane, RETRY);
+    let said =
+        |ticket: &crate::ticket::Ticket| (ticket.id, ticket.position, ticket.attempt, ticket.lane_tries);
+    let (before, after): (Vec<_>, Vec<_>) =
+        (tickets.iter().map(said).collect(), reissued.tickets.iter().map(said).collect());
+    assert_eq!(after, before);
+    let begun = bench.begin(&reissued.tickets).await;
+    bench.record(&[bench.sent(&begun[0]), bench.failed(&begun[1])]).await;
+    assert_eq!(bench.message(jobs[0].id()).await.status, Status::Sent);
+    assert_eq!(bench.message(jobs[1].id()).await.attempts, 2);
 }
 
-pub(crate) async fn recovery_gives_back_what_the_dead_had_begun(store: Arc<dyn Store>) {
+pub(crate) async fn recovery_lists_what_the_dead_had_begun(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let dying = bench.enroll().await;
     bench.fill(4).await;
-    let tickets = pairs(&bench.claim_fresh().await);
-    bench.begin_by(dying, 1, &tickets[..2]).await;
-    bench.begin_by(dying, 2, &tickets[2..3]).await;
-    bench.record(&[bench.failed(tickets[0], 1)]).await;
+    let tickets = bench.claim_fresh().await.tickets;
+    let first = bench.begin_by(dying, &tickets[..2]).await;
+    let second = bench.begin_by(dying, &tickets[2..3]).await;
+    bench.record(&[bench.failed(&first[0])]).await;
     bench.pass(4);
-    let again = pairs(&bench.claim_timed(RETRY).await);
-    bench.begin_by(dying, 3, &again).await;
+    let third = bench.begin_by(dying, &bench.claim_timed(RETRY).await.tickets).await;
     bench.store.renew(bench.owner, bench.now(), bench.in_seconds(60)).await.unwrap();
     assert_eq!(bench.recover().await, NOTHING);
+    assert!(bench.reissue(Suspect::Lease(first[0].lease)).await.is_none(), "its owner lives");
     bench.pass(10);
     let recovered = bench.recover().await;
-    assert_eq!(recovered, Recovered { instances: 1, messages: 3, ahead: Vec::new() });
-    let row = bench.message(tickets[0].0).await;
-    assert_eq!((row.status, row.due_at, row.attempts), (Status::Retrying, Some(bench.now()), 1));
-    assert_eq!(bench.message(tickets[1].0).await.status, Status::Pending);
-    assert_eq!(bench.message(tickets[2].0).await.status, Status::Pending);
-    assert_eq!(bench.message(tickets[3].0).await.status, Status::Queued);
+    let mut leases = vec![first[0].lease, second[0].lease, third[0].lease];
+    leases.sort();
+    assert_eq!(recovered, Recovered { instances: 1, leases: leases.clone(), ahead: Vec::new() });
+    assert_eq!(bench.recover().await.leases, leases, "until they are issued again");
+    let mut reissued = Vec::new();
+    for lease in leases {
+        reissued.extend(bench.reissue(Suspect::Lease(lease)).await.expect("something is left").tickets);
+    }
+    reissued.sort_by_key(|ticket| ticket.id);
+    let said: Vec<_> = reissued.iter().map(|ticket| (ticket.id, ticket.attempt)).collect();
+    assert_eq!(said, [(tickets[0].id, 2), (tickets[1].id, 1), (tickets[2].id, 1)]);
+    for ticket in &tickets {
+        assert_eq!(bench.message(ticket.id).await.status, Status::Queued);
+    }
     assert_eq!(bench.recover().await, NOTHING);
-    assert_eq!(pairs(&bench.claim_fresh().await), [(tickets[1].0, 2), (tickets[2].0, 2)]);
-    assert_eq!(pairs(&bench.claim_timed(RETRY).await), [(tickets[0].0, 3)]);
+    assert_eq!(bench.begin(&reissued).await.len(), 3);
 }
 
 pub(crate) async fn recovery_leaves_the_living_alone(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let dying = bench.enroll().await;
     bench.fill(2).await;
-    let tickets = pairs(&bench.claim_fresh().await);
-    bench.begin(1, &tickets[..1]).await;
-    bench.begin_by(dying, 2, &tickets[1..]).await;
+    let tickets = bench.claim_fresh().await.tickets;
+    let ours = bench.begin(&tickets[..1]).await;
+    let theirs = bench.begin_by(dying, &tickets[1..]).await;
     bench.pass(9);
     assert!(bench.store.renew(bench.owner, bench.now(), bench.in_seconds(10)).await.unwrap());
     assert_eq!(bench.recover().await, NOTHING);
     bench.pass(9);
-    let recovered = bench.recover().await;
-    assert_eq!(recovered, Recovered { instances: 1, messages: 1, ahead: Vec::new() });
-    assert_eq!(bench.message(tickets[0].0).await.status, Status::Processing);
-    assert_eq!(bench.message(tickets[1].0).await.status, Status::Pending);
-    assert!(bench.record(&[bench.failed(tickets[0], 1)]).await.is_empty());
+    let leases = vec![theirs[0].lease];
+    assert_eq!(bench.recover().await, Recovered { instances: 1, leases, ahead: Vec::new() });
+    assert_eq!(bench.message(tickets[0].id).await.status, Status::Processing);
+    assert!(bench.record(&[bench.failed(&ours[0])]).await.is_empty());
 }
 
 pub(crate) async fn recovery_leaves_recorded_messages_alone(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let tickets = bench.processing(1, 3).await;
-    // The lease goes with its last record; here one of its messages was never recorded.
-    bench.record(&[bench.sent(tickets[0], 1), bench.dead(tickets[1], 1)]).await;
-    let other = bench.processing(2, 1).await[0];
-    bench.record_finished(&[bench.sent(other, 1)], &[LeaseId(2), LeaseId(99)]).await.unwrap();
+    let jobs = bench.processing(3).await;
+    // The lease goes with its last record; here one of its deliveries was never recorded.
+    bench.record(&[bench.sent(&jobs[0]), bench.dead(&jobs[1])]).await;
+    let other = bench.processing(1).await.remove(0);
+    bench.record(&[bench.sent(&other)]).await;
     bench.pass(11);
-    assert_eq!(bench.recover().await, Recovered { instances: 1, messages: 1, ahead: Vec::new() });
-    for (ticket, status) in tickets.iter().zip([Status::Sent, Status::Dead, Status::Pending]) {
-        assert_eq!(bench.message(ticket.0).await.status, status);
+    let leases = vec![jobs[0].lease];
+    assert_eq!(bench.recover().await, Recovered { instances: 1, leases, ahead: Vec::new() });
+    let reissued = bench.reissue(Suspect::Lease(jobs[0].lease)).await.expect("one is left").tickets;
+    assert_eq!(reissued.iter().map(|ticket| ticket.id).collect::<Vec<_>>(), [jobs[2].id()]);
+    for (job, status) in jobs.iter().zip([Status::Sent, Status::Dead, Status::Queued]) {
+        assert_eq!(bench.message(job.id()).await.status, status);
     }
 }
 
-pub(crate) async fn recovery_gives_back_what_the_retired_left(store: Arc<dyn Store>) {
+pub(crate) async fn recovery_lists_what_the_retired_left(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let ticket = bench.processing(1, 1).await[0];
+    let job = bench.processing(1).await.remove(0);
     bench.store.retire(bench.owner).await.unwrap();
-    assert_eq!(bench.message(ticket.0).await.status, Status::Processing);
-    assert_eq!(bench.recover().await.messages, 1);
-    assert_eq!(bench.message(ticket.0).await.status, Status::Pending);
+    assert_eq!(bench.message(job.id()).await.status, Status::Processing);
+    assert_eq!(bench.recover().await.leases, [job.lease]);
+    assert!(bench.reissue(Suspect::Lease(job.lease)).await.is_some());
+    assert_eq!(bench.message(job.id()).await.status, Status::Queued);
     assert_eq!(bench.recover().await, NOTHING);
 }
 
@@ -179,14 +190,17 @@ pub(crate) async fn an_instance_whose_clock_was_ahead_is_dead_once_it_is_silent(
     let hour = bench.in_seconds(3_600);
     let ahead = bench.store.enroll("consumer", "there", hour, hour.after(LEASE)).await.unwrap();
     bench.fill(1).await;
-    let ticket = pairs(&bench.claim_fresh().await)[0];
-    bench.begin_by(ahead, 1, &[ticket]).await;
+    let job = bench.begin_by(ahead, &bench.claim_fresh().await.tickets).await.remove(0);
     assert_eq!(bench.recover().await, Recovered { ahead: vec![(ahead, hour)], ..NOTHING });
-    assert_eq!(bench.message(ticket.0).await.status, Status::Processing);
+    assert_eq!(bench.message(job.id()).await.status, Status::Processing);
     let silent = [ahead, bench.owner];
     let recovered = bench.store.recover(&recovery(bench.now(), &silent)).await.unwrap();
-    assert_eq!((recovered.instances, recovered.messages), (1, 1), "the other one's lease is right");
-    assert_eq!(bench.message(ticket.0).await.status, Status::Pending);
+    assert_eq!(
+        (recovered.instances, recovered.leases),
+        (1, vec![job.lease]),
+        "the other one's lease is right"
+    );
+    assert!(bench.reissue(Suspect::Lease(job.lease)).await.is_some());
     assert_eq!(bench.recover().await, NOTHING);
 }
 

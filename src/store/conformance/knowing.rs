@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Bench, RETRY, pairs, text};
+use super::{Bench, RETRY, text};
 use crate::clock::{Clock, Timestamp};
 use crate::message::{Class, MessageId, NewMessage, Status};
 use crate::retry::{Lane, LaneGroup};
@@ -96,32 +96,31 @@ pub(crate) async fn dead_letters_wait_until_they_are_published(store: Arc<dyn St
     let bench = Bench::new(store).await;
     let headers = Some(serde_json::json!({"x-a": "1"}));
     bench.insert(&[NewMessage { headers, ..text("first") }, text("second"), text("third")]).await;
-    let tickets = pairs(&bench.claim_fresh().await);
-    bench.begin(1, &tickets).await;
-    for ticket in &tickets[..2] {
-        bench.record(&[bench.dead(*ticket, 1)]).await;
+    let jobs = bench.begin(&bench.claim_fresh().await.tickets).await;
+    for job in &jobs[..2] {
+        bench.record(&[bench.dead(job)]).await;
         bench.pass(1);
     }
-    let start = bench.message(tickets[0].0).await.finished_at.expect("it is dead");
+    let start = bench.message(jobs[0].id()).await.finished_at.expect("it is dead");
     assert!(bench.store.dead_letters(start, 10).await.unwrap().is_empty());
     let one = bench.store.dead_letters(start.after(Duration::from_millis(1)), 10).await.unwrap();
     assert_eq!(one.len(), 1);
     let letter = &one[0];
-    assert_eq!((letter.ticket.id, letter.ticket.attempt, letter.ticket.epoch), (tickets[0].0, 1, 1));
+    assert_eq!((letter.ticket.id, letter.ticket.attempt), (jobs[0].id(), 1));
     assert_eq!((letter.ticket.content.as_str(), letter.ticket.endpoint.as_str()), ("first", "default"));
     assert_eq!(letter.ticket.headers.as_ref().map(|h| h.get().contains("x-a")), Some(true));
     assert_eq!((letter.lane.as_str(), letter.reason.as_str()), ("messages-dlq", "all tries failed"));
     assert_eq!((letter.attempts, letter.last_status, letter.dead_at), (1, None, start));
     assert_eq!(letter.last_error.as_deref(), Some("no luck"));
     let all = bench.store.dead_letters(bench.now(), 10).await.unwrap();
-    assert_eq!(all.iter().map(|letter| letter.ticket.id).collect::<Vec<_>>(), [tickets[0].0, tickets[1].0]);
+    assert_eq!(all.iter().map(|letter| letter.ticket.id).collect::<Vec<_>>(), [jobs[0].id(), jobs[1].id()]);
     assert_eq!(bench.store.dead_letters(bench.now(), 1).await.unwrap().len(), 1);
     for _ in 0..2 {
-        bench.store.dead_lettered(&[tickets[0].0]).await.unwrap();
+        bench.store.dead_lettered(&[jobs[0].id()]).await.unwrap();
         assert_eq!(bench.store.dead_letters(bench.now(), 10).await.unwrap().len(), 1);
     }
     bench.store.dead_lettered(&[]).await.unwrap();
-    assert_eq!(bench.message(tickets[0].0).await.status, Status::Dead);
+    assert_eq!(bench.message(jobs[0].id()).await.status, Status::Dead);
 }
 
 pub(crate) async fn an_unknown_message_has_nothing(store: Arc<dyn Store>) {
@@ -133,43 +132,42 @@ pub(crate) async fn an_unknown_message_has_nothing(store: Arc<dyn Store>) {
 
 pub(crate) async fn attempts_read_back_in_order(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let id = bench.processing(1, 1).await[0].0;
-    bench.record(&[bench.failed((id, 1), 1)]).await;
-    for epoch in 2..5 {
+    let first = bench.processing(1).await.remove(0);
+    let id = first.id();
+    bench.record(&[bench.failed(&first)]).await;
+    for attempt in 2..6 {
         bench.pass(3);
-        let tickets = pairs(&bench.claim_timed(RETRY).await);
-        bench.begin(epoch.into(), &tickets).await;
-        let mut record = bench.failed((id, epoch), epoch);
-        record.lane = RETRY.to_owned();
-        bench.record(&[record]).await;
+        let job = bench.begin(&bench.claim_timed(RETRY).await.tickets).await.remove(0);
+        let record = if attempt == 5 { bench.sent(&job) } else { bench.failed(&job) };
+        bench.record(&[crate::store::Record { lane: RETRY.to_owned(), ..record }]).await;
     }
     let attempts = bench.store.attempts(id).await.unwrap();
-    let seen: Vec<_> = attempts.iter().map(|a| (a.epoch, a.attempt, a.lane.as_str())).collect();
-    assert_eq!(seen, [(1, 1, "messages"), (2, 2, RETRY), (3, 3, RETRY), (4, 4, RETRY)]);
+    let seen: Vec<_> = attempts.iter().map(|a| (a.attempt, a.lane.as_str())).collect();
+    assert_eq!(seen, [(1, "messages"), (2, RETRY), (3, RETRY), (4, RETRY), (5, RETRY)]);
     assert!(attempts.is_sorted_by_key(|attempt| attempt.started_at));
     assert_eq!((attempts[0].class, attempts[0].status), (Class::Rejected, Some(500)));
     assert_eq!(attempts[0].error.as_deref(), Some("no luck"));
-    assert_eq!(bench.message(id).await.attempts, 4);
+    assert_eq!((attempts[4].class, bench.message(id).await.attempts), (Class::Accepted, 5));
 }
 
 pub(crate) async fn long_answers_are_kept_in_part(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let ticket = bench.processing(1, 1).await[0];
-    let mut record = bench.sent(ticket, 1);
+    let job = bench.processing(1).await.remove(0);
+    let mut record = bench.sent(&job);
     if let Some(outcome) = &mut record.outcome {
         // Three bytes a character, and a nul, which not every database keeps.
         outcome.answer = format!("a\0b{}", "€".repeat(4_096));
     }
     assert!(bench.record(&[record]).await.is_empty());
-    let answer = bench.store.attempts(ticket.0).await.unwrap().remove(0).answer;
+    let answer = bench.store.attempts(job.id()).await.unwrap().remove(0).answer;
     assert!((4_000..=4_096).contains(&answer.len()), "{}", answer.len());
     assert!(answer.starts_with('a') && answer.ends_with('€'));
 }
 
 pub(crate) async fn the_overview_counts_every_status(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let tickets = bench.processing(1, 4).await;
-    bench.record(&[bench.sent(tickets[0], 1), bench.failed(tickets[1], 1), bench.dead(tickets[2], 1)]).await;
+    let jobs = bench.processing(4).await;
+    bench.record(&[bench.sent(&jobs[0]), bench.failed(&jobs[1]), bench.dead(&jobs[2])]).await;
     bench.fill(3).await;
     bench.claim_fresh().await;
     bench.fill(2).await;
@@ -202,9 +200,9 @@ pub(crate) async fn the_overview_knows_the_oldest_due_row(store: Arc<dyn Store>)
     let bench = Bench::new(store).await;
     let oldest = async || bench.store.overview(bench.now()).await.unwrap().oldest_due_at;
     assert_eq!(oldest().await, None);
-    let ticket = bench.processing(1, 1).await[0];
+    let job = bench.processing(1).await.remove(0);
     assert_eq!(oldest().await, None, "what is under way is not due");
-    bench.record(&[bench.failed(ticket, 1)]).await;
+    bench.record(&[bench.failed(&job)]).await;
     assert_eq!(oldest().await, None, "what waits for its time is not due");
     let due = bench.in_seconds(3);
     bench.pass(10);

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Bench, RETRY, pairs, text};
+use super::{Bench, RETRY, text};
 use crate::clock::Timestamp;
-use crate::message::{MessageId, NewMessage, Status};
+use crate::message::{Held, MessageId, NewMessage, Status};
 use crate::store::operate::{ApiKey, Change, Cursor, Deletion, Filter, Found, WALK};
-use crate::store::{Begin, Bid, Due, Endpoint, LeaseId, Pacing, Store};
+use crate::store::{Bid, Due, Endpoint, Pacing, Store, Urgency};
 
 impl Bench {
     async fn find(&self, filter: &Filter) -> Vec<MessageId> {
@@ -22,10 +22,10 @@ impl Bench {
 
     /// Makes new messages dead.
     async fn bury(&self, count: usize) -> Vec<MessageId> {
-        let tickets = self.processing(fastrand::i64(1..), count).await;
-        let records: Vec<_> = tickets.iter().map(|ticket| self.dead(*ticket, 1)).collect();
+        let jobs = self.processing(count).await;
+        let records: Vec<_> = jobs.iter().map(|job| self.dead(job)).collect();
         self.record(&records).await;
-        tickets.iter().map(|ticket| ticket.0).collect()
+        jobs.iter().map(super::Job::id).collect()
     }
 }
 
@@ -63,9 +63,9 @@ pub(crate) async fn each_filter_finds_its_messages(store: Arc<dyn Store>) {
     let later = NewMessage { send_at: Some(bench.in_seconds(60)), ..to("+91") };
     // pending: 5 (held), 6, 7; queued: 4; processing: 3; retrying: 2; dead: 1; sent: 0.
     let first = bench.insert(&vec![to("+90"); 5]).await;
-    let tickets = pairs(&bench.claim(Due::after(MessageId(0)), 5).await);
-    bench.begin(1, &tickets[..4]).await;
-    bench.record(&[bench.sent(tickets[0], 1), bench.dead(tickets[1], 1), bench.failed(tickets[2], 1)]).await;
+    let tickets = bench.claim_fresh().await.tickets;
+    let jobs = bench.begin(&tickets[..4]).await;
+    bench.record(&[bench.sent(&jobs[0]), bench.dead(&jobs[1]), bench.failed(&jobs[2])]).await;
     let held = bench.insert(&[sms]).await[0];
     bench.claim_fresh().await;
     let (fresh, scheduled) = (bench.insert(&[to("+91")]).await[0], bench.insert(&[later]).await[0]);
@@ -144,37 +144,41 @@ pub(crate) async fn a_search_goes_on_where_its_walk_met_its_bound(store: Arc<dyn
 pub(crate) async fn a_cancelled_message_is_tried_no_more(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let ids = bench.fill(2).await;
-    let tickets = pairs(&bench.claim(Due::after(MessageId(0)), 1).await);
+    let tickets = bench.claim(Due::New(Urgency::Normal), 1).await.tickets;
     bench.pass(1);
     assert_eq!(bench.change(Change::Cancel, &ids).await, ids);
-    assert!(bench.begin(1, &tickets).await.is_empty(), "its ticket is stale");
+    assert!(bench.begin(&tickets).await.is_empty(), "its ticket is stale");
     assert!(bench.claim_fresh().await.tickets.is_empty());
     for id in &ids {
         let message = bench.message(*id).await;
         assert_eq!((message.status, message.finished_at), (Status::Cancelled, Some(bench.now())));
     }
-    // One that had failed waits no more.
-    let retried = bench.processing(2, 1).await[0];
-    bench.record(&[bench.failed(retried, 1)]).await;
-    bench.change(Change::Cancel, &[retried.0]).await;
+    // One that had failed waits no more, and neither does one that is held.
+    let retried = bench.processing(1).await.remove(0);
+    bench.record(&[bench.failed(&retried)]).await;
+    let saturated = &["default".to_owned()];
+    let held = bench.fill(1).await[0];
+    bench.claim_beside(bench.owner, Due::New(Urgency::Normal), 10, saturated).await;
+    assert_eq!(bench.change(Change::Cancel, &[retried.id(), held]).await, [retried.id(), held]);
+    assert_eq!(bench.store.unhold("default", Held::EndpointBusy, 10, bench.now()).await.unwrap(), 0);
     bench.pass(60);
     assert!(bench.claim_timed(RETRY).await.tickets.is_empty());
-    assert_eq!(bench.message(retried.0).await.due_at, None);
+    let row = bench.message(retried.id()).await;
+    assert_eq!((row.status, row.attempts, row.due_at), (Status::Cancelled, 1, None));
 }
 
 pub(crate) async fn a_cancelled_try_that_succeeds_is_sent(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let tickets = bench.processing(1, 2).await;
-    let ids = [tickets[0].0, tickets[1].0];
+    let jobs = bench.processing(2).await;
+    let ids = [jobs[0].id(), jobs[1].id()];
     assert_eq!(bench.change(Change::Cancel, &ids).await, ids);
-    let refused = bench.record(&[bench.sent(tickets[0], 1), bench.failed(tickets[1], 1)]).await;
+    let refused = bench.record(&[bench.sent(&jobs[0]), bench.failed(&jobs[1])]).await;
     assert_eq!(refused, [ids[1]]);
     assert_eq!(bench.message(ids[0]).await.status, Status::Sent);
     assert_eq!(bench.message(ids[1]).await.status, Status::Cancelled);
-    // A begin whose answer was lost does not bring it back.
-    let repeated =
-        Begin { lease: LeaseId(1), repeated: true, tickets: &tickets, owner: bench.owner, now: bench.now() };
-    assert!(bench.store.begin(&repeated).await.unwrap().messages.is_empty());
+    // A recovery does not bring it back.
+    bench.pass(60);
+    assert!(bench.recover().await.leases.is_empty());
 }
 
 pub(crate) async fn a_redriven_message_begins_anew(store: Arc<dyn Store>) {
@@ -185,14 +189,21 @@ pub(crate) async fn a_redriven_message_begins_anew(store: Arc<dyn Store>) {
     let message = bench.message(dead).await;
     assert_eq!((message.status, message.attempts, message.lane.as_str()), (Status::Pending, 1, ""));
     assert_eq!((message.finished_at, message.reason, message.due_at), (None, None, None));
-    let claimed = bench.claim(Due::up_to(MessageId(1 << 40)), 10).await;
+    assert!(bench.store.dead_letters(bench.in_seconds(60), 10).await.unwrap().is_empty());
+    let claimed = bench.claim_timed("").await;
     let ticket = &claimed.tickets[0];
-    assert_eq!((ticket.id, ticket.epoch, ticket.attempt), (dead, 2, 2));
-    let begun = bench.begin(2, &pairs(&claimed)).await;
-    assert_eq!((begun[0].attempts, begun[0].lane_tries), (1, 0));
-    bench.record(&[bench.sent((dead, 2), 2)]).await;
+    assert_eq!((ticket.id, ticket.attempt, ticket.lane_tries), (dead, 2, 0));
+    let job = bench.begin(&claimed.tickets).await.remove(0);
+    bench.record(&[bench.sent(&job)]).await;
     assert_eq!(bench.message(dead).await.status, Status::Sent);
     assert_eq!(bench.store.attempts(dead).await.unwrap().len(), 2);
+    // One that was cancelled before its claim is new again.
+    let new = bench.fill(1).await;
+    assert_eq!(bench.change(Change::Cancel, &new).await, new);
+    assert_eq!(bench.change(Change::Redrive, &new).await, new);
+    assert_eq!(bench.message(new[0]).await.status, Status::Pending);
+    let again = [bench.claim_fresh().await.tickets, bench.claim_timed("").await.tickets].concat();
+    assert_eq!(again.iter().map(|ticket| ticket.id).collect::<Vec<_>>(), new);
     // What had expired gets a life without an end.
     let short = NewMessage { expires_at: Some(bench.in_seconds(1)), ..text("short") };
     let short = bench.insert(&[short]).await[0];
@@ -200,15 +211,17 @@ pub(crate) async fn a_redriven_message_begins_anew(store: Arc<dyn Store>) {
     bench.claim_fresh().await;
     assert_eq!(bench.message(short).await.status, Status::Expired);
     assert_eq!(bench.change(Change::Redrive, &[short]).await, [short]);
-    assert_eq!(bench.message(short).await.expires_at, None);
-    assert_eq!(bench.claim_fresh().await.tickets.len(), 1);
+    let again = bench.claim_timed("").await.tickets;
+    assert_eq!((again[0].id, again[0].expires_at), (short, None));
+    let reissued = bench.reissue(crate::store::Suspect::Batch(again[0].batch)).await.expect("it is left");
+    assert_eq!(reissued.tickets[0].expires_at, None, "also when it is issued again");
 }
 
 pub(crate) async fn only_what_a_status_allows_is_changed(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let ticket = bench.processing(1, 1).await[0];
-    bench.record(&[bench.sent(ticket, 1)]).await;
-    let (sent, pending) = (ticket.0, bench.fill(1).await[0]);
+    let job = bench.processing(1).await.remove(0);
+    bench.record(&[bench.sent(&job)]).await;
+    let (sent, pending) = (job.id(), bench.fill(1).await[0]);
     let nobody = MessageId(1 << 40);
     assert_eq!(bench.change(Change::Cancel, &[sent, nobody]).await, []);
     assert_eq!(bench.change(Change::Redrive, &[sent, pending, nobody]).await, []);
@@ -293,7 +306,8 @@ pub(crate) async fn an_endpoint_is_deleted_when_unused(store: Arc<dyn Store>) {
     bench.store.put_endpoint(&Endpoint::new("sms", "http://localhost:3000")).await.unwrap();
     bench.insert(&[NewMessage { endpoint: Some("sms".to_owned()), ..text("Hello") }]).await;
     assert_eq!(bench.store.delete_endpoint("sms").await.unwrap(), Deletion::Used);
-    assert_eq!(bench.store.endpoints().await.unwrap().len(), 1);
+    let left = bench.store.endpoints().await.unwrap();
+    assert_eq!(left.iter().map(|endpoint| endpoint.name.as_str()).collect::<Vec<_>>(), ["default", "sms"]);
 }
 
 pub(crate) async fn keys_are_kept_used_and_revoked(store: Arc<dyn Store>) {

@@ -9,9 +9,13 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
 
-use super::{Bench, FRESH, LEASE, RETRY, pair, pairs, recovery, text};
-use crate::message::{Epoch, Held, Message, MessageId, NewMessage, Status, Verdict};
-use crate::store::{BatchId, Begin, Claim, Claimed, Due, InstanceId, LeaseId, Record, Store};
+use super::{Bench, Job, LEASE, RETRY, jobs, text, wanted};
+use crate::message::{Held, Message, MessageId, NewMessage, Status, Verdict};
+use crate::store::operate::Change;
+use crate::store::{
+    BatchId, Begin, Claimed, Due, Endpoint, InstanceId, Record, Store, Suspect, Urgency, Wanted,
+};
+use crate::ticket::Ticket;
 
 /// Sequences tried, and calls in each. They share one store, as a database a case would be slow.
 const CASES: usize = 60;
@@ -24,11 +28,13 @@ enum Call {
     Claim { kind: u8, limit: usize, by: usize },
     Begin { which: usize, count: usize, by: usize },
     BeginAgain,
-    Record { which: usize, verdict: u8, finish: bool },
+    Record { which: usize, verdict: u8 },
     RecordAgain { which: usize },
     Hold { which: usize },
     Unhold { busy: bool, limit: usize },
-    Requeue { which: usize },
+    Reissue { which: usize },
+    Change { which: usize, cancel: bool },
+    Expire,
     Pass { seconds: u64 },
     Renew { by: usize },
     Recover,
@@ -42,11 +48,13 @@ fn call() -> impl Strategy<Value = Call> {
         6 => (0..6_u8, 1..6_usize, number()).prop_map(|(kind, limit, by)| Call::Claim { kind, limit, by }),
         6 => (number(), 1..6_usize, number()).prop_map(|(which, count, by)| Call::Begin { which, count, by }),
         1 => Just(Call::BeginAgain),
-        8 => (number(), 0..4_u8, any::<bool>()).prop_map(|(which, verdict, finish)| Call::Record { which, verdict, finish }),
+        8 => (number(), 0..5_u8).prop_map(|(which, verdict)| Call::Record { which, verdict }),
         1 => number().prop_map(|which| Call::RecordAgain { which }),
         2 => number().prop_map(|which| Call::Hold { which }),
         2 => (any::<bool>(), 1..4_usize).prop_map(|(busy, limit)| Call::Unhold { busy, limit }),
-        4 => number().prop_map(|which| Call::Requeue { which }),
+        4 => number().prop_map(|which| Call::Reissue { which }),
+        2 => (number(), any::<bool>()).prop_map(|(which, cancel)| Call::Change { which, cancel }),
+        1 => Just(Call::Expire),
         2 => (1..9_u64).prop_map(|seconds| Call::Pass { seconds }),
         2 => number().prop_map(|by| Call::Renew { by }),
         2 => Just(Call::Recover),
@@ -61,24 +69,22 @@ struct World {
     /// Every message as it was last read.
     seen: BTreeMap<MessageId, Message>,
     /// Every ticket ever given: all but the newest of a message are stale.
-    tickets: Vec<(MessageId, Epoch)>,
-    begun: Vec<((MessageId, Epoch), i32, LeaseId)>,
+    tickets: Vec<Ticket>,
+    begun: Vec<Job>,
     /// Begun once is begun for good: no ticket may be begun twice.
-    ever_begun: HashSet<(MessageId, Epoch)>,
+    ever_begun: HashSet<(BatchId, u16)>,
     last_begin: Option<LastBegin>,
     records: Vec<Record>,
-    batches: Vec<(BatchId, Vec<(MessageId, Epoch)>)>,
-    /// The only messages that the last call may have changed, in the epoch they had; `None`: any.
-    changeable: Option<Vec<(MessageId, Epoch)>>,
-    leases: i64,
+    /// The only messages that the last call may have changed; `None`: any.
+    changeable: Option<Vec<MessageId>>,
 }
 
 /// A begin call that can be made again, and what it took.
 struct LastBegin {
-    lease: LeaseId,
-    tickets: Vec<(MessageId, Epoch)>,
+    wanted: Vec<Wanted>,
+    tickets: Vec<Ticket>,
     owner: InstanceId,
-    ids: Vec<MessageId>,
+    begun: HashSet<MessageId>,
 }
 
 type Check = Result<(), String>;
@@ -97,9 +103,7 @@ pub(crate) async fn random_calls_never_lose_a_message(store: Arc<dyn Store>) {
         ever_begun: HashSet::new(),
         last_begin: None,
         records: Vec::new(),
-        batches: Vec::new(),
         changeable: None,
-        leases: 0,
     };
     let mut runner = TestRunner::new(Config::default());
     let sequences = prop::collection::vec(call(), 1..CALLS);
@@ -128,6 +132,9 @@ impl World {
     async fn run(&mut self, calls: &[Call]) -> Check {
         self.bench.pass(3_600);
         self.bench.recover().await;
+        self.bench.open("closed").await;
+        let shut = Endpoint { enabled: false, ..Endpoint::new("closed", "http://localhost:3000") };
+        self.bench.store.put_endpoint(&shut).await.unwrap();
         self.instances.clear();
         for _ in 0..3 {
             self.instances.push(self.bench.enroll().await);
@@ -137,7 +144,6 @@ impl World {
         self.begun.clear();
         self.ever_begun.clear();
         self.records.clear();
-        self.batches.clear();
         self.last_begin = None;
         for call in calls {
             self.make(call).await?;
@@ -154,16 +160,16 @@ impl World {
             Call::Claim { kind, limit, by } => self.claim(kind, limit, by).await?,
             Call::Begin { which, count, by } => self.begin(which, count, by).await?,
             Call::BeginAgain => self.begin_again().await?,
-            Call::Record { which, verdict, finish } => self.record(which, verdict, finish).await?,
+            Call::Record { which, verdict } => self.record(which, verdict).await?,
             Call::RecordAgain { which } => {
                 if let Some(record) = pick(&self.records, which) {
-                    self.write(record, &[]).await?;
+                    self.write(record).await?;
                 }
             }
             Call::Hold { which } => {
                 if let Some(ticket) = pick(&self.tickets, which) {
-                    store.hold(&[ticket], Held::EndpointBusy, now).await.unwrap();
-                    self.changeable = Some(vec![ticket]);
+                    self.changeable = Some(vec![ticket.id]);
+                    store.hold("messages", &[ticket], Held::EndpointBusy, now).await.unwrap();
                 }
             }
             Call::Unhold { busy, limit } => {
@@ -174,12 +180,14 @@ impl World {
                 let freed = store.unhold(endpoint, held, limit, now).await.unwrap();
                 check(freed <= limit as u64, || format!("unhold freed {freed}"))?;
             }
-            Call::Requeue { which } => {
-                if let Some((batch, tickets)) = pick(&self.batches, which) {
-                    store.requeue(&[batch], now).await.unwrap();
-                    self.changeable = Some(tickets);
+            Call::Reissue { which } => {
+                if let Some(ticket) = pick(&self.tickets, which) {
+                    self.reissue(Suspect::Batch(ticket.batch)).await?;
+                    self.changeable = Some(Vec::new());
                 }
             }
+            Call::Change { which, cancel } => self.change(which, cancel).await?,
+            Call::Expire => drop(store.expire(now, 3).await.unwrap()),
             Call::Pass { seconds } => self.bench.pass(seconds),
             Call::Renew { by } => {
                 let by = by % self.instances.len();
@@ -187,7 +195,7 @@ impl World {
                     self.instances[by] = self.bench.enroll().await;
                 }
             }
-            Call::Recover => drop(store.recover(&recovery(now, &[])).await.unwrap()),
+            Call::Recover => self.recover().await?,
             Call::Retire { by } => {
                 let by = by % self.instances.len();
                 store.retire(self.instances[by]).await.unwrap();
@@ -210,10 +218,8 @@ impl World {
     }
 
     async fn claim(&mut self, kind: u8, limit: usize, by: usize) -> Check {
-        let middle = self.seen.keys().nth(self.seen.len() / 2).copied().unwrap_or(MessageId(0));
         let due = match kind {
-            0 => Due::after(MessageId(0)),
-            1 => Due::up_to(middle),
+            0..=1 => Due::New(Urgency::Normal),
             2..=3 => Due::Timed { lane: "", by: self.bench.in_seconds(u64::from(kind - 2) * 3) },
             _ => Due::Timed { lane: RETRY, by: self.bench.in_seconds(u64::from(kind - 4) * 3) },
         };
@@ -223,80 +229,121 @@ impl World {
 
     fn took(&mut self, claimed: &Claimed, limit: usize) -> Check {
         check(claimed.seen <= limit && claimed.tickets.len() <= claimed.seen, || format!("{claimed:?}"))?;
-        check(claimed.batch.is_some() != claimed.tickets.is_empty(), || format!("{claimed:?}"))?;
         for ticket in &claimed.tickets {
-            let before = self.seen.get(&ticket.id).map(|m| (m.epoch, m.attempts, m.held));
-            let expected = Some((ticket.epoch - 1, ticket.attempt - 1, None));
-            check(before == expected, || format!("{ticket:?} was claimed of {before:?}"))?;
-            self.tickets.push(pair(ticket));
+            let before = self.seen.get(&ticket.id).map(|m| (m.attempts, m.held, m.status));
+            let waits = matches!(before, Some((attempts, None, Status::Pending | Status::Retrying)) if attempts + 1 == ticket.attempt);
+            check(waits, || format!("{ticket:?} was claimed of {before:?}"))?;
+            self.tickets.push(ticket.clone());
         }
-        self.batches.extend(claimed.batch.map(|batch| (batch, pairs(claimed))));
+        Ok(())
+    }
+
+    /// Issues something again: its tickets are new, and their deliveries queued.
+    async fn reissue(&mut self, suspect: Suspect) -> Check {
+        let Some(reissued) = self.bench.reissue(suspect).await else { return Ok(()) };
+        check(!reissued.tickets.is_empty(), || format!("nothing was issued again of {suspect:?}"))?;
+        for ticket in reissued.tickets {
+            // A sequence that failed before may have left something behind.
+            let Some(before) = self.seen.get(&ticket.id) else { continue };
+            let open = matches!(before.status, Status::Queued | Status::Processing);
+            check(open && before.attempts + 1 == ticket.attempt, || {
+                format!("{ticket:?} was issued of {before:?}")
+            })?;
+            self.tickets.push(ticket);
+        }
+        Ok(())
+    }
+
+    async fn recover(&mut self) -> Check {
+        let recovered = self.bench.recover().await;
+        for lease in recovered.leases {
+            self.reissue(Suspect::Lease(lease)).await?;
+        }
+        Ok(())
+    }
+
+    async fn change(&mut self, which: usize, cancel: bool) -> Check {
+        let change = if cancel { Change::Cancel } else { Change::Redrive };
+        let Some((id, before)) = self.seen.iter().nth(which % self.seen.len().max(1)) else { return Ok(()) };
+        let changed = self.bench.store.change(change, &[*id], self.bench.now()).await.unwrap();
+        let allowed = change.allows(before.status);
+        check(changed.len() == usize::from(allowed), || format!("{changed:?} by {change:?} of {before:?}"))?;
+        self.changeable = Some(vec![*id]);
         Ok(())
     }
 
     async fn begin(&mut self, which: usize, count: usize, by: usize) -> Check {
         let from = which % self.tickets.len().max(1);
-        let tickets: Vec<_> = self.tickets.iter().copied().skip(from).take(count).collect();
-        self.leases += 1;
-        let lease = LeaseId(self.leases);
+        let tickets: Vec<_> = self.tickets.iter().skip(from).take(count).cloned().collect();
         let owner = self.instances[by % self.instances.len()];
-        let mut ids = Vec::new();
-        for message in self.bench.begin_by(owner, lease.0, &tickets).await {
-            let before = &self.seen[&message.id];
-            let ticket = (message.id, before.epoch);
+        self.begin_by(tickets, owner).await.map(drop)
+    }
+
+    async fn begin_by(&mut self, tickets: Vec<Ticket>, owner: InstanceId) -> Result<Vec<Job>, String> {
+        let wanted = wanted(&tickets);
+        let begin = Begin { wanted: &wanted, repeated: false, owner };
+        let jobs = jobs(&tickets, &self.bench.store.begin(&begin).await.unwrap());
+        for job in &jobs {
+            let before = &self.seen[&job.id()];
             check(before.status == Status::Queued, || format!("{before:?} was begun"))?;
-            check(tickets.contains(&ticket), || format!("{before:?} was begun by {tickets:?}"))?;
-            check(self.ever_begun.insert(ticket), || format!("{ticket:?} was begun twice"))?;
-            self.begun.push((ticket, message.attempts + 1, lease));
-            ids.push(message.id);
+            let place = (job.ticket.batch, job.ticket.position);
+            check(self.ever_begun.insert(place), || format!("{place:?} was begun twice"))?;
+            self.begun.push(job.clone());
         }
-        self.last_begin = Some(LastBegin { lease, tickets, owner, ids });
-        Ok(())
+        let begun = jobs.iter().map(Job::id).collect();
+        self.last_begin = Some(LastBegin { wanted, tickets, owner, begun });
+        Ok(jobs)
     }
 
     async fn begin_again(&mut self) -> Check {
-        let Some(LastBegin { lease, tickets, owner, ids }) = self.last_begin.take() else {
+        let Some(LastBegin { wanted, tickets, owner, begun }) = self.last_begin.take() else {
             return Ok(());
         };
-        if ids.is_empty() {
+        if begun.is_empty() {
             return Ok(());
         }
-        let begin = Begin { lease, repeated: true, tickets: &tickets, owner, now: self.bench.now() };
-        for message in self.bench.store.begin(&begin).await.unwrap().messages {
-            check(ids.contains(&message.id), || format!("{message:?} was begun by the repeated call"))?;
+        let begin = Begin { wanted: &wanted, repeated: true, owner };
+        for job in jobs(&tickets, &self.bench.store.begin(&begin).await.unwrap()) {
+            // All that it began may have ended meanwhile: then it is a first call.
+            let known =
+                begun.contains(&job.id()) || self.ever_begun.insert((job.ticket.batch, job.ticket.position));
+            check(known, || format!("{job:?} was begun by the repeated call"))?;
+            self.begun.push(job);
         }
         Ok(())
     }
 
-    async fn record(&mut self, which: usize, verdict: u8, finish: bool) -> Check {
-        let Some((ticket, attempt, lease)) = pick(&self.begun, which) else {
+    async fn record(&mut self, which: usize, verdict: u8) -> Check {
+        let Some(job) = pick(&self.begun, which) else {
             return Ok(());
         };
         let record = match verdict {
-            0 => self.bench.sent(ticket, attempt),
-            1 => self.bench.failed(ticket, attempt),
-            2 => self.bench.dead(ticket, attempt),
-            _ => self.bench.released(ticket),
+            0 => self.bench.sent(&job),
+            1 => self.bench.failed(&job),
+            2 => self.bench.dead(&job),
+            3 => super::record(&job, None, Verdict::Expired),
+            _ => self.bench.released(&job),
         };
-        let last = self.begun.iter().filter(|begun| begun.2 == lease).count() == 1;
-        let finished = if finish && last { vec![lease] } else { Vec::new() };
-        self.begun.retain(|begun| begun.0 != ticket);
+        self.begun.retain(|begun| begun.lease != job.lease || begun.id() != job.id());
         self.records.push(record.clone());
-        self.write(record, &finished).await
+        self.write(record).await
     }
 
-    /// Records one try: a success always counts, anything else only for the message under way in its epoch.
-    async fn write(&mut self, record: Record, finished: &[LeaseId]) -> Check {
-        let before = &self.seen[&record.id];
+    /// Records one attempt: a success always counts, anything else only for the delivery that stands in its lease.
+    async fn write(&mut self, record: Record) -> Check {
+        let id = record.ticket.id;
+        let before = self.seen[&id].clone();
+        let newest = self.tickets.iter().rfind(|ticket| ticket.id == id);
+        let current = newest.is_some_and(|ticket| ticket.batch == record.ticket.batch);
         let counts = match record.verdict {
             Verdict::Sent => before.status != Status::Sent,
-            _ => (before.status, before.epoch) == (Status::Processing, record.epoch),
+            _ => before.status == Status::Processing && current,
         };
-        let refused = self.bench.record_finished(std::slice::from_ref(&record), finished).await.unwrap();
+        let refused = self.bench.record(std::slice::from_ref(&record)).await;
         let stale = record.verdict != Verdict::Sent && !counts;
         check(refused.is_empty() != stale, || format!("{refused:?} were refused: {record:?} of {before:?}"))?;
-        let after = self.bench.message(record.id).await;
-        check((after != *before) == counts, || format!("{record:?} made {after:?} of {before:?}"))?;
+        let after = self.bench.message(id).await;
+        check((after != before) == counts, || format!("{record:?} made {after:?} of {before:?}"))?;
         let sent = record.verdict != Verdict::Sent || after.status == Status::Sent;
         check(sent, || format!("{after:?} has been sent"))
     }
@@ -308,8 +355,8 @@ impl World {
             let after = self.bench.message(*id).await;
             let legal = after.status == before.status || before.status.may_become(after.status);
             check(legal, || format!("{id} went from {} to {}", before.status, after.status))?;
-            check(after.epoch >= before.epoch, || format!("{id} went back to epoch {}", after.epoch))?;
-            check(after.attempts >= before.attempts, || format!("{id} forgot a try"))?;
+            let late = after.status == Status::Sent && before.status != Status::Sent;
+            check(after.attempts >= before.attempts || late, || format!("{id} forgot an attempt"))?;
             let finished = after.finished_at.is_some();
             check(finished == after.status.is_final(), || format!("{after:?} is half finished"))?;
             let waits = matches!(after.status, Status::Pending | Status::Retrying);
@@ -319,7 +366,7 @@ impl World {
             let given_back = before.status == Status::Queued && after.status == Status::Retrying;
             let kept = !given_back || after.due_at >= before.due_at;
             check(kept, || format!("{after:?} is due before its time, {before:?}"))?;
-            let may_change = changeable.as_ref().is_none_or(|these| these.contains(&(*id, before.epoch)));
+            let may_change = changeable.as_ref().is_none_or(|these| these.contains(id));
             check(may_change || after == *before, || format!("{before:?} is now {after:?}"))?;
             let same = (&after.recipient, &after.content) == (&before.recipient, &before.content);
             check(same, || format!("{after:?} was {before:?}"))?;
@@ -330,40 +377,33 @@ impl World {
 
     /// Everybody dies, and one instance finishes what is left.
     async fn drain(&mut self) -> Check {
-        let last = self.seen.keys().next_back().copied().unwrap_or(MessageId(0));
+        self.bench.open("closed").await;
         for round in 0.. {
             self.bench.pass(60);
             let (store, now) = (Arc::clone(&self.bench.store), self.bench.now());
-            store.recover(&recovery(now, &[])).await.unwrap();
+            self.recover().await?;
+            self.inspect().await?;
             let owner = self.bench.enroll().await;
             for batch in store.batches(now, 1_000).await.unwrap() {
-                store.requeue(&[batch.id], now).await.unwrap();
+                self.reissue(Suspect::Batch(batch.id)).await?;
             }
             for (endpoint, held) in store.held().await.unwrap() {
                 store.unhold(&endpoint, held, 1_000, now).await.unwrap();
             }
             self.inspect().await?;
-            let open = &["default".to_owned(), "closed".to_owned()];
             let timed = |lane| Due::Timed { lane, by: now };
-            for due in [Due::up_to(last), timed(""), timed(RETRY)] {
-                let claim =
-                    Claim { due, limit: 1_000, lane: FRESH, open, busy: &[], pass_busy: false, owner, now };
-                let claimed = store.claim(&claim).await.unwrap();
+            for due in [Due::New(Urgency::Normal), timed(""), timed("messages"), timed(RETRY)] {
+                let claimed = self.bench.claim_by(owner, due, 1_000).await;
                 self.took(&claimed, 1_000)?;
                 self.inspect().await?;
-                self.leases += 1;
-                let begun = self.bench.begin_by(owner, self.leases, &pairs(&claimed)).await;
-                let records: Vec<_> = begun
-                    .iter()
-                    .map(|message| {
-                        self.bench.sent((message.id, self.seen[&message.id].epoch), message.attempts + 1)
-                    })
-                    .collect();
-                self.inspect().await?;
-                let refused = self.bench.record_finished(&records, &[LeaseId(self.leases)]).await.unwrap();
-                check(refused.is_empty(), || format!("{refused:?} were refused"))?;
-                self.inspect().await?;
             }
+            let tickets = self.tickets.clone();
+            let jobs = self.begin_by(tickets, owner).await?;
+            self.inspect().await?;
+            let records: Vec<_> = jobs.iter().map(|job| self.bench.sent(job)).collect();
+            let refused = self.bench.record(&records).await;
+            check(refused.is_empty(), || format!("{refused:?} were refused"))?;
+            self.inspect().await?;
             let left: Vec<_> = self.seen.values().filter(|message| !message.status.is_final()).collect();
             if left.is_empty() {
                 break;

@@ -1,67 +1,60 @@
-//! Begin, the leases it writes, and the recovery of what stands in them.
+//! Begin, the leases it writes, the recovery of what stands in them, and the repair of both.
 
 use deadpool_postgres::Object;
-use futures_util::future::try_join_all;
 use tokio_postgres::Row;
 
-use super::claim::give_back;
-use super::{bounds, by_epoch, read_all};
+use super::claim::ticket;
+use super::read_all;
 use crate::clock::Timestamp;
-use crate::message::{Epoch, MessageId};
-use crate::store::{Begin, Begun, BegunMessage, InstanceId, Recovered, Recovery, Result};
+use crate::store::{
+    BatchId, Begin, Begun, InstanceId, LeaseId, Mask, Recovered, Recovery, Reissue, Reissued, Result, Suspect,
+};
 
-pub(super) const BEGIN: &str = "/* ams:begin */ with u as (update messages set \
-                 status = case when expires_at <= $5 then 'expired'::message_state else 'processing' end, \
-                 due_at = case when expires_at <= $5 then null else due_at end, \
-                 finished_at = case when expires_at <= $5 then $5 end \
-                 where id = any($1) and epoch = $2 and status = 'queued' and id between $3 and $4 \
-                 returning id, epoch, attempts, lane_tries, status = 'processing' as begun), \
-             l as (insert into leases (id, epoch, owner, ids) \
-                 select $6, $2, $7, array_agg(id) from u where begun having count(*) > 0) \
-             select id, epoch, attempts, lane_tries from u where begun";
+/// Of each batch the wanted bits that are still there go into a lease. A batch that nothing is left of goes.
+pub(super) const BEGIN: &str = "/* ams:begin */ with \
+     v as materialized (select * from unnest($1::bigint[], $2::varbit[], $3::bigint[]) as v (batch, wanted, lease)), \
+     o as materialized (select b.id, b.\"left\" & v.wanted as taken, b.\"left\" & ~v.wanted as rest, v.lease, b.root, b.lane, \
+             b.lo, b.hi, b.ids, b.endpoints, b.attempts, b.lane_tries, b.dues, b.expiries \
+         from batches b join v on v.batch = b.id where b.id = any($1) \
+             and not exists (select from leases l where l.id = any($3)) \
+         order by b.id for update of b), \
+     d as (delete from batches where id = any(array(select id from o where bit_count(rest) = 0))), \
+     u as (update batches set \"left\" = o.rest from o \
+         where batches.id = any($1) and batches.id = o.id and bit_count(o.rest) > 0 and bit_count(o.taken) > 0), \
+     l as (insert into leases (id, root, batch, lane, owner, lo, hi, ids, endpoints, attempts, lane_tries, dues, expiries, \"left\") \
+         select lease, root, id, lane, $4, lo, hi, ids, endpoints, attempts, lane_tries, dues, expiries, taken \
+         from o where bit_count(taken) > 0) \
+     select lease, id, root, taken from o where bit_count(taken) > 0";
 
-/// Begins what is `queued` in its ticket's epoch. Each epoch is one statement that writes its lease
-/// with it; they go out together and need no transaction around them, because each stands for itself.
-pub(super) async fn begin(db: &Object, begin: &Begin<'_>) -> Result<Begun> {
-    let mut messages = if begin.repeated { begun_before(db, begin).await? } else { Vec::new() };
+/// Begins what is still queued. All of a call is begun or nothing, so a repeated call that finds one of its leases
+/// knows that all of them are there.
+///
+/// The first call may still be waiting for a lock while the second asks: so the second one runs too, waits for the same
+/// lock, and looks for its leases in a statement of its own, which sees what the first has committed meanwhile.
+pub(super) async fn begin(db: &Object, begin: &Begin<'_>) -> Result<Vec<Begun>> {
     let statement = db.prepare_cached(BEGIN).await?;
-    let groups = by_epoch(begin.tickets.iter().map(|(id, epoch)| (id.0, *epoch)));
-    let now = begin.now;
-    let calls = groups.iter().map(|(epoch, ids)| {
-        let (statement, now) = (&statement, &now);
-        async move {
-            let (first, last) = bounds(ids);
-            db.query(statement, &[ids, epoch, &first, &last, now, &begin.lease.0, &begin.owner.0]).await
-        }
-    });
-    for row in try_join_all(calls).await?.iter().flatten() {
-        messages.push(begun(row)?);
+    let batches: Vec<i64> = begin.wanted.iter().map(|wanted| wanted.batch.0).collect();
+    let masks: Vec<&Mask> = begin.wanted.iter().map(|wanted| &wanted.positions).collect();
+    let leases: Vec<i64> = begin.wanted.iter().map(|wanted| wanted.lease.0).collect();
+    let rows = db.query(&statement, &[&batches, &masks, &leases, &begin.owner.0]).await?;
+    if !rows.is_empty() || !begin.repeated {
+        return read_all(&rows, begun);
     }
-    Ok(Begun { messages })
-}
-
-fn begun(row: &Row) -> Result<BegunMessage> {
-    Ok(BegunMessage {
-        id: MessageId(row.try_get(0)?),
-        epoch: row.try_get(1)?,
-        attempts: row.try_get(2)?,
-        lane_tries: row.try_get(3)?,
-    })
-}
-
-/// What an earlier call with this lease number took and still has.
-async fn begun_before(db: &Object, begin: &Begin<'_>) -> Result<Vec<BegunMessage>> {
-    let statement = db
-        .prepare_cached(
-            "/* ams:begun */ select m.id, m.epoch, m.attempts, m.lane_tries from leases l join messages m \
-             on m.id = any(l.ids) and m.epoch = l.epoch where l.id = $1 and m.status = 'processing'",
-        )
-        .await?;
-    let rows = db.query(&statement, &[&begin.lease.0]).await?;
+    let look = "/* ams:begun */ select id, batch, root, \"left\" from leases where id = any($1)";
+    let rows = db.query(&db.prepare_cached(look).await?, &[&leases]).await?;
     read_all(&rows, begun)
 }
 
-/// Takes dead instances away, and gives back what stands in leases that have no instance.
+fn begun(row: &Row) -> Result<Begun> {
+    Ok(Begun {
+        lease: LeaseId(row.try_get(0)?),
+        batch: BatchId(row.try_get(1)?),
+        root: BatchId(row.try_get(2)?),
+        positions: row.try_get(3)?,
+    })
+}
+
+/// Takes dead instances away, and lists the leases that have no instance.
 pub(super) async fn recover(db: &mut Object, recovery: &Recovery<'_>) -> Result<Recovered> {
     let Recovery { now, latest, silent } = recovery;
     let silent: Vec<i64> = silent.iter().map(|id| id.0).collect();
@@ -87,13 +80,61 @@ pub(super) async fn recover(db: &mut Object, recovery: &Recovery<'_>) -> Result<
     let dethrone = "/* ams:dethrone */ update leader set owner = null \
                     where owner is not null and not exists (select 1 from instances i where i.id = leader.owner)";
     transaction.execute(dethrone, &[]).await?;
-    let left = "/* ams:recover */ delete from leases \
-                where not exists (select 1 from instances i where i.id = leases.owner) returning epoch, ids";
-    let mut messages = 0;
-    for row in transaction.query(left, &[]).await? {
-        let (epoch, ids): (Epoch, Vec<i64>) = (row.try_get(0)?, row.try_get(1)?);
-        messages += give_back(&transaction, &ids, epoch, "processing", *now).await?;
-    }
+    let left = "/* ams:recover */ select id from leases \
+                where not exists (select 1 from instances i where i.id = leases.owner) order by id limit 1000";
+    let rows = transaction.query(left, &[]).await?;
+    let leases = read_all(&rows, |row| Ok(LeaseId(row.try_get(0)?)))?;
     transaction.commit().await?;
-    Ok(Recovered { instances, messages, ahead })
+    Ok(Recovered { instances, leases, ahead })
+}
+
+/// Makes a new batch of what is left; the text of the two differs only in what is taken away. A delivery that has
+/// ended all the same is left out: it is the net under everything else.
+macro_rules! reissue {
+    ($name:literal, $suspect:expr) => {
+        concat!(
+            "/* ams:reissue_",
+            $name,
+            " */ with o as (",
+            $suspect,
+            " returning root, lane, lo, hi, ids, endpoints, attempts, lane_tries, dues, expiries, \"left\"), \
+             t as materialized (select t.id, t.endpoint_id, coalesce(t.attempts, 0) as attempts, \
+                     coalesce(t.lane_tries, 0) as lane_tries, t.due_at, t.expires_at, o.expiries is not null as expires, \
+                     (t.place - 1)::int as position \
+                 from o, unnest(o.ids, o.endpoints, o.attempts, o.lane_tries, o.dues, o.expiries) with ordinality \
+                     t(id, endpoint_id, attempts, lane_tries, due_at, expires_at, place) \
+                 where get_bit(o.\"left\", (t.place - 1)::int) = 1 and (select true from deliveries f \
+                     where f.message_id = t.id and f.endpoint_id = t.endpoint_id) is null), \
+             b as (insert into batches (id, root, lane, owner, lo, hi, ids, endpoints, attempts, lane_tries, dues, expiries, \
+                     \"left\", created_at) \
+                 select $2, root, lane, $3, lo, hi, ids, endpoints, attempts, lane_tries, dues, expiries, \
+                     (select bit_or(set_bit(repeat('0', 2048)::varbit, t.position, 1)) from t), $4 \
+                 from o where exists (select from t)) \
+             select t.id, t.position, t.endpoint_id, m.endpoint, m.created_at, m.recipient, m.content, m.content_type, \
+                 m.headers, m.ordering_key, m.priority, case when t.expires then t.expires_at else m.expires_at end, \
+                 t.attempts + 1, t.lane_tries, case when t.due_at > $4 then t.due_at end, (select lane from o) \
+             from t cross join lateral (select endpoint, created_at, recipient, content, content_type, headers, \
+                 ordering_key, priority, expires_at from messages where id = t.id limit 1) m order by t.position"
+        )
+    };
+}
+
+pub(super) const REISSUE_BATCH: &str = reissue!("batch", "delete from batches b where b.id = $1");
+pub(super) const REISSUE_LEASE: &str = reissue!(
+    "lease",
+    "delete from leases l where l.id = $1 and not exists (select from instances i where i.id = l.owner)"
+);
+
+/// Issues again what is left in a batch or lease.
+pub(super) async fn reissue(db: &Object, reissue: &Reissue) -> Result<Option<Reissued>> {
+    let (statement, id) = match reissue.suspect {
+        Suspect::Batch(id) => (REISSUE_BATCH, id.0),
+        Suspect::Lease(id) => (REISSUE_LEASE, id.0),
+    };
+    let statement = db.prepare_cached(statement).await?;
+    let rows = db.query(&statement, &[&id, &reissue.batch.0, &reissue.owner.0, &reissue.now]).await?;
+    let Some(first) = rows.first() else { return Ok(None) };
+    let lane = first.try_get(15)?;
+    let tickets = read_all(&rows, |row| ticket(row, reissue.batch))?;
+    Ok(Some(Reissued { lane, tickets }))
 }

@@ -1,197 +1,335 @@
-//! Claims and their ledger.
+//! Claims: from the feeds and from what waits, into batches.
+
+use std::sync::{Mutex, PoisonError};
 
 use deadpool_postgres::Object;
 use serde_json::value::RawValue;
 use tokio_postgres::Row;
 use tokio_postgres::types::{Json, ToSql};
 
-use super::{bounds, by_epoch, limit, read, read_all};
+use super::{limit, read, read_all};
 use crate::clock::Timestamp;
-use crate::message::{Epoch, MessageId, Ticket};
+use crate::message::MessageId;
 use crate::store::{
-    Batch, BatchId, Claim, Claimed, Due, DueNow, InstanceId, Place, Result, StoreError, unreadable_reason,
+    BATCH_BYTES, BATCH_MAX, Batch, BatchId, Claim, Claimed, Due, DueNow, EndpointId, InstanceId, Place,
+    Result, StoreError, Urgency, unreadable_reason,
 };
+use crate::ticket::Ticket;
 
-/// Why a row can't go on a lane now; no value when it can.
-macro_rules! held {
-    () => {
-        "case when m.endpoint <> all($4) then 'endpoint_closed' \
-             when m.epoch = 0 and m.endpoint = any($7) then 'endpoint_busy' end"
-    };
+/// [`BATCH_BYTES`] as the statements take it.
+const BYTES: i64 = BATCH_BYTES as i64;
+/// Looks that find nothing until the feed is moved on all the same: a feed that stands still for long has more
+/// transactions to look for that may have committed late. A look comes at most every few milliseconds.
+const LOOKS: u32 = 200;
+
+/// What this process knows of the feeds, to spare questions. All of it may be wrong: then a claim is made in vain.
+#[derive(Debug, Default)]
+pub(super) struct Feeds([Mutex<Feed>; 3]);
+
+#[derive(Debug, Default)]
+struct Feed {
+    /// The server's snapshot when nothing new was found: as long as it stays the same, no transaction has ended.
+    idle_at: Option<String>,
+    looks: u32,
 }
 
-/// A claim: the text of the two differs only in which rows they look at. `materialized` keeps the
-/// planner from taking more than the limit; the bounds prune partitions; `skip locked` passes by rows
-/// that a person's transaction holds. The rows are updated by an array of their ids, not by a join: a planner
-/// that expects one row would read all between the bounds for each (measured: 5.3 s for 995 rows).
-macro_rules! claim {
-    ($name:literal, $rows:expr) => {
+impl Feeds {
+    fn with<T>(&self, urgency: Urgency, act: impl FnOnce(&mut Feed) -> T) -> T {
+        let [urgent, normal, bulk] = &self.0;
+        let feed = match urgency {
+            Urgency::Urgent => urgent,
+            Urgency::Normal => normal,
+            Urgency::Bulk => bulk,
+        };
+        act(&mut feed.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A batch with all of its first `n` bits set, of the length of every mask.
+macro_rules! all_left {
+    () => {
+        "rpad(repeat('1', n), 2048, '0')::varbit"
+    };
+}
+const _: () = assert!(BATCH_MAX == 2048, "the statements write masks of this length");
+
+/// What a claimed row is to become, in this order. Nothing is sorted on the way: positions are counted as the rows come,
+/// and whatever order that is, it is the same for the batch and the tickets. Contents pass through two tables only,
+/// because each more costs 0.4 us a message (measured).
+///
+/// A late transaction is a range of one, because for `tx = x order by id` the planner may walk the primary key until it has
+/// found enough, which for a transaction that was rolled back is to its end.
+///
+/// The feed is moved by a guard in its own predicate: PostgreSQL re-reads a row that it has waited for but keeps the
+/// statement's old snapshot, so two claims that only locked it would take the same rows.
+macro_rules! claim_new {
+    ($name:literal, $class:literal) => {
         concat!(
             "/* ams:claim_",
             $name,
-            " */ with c as materialized (select id from messages where ",
-            $rows,
-            " limit $2 for update skip locked), \
-             u as (update messages m set \
-                 status = case when m.expires_at <= $3 then 'expired' when ",
-            held!(),
-            " is null then 'queued' else m.status end, \
-                 epoch = case when m.expires_at <= $3 then m.epoch else m.epoch + 1 end, \
-                 held = case when m.expires_at <= $3 then null else ",
-            held!(),
-            " end, \
-                 due_at = case when m.expires_at <= $3 then null else m.due_at end, \
-                 finished_at = case when m.expires_at <= $3 then $3 end \
-             where m.id = any(array(select id from c)) \
-                 and m.id between (select min(id) from c) and (select max(id) from c) \
-             returning m.id, m.epoch, m.attempts + 1, m.endpoint, m.created_at, m.recipient, m.content, \
-                 m.content_type, m.headers, m.ordering_key, m.status = 'queued' as queued, \
-                 coalesce(m.due_at, m.send_at) as due_at), \
-             l as (insert into batches (lane, owner, ids, epochs, created_at) \
-                 select $5, $6, array_agg(id), array_agg(epoch), $3 from u where queued having count(*) > 0 \
-                 returning id) \
-             select u.*, (select id from l) from u"
+            " */ with f as materialized ( \
+                 select class, seq, done, at_tx, at_id, base_id, \
+                     case when at_tx is null then pg_current_snapshot() else upto end as upto \
+                 from feed where class = $1 order by seq desc limit 1), \
+             late as materialized ( \
+                 select x from f, pg_snapshot_xip(f.done) x \
+                 where pg_visible_in_snapshot(x, f.upto) and (f.at_tx is null or x >= f.at_tx)), \
+             r as materialized (select u.*, row_number() over w as place, \
+                     sum(octet_length(content) + coalesce(octet_length(headers::text), 0)) over w as bytes \
+                 from ( \
+                 (select m.* from late l cross join lateral ( \
+                     select ",
+            claimed_columns!(),
+            " from messages where ",
+            $class,
+            " and (tx, id) > (l.x, (select greatest(case when f.at_tx = l.x then f.at_id end, base_id) from f)) \
+                         and tx <= l.x \
+                     order by tx, id limit $2) m limit $2) \
+                 union all \
+                 (select ",
+            claimed_columns!(),
+            " from messages where ",
+            $class,
+            " and (tx, id) > ((select greatest(pg_snapshot_xmax(done), at_tx) from f), \
+                         (select case when at_tx >= pg_snapshot_xmax(done) then at_id else -1 end from f)) \
+                     and tx < (select pg_snapshot_xmax(upto) from f) \
+                     and pg_visible_in_snapshot(tx, (select upto from f)) and id > (select base_id from f) \
+                 order by tx, id limit $2)) u window w as (rows unbounded preceding) limit $2), \
+             a as materialized (select array_agg(id) as ids, array_agg(tx) as txs, count(*)::int as n, \
+                     count(*) = $2 or (select count(*) from r) > count(*) as more \
+                 from r where place = 1 or bytes <= $9), \
+             k as materialized (select message_id from cancels), \
+             d as materialized ( \
+                 select n.endpoint, coalesce(e.id, s.id) as endpoint_id, coalesce(e.enabled, false) as open, \
+                     n.endpoint = any($6) as saturated \
+                 from (select distinct endpoint from r) n left join endpoints e on e.name = n.endpoint \
+                     left join unknown_endpoints s on s.name = n.endpoint), \
+             classed as materialized ( \
+                 select x.*, count(*) filter (where way = 'queued') over (rows unbounded preceding) - 1 as position \
+                 from (select r.*, d.endpoint_id, case \
+                         when (select count(*) from k) > 0 and r.id in (select message_id from k) then 'cancelled' \
+                         when expires_at <= $7 then 'expired' \
+                         when send_at > $7 then 'scheduled' \
+                         when not d.open then 'closed' \
+                         when d.saturated then 'busy' \
+                         else 'queued' end as way \
+                     from r join d on d.endpoint = r.endpoint where place = 1 or bytes <= $9) x), \
+             m as (update feed set seq = f.seq + 1, upto = f.upto, \
+                     done = case when more then f.done else f.upto end, \
+                     at_tx = case when more then txs[n] end, \
+                     at_id = case when more then ids[n] end \
+                 from f, a where feed.class = f.class and feed.seq = f.seq and (n > 0 or $8 or f.at_tx is not null) \
+                 returning 1), \
+             named as (insert into unknown_endpoints (name) \
+                 select distinct endpoint from classed where endpoint_id is null and exists (select from m) \
+                 on conflict do nothing returning name, id), \
+             kd as (delete from cancels x where (select count(*) from k) > 0 and exists (select from m) \
+                 and x.message_id = any(array(select id from classed where way = 'cancelled'))), \
+             ended as (insert into deliveries (message_id, endpoint_id, status, attempts, lane, finished_at) \
+                 select id, coalesce(endpoint_id, (select n.id from named n where n.name = endpoint)), 'expired', 0, '', $7 \
+                 from classed where way = 'expired' and exists (select from m)), \
+             w as (insert into waiting (message_id, endpoint_id, due_at, held, attempts, lane, lane_tries, priority, expires_at) \
+                 select id, coalesce(endpoint_id, (select n.id from named n where n.name = endpoint)), \
+                     case way when 'scheduled' then send_at else $7 end, \
+                     case way when 'closed' then 'endpoint_closed' when 'busy' then 'endpoint_busy' end, \
+                     0, '', 0, priority, expires_at \
+                 from classed where way in ('scheduled', 'closed', 'busy') and exists (select from m)), \
+             g as materialized (select array_agg(id) as ids, array_agg(endpoint_id) as endpoints, \
+                     min(id) as lo, max(id) as hi, count(*)::int as n \
+                 from classed where way = 'queued' and exists (select from m)), \
+             b as (insert into batches (id, root, lane, owner, lo, hi, ids, endpoints, \"left\", created_at) \
+                 select $5, $5, $3, $4, lo, hi, ids, endpoints, ",
+            all_left!(),
+            ", $7 from g where n > 0) \
+             select q.id, q.position::int, q.endpoint_id, q.endpoint, q.created_at, q.recipient, q.content, \
+                 q.content_type, q.headers, q.ordering_key, q.priority, q.expires_at, 1, 0, null::timestamptz, \
+                 a.n, case when a.n = 0 then (select upto::text from f) end as idle_at, (select count(*) from m) > 0, \
+                 (select at_tx is not null from f) and (select count(*) from m) > 0 \
+             from a left join (select * from classed where way = 'queued' and exists (select from m)) q on true"
         )
     };
 }
 
-macro_rules! new_rows {
-    ($up_to:literal, $passed:literal) => {
-        concat!(
-            "fresh and id > $1 and id <= ",
-            $up_to,
-            " and (epoch > 0 or endpoint <> all(",
-            $passed,
-            ")) order by id"
-        )
-    };
-}
-
-macro_rules! timed_rows {
-    ($by:literal) => {
-        concat!("timed_at is not null and lane = $1 and timed_at <= ", $by, " order by timed_at, id")
-    };
-}
-
-pub(super) const NEW: &str = claim!("new", new_rows!("$8", "$9"));
-pub(super) const TIMED: &str = claim!("timed", timed_rows!("$8"));
-
-/// The row that a claim would take first.
-macro_rules! first {
-    ($rows:expr) => {
-        concat!("/* ams:first_due */ select id from messages where ", $rows, " limit 1")
-    };
-}
-const FIRST_NEW: &str = first!(new_rows!("$2", "$3"));
-const FIRST_TIMED: &str = first!(timed_rows!("$2"));
-
-macro_rules! any_new {
+macro_rules! claimed_columns {
     () => {
-        "exists (select from (select id from messages where fresh order by id limit 1) f)"
+        "id, tx, endpoint, created_at, recipient, content, content_type, headers, ordering_key, priority, send_at, expires_at"
     };
 }
 
-/// Whether any row is new. Apart from [`DUE`], because a statement opens every partition that it names: most
-/// of what these two cost.
-pub(super) const DUE_NEW: &str = concat!("/* ams:due_new */ select ", any_new!());
+pub(super) const URGENT: &str = claim_new!("urgent", "priority > 0");
+pub(super) const NORMAL: &str = claim_new!("normal", "priority = 0");
+pub(super) const BULK: &str = claim_new!("bulk", "priority < 0");
 
-/// What is due, for all claims in one. Ordered as the claims are, so that it walks their indexes
-/// whatever the statistics say.
-pub(super) const DUE: &str = concat!(
-    "/* ams:due */ select ",
-    any_new!(),
-    ", array(select l.lane from unnest($1::text[]) l(lane) cross join lateral ( \
-         select id from messages where timed_at is not null and lane = l.lane and timed_at <= $2 \
-         order by timed_at, id limit 1) t)"
+/// What is due is deleted from `waiting`; a row whose delivery has ended meanwhile just goes. The rows are named by an
+/// array of their places, because a join with them is planned as a join with the whole table; and each delivery is looked
+/// up by a limited select, because `not exists` may be planned as one, too. For the same reason each
+/// message and delivery is looked up for itself: a join is planned as a walk through every partition that an `analyze`
+/// has seen empty, and the plan is kept when it is full. An endpoint that was made while its name got a number in
+/// `unknown_endpoints` has two.
+pub(super) const TIMED: &str = concat!(
+    "/* ams:claim_timed */ with w as materialized ( \
+         select x.place, x.number, coalesce(e.enabled, same.enabled, false) as open, \
+             sum(m.bytes) over (order by x.number) as bytes \
+         from (select ctid as place, endpoint_id, message_id, row_number() over () as number from ( \
+                 select ctid, endpoint_id, message_id from waiting where lane = $1 and held is null and due_at <= $6 \
+                 order by due_at, message_id limit $2) y) x \
+             cross join lateral (select octet_length(content) + coalesce(octet_length(headers::text), 0) as bytes \
+                 from messages where id = x.message_id limit 1) m \
+             left join endpoints e on e.id = x.endpoint_id \
+             left join unknown_endpoints u on u.id = x.endpoint_id left join endpoints same on same.name = u.name), \
+     d as materialized (select * from w where number = 1 or bytes <= $8), \
+     h as (update waiting x set held = 'endpoint_closed' \
+         where x.ctid = any(array(select place from d where not open)) and coalesce(x.held is null, false) returning 1), \
+     u as (delete from waiting x where x.ctid = any(array(select place from d where open)) \
+         and coalesce(x.held is null and x.due_at <= $6, false) \
+         returning x.message_id, x.endpoint_id, x.attempts, x.lane_tries, x.due_at, x.priority, x.expires_at), \
+     j as materialized (select u.*, u.expires_at <= $7 as expired from u where ( \
+         select true from deliveries f where f.message_id = u.message_id and f.endpoint_id = u.endpoint_id limit 1) is null), \
+     ended as (insert into deliveries (message_id, endpoint_id, status, attempts, lane, finished_at) \
+         select message_id, endpoint_id, 'expired', attempts, '', $7 from j where expired), \
+     q as materialized (select j.*, row_number() over (order by due_at, message_id) - 1 as position \
+         from j where expired is not true), \
+     g as materialized (select array_agg(message_id order by position) as ids, \
+             array_agg(endpoint_id order by position) as endpoints, array_agg(attempts order by position) as attempts, \
+             array_agg(lane_tries order by position) as lane_tries, array_agg(due_at order by position) as dues, \
+             array_agg(expires_at order by position) as expiries, min(message_id) as lo, max(message_id) as hi, \
+             count(*)::int as n from q), \
+     b as (insert into batches (id, root, lane, owner, lo, hi, ids, endpoints, attempts, lane_tries, dues, expiries, \
+             \"left\", created_at) \
+         select $5, $5, $3, $4, lo, hi, ids, endpoints, attempts, lane_tries, dues, expiries, ",
+    all_left!(),
+    ", $7 from g where n > 0) \
+     select q.message_id, q.position::int, q.endpoint_id, q.endpoint, q.created_at, q.recipient, q.content, q.content_type, \
+         q.headers, q.ordering_key, q.priority, q.expires_at, q.attempts + 1, q.lane_tries, \
+         case when q.due_at > $7 then q.due_at end, (select count(*)::int from d) \
+     from (select 1) one left join (select q.*, m.* from q cross join lateral ( \
+         select endpoint, created_at, recipient, content, content_type, headers, ordering_key \
+         from messages where id = q.message_id limit 1) m) q on true order by q.position"
 );
 
+/// Which of these lanes have something due. Ordered as the claims are, so that it walks their index whatever the
+/// statistics say.
+pub(super) const DUE: &str = "/* ams:due */ select pg_current_snapshot()::text, \
+     array(select l.lane from unnest($1::text[]) l(lane) cross join lateral ( \
+         select message_id from waiting where held is null and lane = l.lane and due_at <= $2 \
+         order by due_at, message_id limit 1) t)";
+
+/// The whole of a look at rest: equal to the last one, no transaction has ended since.
+const SNAPSHOT: &str = "/* ams:snapshot */ select pg_current_snapshot()::text";
+
 /// What may be due.
-pub(super) async fn due(db: &Object, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
-    if lanes.is_empty() {
-        let statement = db.prepare_cached(DUE_NEW).await?;
-        let row = db.query_one(&statement, &[]).await?;
-        return Ok(DueNow { new: row.try_get(0)?, lanes: Vec::new() });
-    }
-    let statement = db.prepare_cached(DUE).await?;
-    let row = db.query_one(&statement, &[&lanes, &by]).await?;
-    Ok(DueNow { new: row.try_get(0)?, lanes: row.try_get(1)? })
+pub(super) async fn due(db: &Object, feeds: &Feeds, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
+    let row = if lanes.is_empty() {
+        db.query_one(&db.prepare_cached(SNAPSHOT).await?, &[]).await?
+    } else {
+        db.query_one(&db.prepare_cached(DUE).await?, &[&lanes, &by]).await?
+    };
+    let snapshot: &str = row.try_get(0)?;
+    let is_idle = |urgency| feeds.with(urgency, |feed| feed.idle_at.as_deref() == Some(snapshot));
+    Ok(DueNow {
+        new: !Urgency::ALL.into_iter().all(is_idle),
+        lanes: if lanes.is_empty() { Vec::new() } else { row.try_get(1)? },
+    })
 }
 
-/// Takes due rows: most become `queued`, with one ledger row for all.
+/// Takes what is due.
 ///
 /// The server gives all rows of a claim or none. When it can't give one of them (its bytes are no UTF-8, its page is
 /// damaged), the claim takes fewer, and when it can't give even the first alone, that one ends here.
-pub(super) async fn claim(db: &Object, claim: &Claim<'_>) -> Result<Claimed> {
-    let mut smaller = claim.clone();
+pub(super) async fn claim(db: &mut Object, feeds: &Feeds, claim: &Claim<'_>) -> Result<Claimed> {
+    let mut smaller = Claim { limit: claim.limit.min(BATCH_MAX), ..claim.clone() };
     loop {
-        match claim_rows(db, &smaller).await {
+        match claim_rows(db, feeds, &smaller).await {
             Err(StoreError::Refused(why)) if smaller.limit > 1 => {
                 tracing::debug!("a claim of {} rows failed ({why}); fewer are taken", smaller.limit);
                 smaller.limit /= 2;
             }
             Err(error @ StoreError::Refused(_)) => {
-                let Some(ended) = end_unreadable(db, claim).await? else { return Err(error) };
-                let unreadable = vec![ended];
-                return Ok(Claimed { seen: 1, last: Some(ended), unreadable, ..Claimed::default() });
+                return end_unreadable(db, claim).await?.ok_or(error);
             }
             claimed => return claimed,
         }
     }
 }
 
-/// Ends the first due row as dead if it is the one that can't be read: nothing else ends a message.
-async fn end_unreadable(db: &Object, claim: &Claim<'_>) -> Result<Option<MessageId>> {
-    let passed = if claim.pass_busy { claim.busy } else { &[] };
-    let first = match &claim.due {
-        Due::New { after, up_to } => db.query_opt(FIRST_NEW, &[&after.0, &up_to.0, &passed]).await?,
-        Due::Timed { lane, by } => db.query_opt(FIRST_TIMED, &[lane, by]).await?,
-    };
-    let Some(first) = first else { return Ok(None) };
-    let id: i64 = first.try_get(0)?;
-    let Err(StoreError::Refused(why)) = read::messages(db, &[id]).await else { return Ok(None) };
-    let end = "/* ams:end_unreadable */ update messages set status = 'dead', held = null, due_at = null, \
-                   finished_at = $2, reason = $3 where id = $1 and status in ('pending', 'retrying')";
-    let ended = db.execute(end, &[&id, &claim.now, &unreadable_reason(&why)]).await?;
-    Ok((ended > 0).then_some(MessageId(id)))
-}
-
-async fn claim_rows(db: &Object, claim: &Claim<'_>) -> Result<Claimed> {
-    let (limit, now) = (limit(claim.limit), claim.now);
-    let (open, busy, owner) = (claim.open, claim.busy, claim.owner.0);
-    let passed = if claim.pass_busy { busy } else { &[] };
+async fn claim_rows(db: &Object, feeds: &Feeds, claim: &Claim<'_>) -> Result<Claimed> {
     let rows = match claim.due {
-        Due::New { after, up_to } => {
-            let statement = db.prepare_cached(NEW).await?;
-            let values: [&(dyn ToSql + Sync); 9] =
-                [&after.0, &limit, &now, &open, &claim.lane, &owner, &busy, &up_to.0, &passed];
+        Due::New(urgency) => return claim_new(db, feeds, claim, urgency).await,
+        Due::Timed { lane, by } => {
+            let (statement, limit) = (db.prepare_cached(TIMED).await?, limit(claim.limit));
+            let values: [&(dyn ToSql + Sync); 8] =
+                [&lane, &limit, &claim.lane, &claim.owner.0, &claim.batch.0, &by, &claim.now, &BYTES];
             db.query(&statement, &values).await?
         }
-        Due::Timed { lane, by } => {
-            let statement = db.prepare_cached(TIMED).await?;
-            db.query(&statement, &[&lane, &limit, &now, &open, &claim.lane, &owner, &busy, &by]).await?
-        }
     };
-    let mut claimed = Claimed { seen: rows.len(), ..Claimed::default() };
-    for row in &rows {
-        claimed.last = claimed.last.max(Some(MessageId(row.try_get(0)?)));
-        if row.try_get(10)? {
-            let due_at = row.try_get::<_, Option<Timestamp>>(11)?.filter(|at| *at > claim.now);
-            claimed.tickets.push(Ticket { due_at, ..ticket(row)? });
-            claimed.batch = row.try_get::<_, Option<i64>>(12)?.map(BatchId);
-        }
-    }
-    claimed.tickets.sort_unstable_by_key(|ticket| ticket.id);
-    Ok(claimed)
+    let tickets = tickets(&rows, claim.batch)?;
+    Ok(Claimed { tickets, seen: seen(&rows)?, unreadable: Vec::new() })
 }
 
-/// The ticket of a row: id, epoch, attempt, endpoint, created_at, recipient, content, content_type,
-/// headers and ordering_key, from the first column on.
-pub(super) fn ticket(row: &Row) -> Result<Ticket> {
+async fn claim_new(db: &Object, feeds: &Feeds, claim: &Claim<'_>, urgency: Urgency) -> Result<Claimed> {
+    let statement = match urgency {
+        Urgency::Urgent => URGENT,
+        Urgency::Normal => NORMAL,
+        Urgency::Bulk => BULK,
+    };
+    let statement = db.prepare_cached(statement).await?;
+    let (class, limit) = (urgency.number(), limit(claim.limit));
+    loop {
+        let advance = feeds.with(urgency, |feed| {
+            feed.looks += 1;
+            feed.looks.is_multiple_of(LOOKS)
+        });
+        let values: [&(dyn ToSql + Sync); 9] = [
+            &class,
+            &limit,
+            &claim.lane,
+            &claim.owner.0,
+            &claim.batch.0,
+            &claim.saturated,
+            &claim.now,
+            &advance,
+            &BYTES,
+        ];
+        let rows = db.query(&statement, &values).await?;
+        let Some(first) = rows.first() else { return Ok(Claimed::default()) };
+        let (idle_at, moved, ended): (Option<String>, bool, bool) =
+            (first.try_get(16)?, first.try_get(17)?, first.try_get(18)?);
+        feeds.with(urgency, |feed| feed.idle_at = idle_at);
+        let seen = if moved { seen(&rows)? } else { 0 };
+        // A window that had nothing left has ended with this claim: the next one is a new look.
+        if seen > 0 || !ended {
+            return Ok(Claimed { tickets: tickets(&rows, claim.batch)?, seen, unreadable: Vec::new() });
+        }
+    }
+}
+
+/// How many rows a claim looked at, which each of its rows says.
+fn seen(rows: &[Row]) -> Result<usize> {
+    let seen: i32 = rows.first().map_or(Ok(0), |row| row.try_get(15))?;
+    Ok(usize::try_from(seen).unwrap_or(0))
+}
+
+/// The tickets of a claim's rows; the one row of a claim that queued nothing has no id.
+fn tickets(rows: &[Row], batch: BatchId) -> Result<Vec<Ticket>> {
+    let mut tickets = Vec::with_capacity(rows.len());
+    for row in rows {
+        if row.try_get::<_, Option<i64>>(0)?.is_some() {
+            tickets.push(ticket(row, batch)?);
+        }
+    }
+    tickets.sort_unstable_by_key(|ticket| ticket.position);
+    Ok(tickets)
+}
+
+/// The ticket of a row: id, position, endpoint_id, endpoint, created_at, recipient, content, content_type, headers,
+/// ordering_key, priority, expires_at, attempt, lane_tries and due_at, from the first column on.
+pub(super) fn ticket(row: &Row, batch: BatchId) -> Result<Ticket> {
     let headers: Option<Json<&RawValue>> = row.try_get(8)?;
     Ok(Ticket {
         id: MessageId(row.try_get(0)?),
-        epoch: row.try_get(1)?,
-        attempt: row.try_get(2)?,
+        batch,
+        position: u16::try_from(row.try_get::<_, i32>(1)?).unwrap_or_default(),
+        endpoint_id: EndpointId(row.try_get(2)?),
         endpoint: row.try_get(3)?,
         created_at: row.try_get(4)?,
         recipient: row.try_get(5)?,
@@ -199,8 +337,76 @@ pub(super) fn ticket(row: &Row) -> Result<Ticket> {
         content_type: row.try_get(7)?,
         headers: headers.map(|headers| headers.0.to_owned()),
         ordering_key: row.try_get(9)?,
-        due_at: None,
+        priority: row.try_get(10)?,
+        expires_at: row.try_get(11)?,
+        attempt: row.try_get(12)?,
+        lane_tries: row.try_get(13)?,
+        due_at: row.try_get(14)?,
     })
+}
+
+/// Ends the message that a claim of one could not give, if it is that one which can't be read: nothing else ends a
+/// message. The claim is made without reading the message, in the transaction that ends it.
+async fn end_unreadable(db: &mut Object, claim: &Claim<'_>) -> Result<Option<Claimed>> {
+    let transaction = db.transaction().await?;
+    let limit = limit(1);
+    let first = match claim.due {
+        Due::New(urgency) => {
+            let class = urgency.number();
+            transaction.query_opt(&next_of(urgency), &[&class]).await?
+        }
+        Due::Timed { lane, by } => transaction.query_opt(NEXT_TIMED, &[&lane, &by, &limit]).await?,
+    };
+    let Some(first) = first else { return Ok(None) };
+    let (id, endpoint_id): (i64, i32) = (first.try_get(0)?, first.try_get(1)?);
+    let savepoint = transaction.client().prepare("/* ams:savepoint */ savepoint reading").await?;
+    transaction.execute(&savepoint, &[]).await?;
+    let Err(StoreError::Refused(why)) = read::messages(&transaction, &[id]).await else { return Ok(None) };
+    transaction.batch_execute("rollback to reading").await?;
+    let end = "/* ams:end_unreadable */ insert into deliveries \
+               (message_id, endpoint_id, status, attempts, lane, finished_at, reason) values ($1, $2, 'dead', 0, '', $3, $4)";
+    transaction.execute(end, &[&id, &endpoint_id, &claim.now, &unreadable_reason(&why)]).await?;
+    transaction.commit().await?;
+    Ok(Some(Claimed { seen: 1, unreadable: vec![MessageId(id)], ..Claimed::default() }))
+}
+
+/// Takes the first that waits, without its message.
+const NEXT_TIMED: &str = "/* ams:next_timed */ delete from waiting where ctid = any(array( \
+         select ctid from waiting where held is null and lane = $1 and due_at <= $2 order by due_at, message_id limit $3)) \
+     returning message_id, endpoint_id";
+
+/// Moves a feed past its next message, and names it. As a claim of one, without the columns that may be unreadable.
+fn next_of(urgency: Urgency) -> String {
+    let class = match urgency {
+        Urgency::Urgent => "priority > 0",
+        Urgency::Normal => "priority = 0",
+        Urgency::Bulk => "priority < 0",
+    };
+    format!(
+        "/* ams:next_new */ with f as materialized ( \
+             select class, seq, done, at_tx, at_id, base_id, \
+                 case when at_tx is null then pg_current_snapshot() else upto end as upto \
+             from feed where class = $1 order by seq desc limit 1), \
+         late as materialized ( \
+             select x from f, pg_snapshot_xip(f.done) x \
+             where pg_visible_in_snapshot(x, f.upto) and (f.at_tx is null or x >= f.at_tx)), \
+         c as materialized (select id, tx from ( \
+             (select m.id, m.tx from late l cross join lateral ( \
+                 select id, tx from messages where {class} and tx <= l.x \
+                     and (tx, id) > (l.x, (select greatest(case when f.at_tx = l.x then f.at_id end, base_id) from f)) \
+                     order by tx, id limit 1) m limit 1) \
+             union all \
+             (select id, tx from messages where {class} \
+                 and (tx, id) > ((select greatest(pg_snapshot_xmax(done), at_tx) from f), \
+                     (select case when at_tx >= pg_snapshot_xmax(done) then at_id else -1 end from f)) \
+                 and tx < (select pg_snapshot_xmax(upto) from f) \
+                 and pg_visible_in_snapshot(tx, (select upto from f)) and id > (select base_id from f) \
+             order by tx, id limit 1)) u limit 1), \
+         m as (update feed set seq = f.seq + 1, upto = f.upto, at_tx = c.tx, at_id = c.id \
+             from f, c where feed.class = f.class and feed.seq = f.seq returning 1) \
+         select c.id, coalesce((select id from endpoints where name = (select endpoint from messages where messages.id = c.id)), 0) \
+         from c where exists (select from m)"
+    )
 }
 
 /// Notes where the broker put a batch.
@@ -214,13 +420,13 @@ pub(super) async fn acknowledge(db: &Object, batch: BatchId, place: Place) -> Re
     Ok(())
 }
 
-/// The oldest ledger rows.
+/// The oldest batches.
 pub(super) async fn batches(db: &Object, now: Timestamp, count: usize) -> Result<Vec<Batch>> {
     let statement = db
         .prepare_cached(
             "/* ams:batches */ select id, lane, owner, created_at, partition, last_offset, not exists ( \
                  select 1 from instances where instances.id = batches.owner and lease_until > $1) \
-             from batches order by id limit $2",
+             from batches order by created_at, id limit $2",
         )
         .await?;
     let rows = db.query(&statement, &[&now, &limit(count)]).await?;
@@ -235,56 +441,4 @@ pub(super) async fn batches(db: &Object, now: Timestamp, count: usize) -> Result
             orphaned: row.try_get(6)?,
         })
     })
-}
-
-/// Gives back what of these batches is still `queued` in their epoch, and removes them.
-pub(super) async fn requeue(db: &mut Object, batches: &[BatchId], now: Timestamp) -> Result<u64> {
-    let numbers: Vec<i64> = batches.iter().map(|batch| batch.0).collect();
-    let transaction = db.transaction().await?;
-    let remove = transaction
-        .prepare_cached("/* ams:requeue */ delete from batches where id = any($1) returning ids, epochs")
-        .await?;
-    let mut pairs: Vec<(i64, Epoch)> = Vec::new();
-    for row in transaction.query(&remove, &[&numbers]).await? {
-        let (ids, epochs): (Vec<i64>, Vec<Epoch>) = (row.try_get(0)?, row.try_get(1)?);
-        pairs.extend(ids.into_iter().zip(epochs));
-    }
-    let mut given = 0;
-    for (epoch, ids) in by_epoch(pairs) {
-        given += give_back(&transaction, &ids, epoch, "queued", now).await?;
-    }
-    transaction.commit().await?;
-    Ok(given)
-}
-
-/// A claimed row as it was before: due by this value, the present, at the earliest, and never before its time.
-macro_rules! as_it_was {
-    ($now:literal) => {
-        concat!(
-            "status = case when attempts = 0 then 'pending'::message_state else 'retrying' end, \
-             due_at = case when attempts = 0 then null else greatest(due_at, ",
-            $now,
-            "::timestamptz) end"
-        )
-    };
-}
-pub(super) use as_it_was;
-
-/// Gives rows back as they were before their claim when they are `status` in this epoch.
-pub(super) async fn give_back(
-    db: &deadpool_postgres::Transaction<'_>,
-    ids: &[i64],
-    epoch: Epoch,
-    status: &str,
-    now: Timestamp,
-) -> Result<u64> {
-    let statement = db
-        .prepare_cached(concat!(
-            "/* ams:give_back */ update messages set ",
-            as_it_was!("$6"),
-            " where id = any($1) and epoch = $2 and status = $3::text::message_state and id between $4 and $5",
-        ))
-        .await?;
-    let (first, last) = bounds(ids);
-    Ok(db.execute(&statement, &[&ids, &epoch, &status, &first, &last, &now]).await?)
 }

@@ -1,47 +1,141 @@
-//! Held rows: each endpoint's stand together in an index of their own.
+//! Held deliveries: each endpoint's stand together in an index of their own.
 
-use deadpool_postgres::Object;
+use std::collections::BTreeMap;
 
-use super::claim::as_it_was;
-use super::{bounds, by_epoch, limit, read_all};
+use deadpool_postgres::{Object, Transaction};
+
+use super::{limit, read_all};
 use crate::clock::Timestamp;
-use crate::message::{Epoch, Held, MessageId};
-use crate::store::Result;
+use crate::message::Held;
+use crate::store::{BatchId, Mask, Result};
+use crate::ticket::Ticket;
 
-/// Holds what is `queued` in the ticket's epoch; it becomes as it was before the claim.
+/// Takes the deliveries of these tickets out of their batches, as far as they still stand there.
+pub(super) async fn take<'a>(db: &Transaction<'_>, tickets: &'a [Ticket]) -> Result<Vec<&'a Ticket>> {
+    let mut batches: Vec<i64> = tickets.iter().map(|ticket| ticket.batch.0).collect();
+    batches.sort_unstable();
+    batches.dedup();
+    let lock =
+        "/* ams:lock_batches */ select id, \"left\" from batches where id = any($1) order by id for update";
+    let rows = db.query(&db.prepare_cached(lock).await?, &[&batches]).await?;
+    let left = read_all(&rows, |row| Ok((BatchId(row.try_get(0)?), row.try_get::<_, Mask>(1)?)))?;
+    let mut left: BTreeMap<BatchId, Mask> = left.into_iter().collect();
+    let mut taken = Vec::with_capacity(tickets.len());
+    for ticket in tickets {
+        let position = usize::from(ticket.position);
+        if let Some(mask) = left.get_mut(&ticket.batch).filter(|mask| mask.has(position)) {
+            mask.clear(position);
+            taken.push(ticket);
+        }
+    }
+    if !taken.is_empty() {
+        write_batches(db, &left).await?;
+    }
+    Ok(taken)
+}
+
+/// Writes what is left in these batches; those with nothing go.
+pub(super) async fn write_batches(db: &Transaction<'_>, left: &BTreeMap<BatchId, Mask>) -> Result<()> {
+    let (empty, rest): (Vec<_>, Vec<_>) = left.iter().partition(|(_, mask)| mask.is_empty());
+    let empty: Vec<i64> = empty.into_iter().map(|(id, _)| id.0).collect();
+    let (ids, masks): (Vec<i64>, Vec<&Mask>) = rest.into_iter().map(|(id, mask)| (id.0, mask)).unzip();
+    let statement = "/* ams:write_batches */ with gone as (delete from batches where id = any($1)) \
+                     update batches set \"left\" = v.mask from unnest($2::bigint[], $3::varbit[]) as v (id, mask) \
+                     where batches.id = any($2) and batches.id = v.id";
+    db.execute(&db.prepare_cached(statement).await?, &[&empty, &ids, &masks]).await?;
+    Ok(())
+}
+
+/// A delivery that comes to wait.
+pub(super) struct Waits<'a> {
+    pub(super) ticket: &'a Ticket,
+    pub(super) due_at: Timestamp,
+    pub(super) held: Option<Held>,
+    pub(super) attempts: i32,
+    pub(super) lane: &'a str,
+    pub(super) lane_tries: i32,
+    pub(super) reason: Option<String>,
+}
+
+impl<'a> Waits<'a> {
+    /// One that is given back as it was before its claim from this lane: due at once, or when it was due if that
+    /// is still to come.
+    pub(super) fn again(ticket: &'a Ticket, lane: &'a str, held: Option<Held>, now: Timestamp) -> Waits<'a> {
+        let attempts = ticket.attempt - 1;
+        Waits {
+            ticket,
+            due_at: ticket.due_at.map_or(now, |at| at.max(now)),
+            held,
+            attempts,
+            lane: if attempts == 0 { "" } else { lane },
+            lane_tries: ticket.lane_tries,
+            reason: None,
+        }
+    }
+}
+
+/// Writes what comes to wait.
+pub(super) async fn wait(db: &Transaction<'_>, waits: &[Waits<'_>]) -> Result<()> {
+    if waits.is_empty() {
+        return Ok(());
+    }
+    fn column<'a, T>(waits: &'a [Waits<'_>], value: impl Fn(&'a Waits<'_>) -> T) -> Vec<T> {
+        waits.iter().map(value).collect()
+    }
+    let statement = db
+        .prepare_cached(
+            "/* ams:wait */ insert into waiting (message_id, endpoint_id, due_at, held, attempts, lane, lane_tries, \
+                 priority, expires_at, reason) \
+             select v.* from unnest($1::bigint[], $2::int[], $3::timestamptz[], $4::text[], $5::int[], $6::text[], \
+                 $7::int[], $8::smallint[], $9::timestamptz[], $10::text[]) v on conflict do nothing",
+        )
+        .await?;
+    let ids = column(waits, |w| w.ticket.id.0);
+    let endpoints = column(waits, |w| w.ticket.endpoint_id.0);
+    let dues = column(waits, |w| w.due_at);
+    let held = column(waits, |w| w.held.map(Held::as_str));
+    let attempts = column(waits, |w| w.attempts);
+    let lanes = column(waits, |w| w.lane);
+    let lane_tries = column(waits, |w| w.lane_tries);
+    let priorities = column(waits, |w| w.ticket.priority);
+    let expiries = column(waits, |w| w.ticket.expires_at);
+    let reasons = column(waits, |w| w.reason.as_deref());
+    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 10] =
+        [&ids, &endpoints, &dues, &held, &attempts, &lanes, &lane_tries, &priorities, &expiries, &reasons];
+    db.execute(&statement, &values).await?;
+    Ok(())
+}
+
+/// Holds what still stands in its batch; it becomes as it was before the claim.
 pub(super) async fn hold(
-    db: &Object,
-    tickets: &[(MessageId, Epoch)],
+    db: &mut Object,
+    lane: &str,
+    tickets: &[Ticket],
     held: Held,
     now: Timestamp,
 ) -> Result<u64> {
-    let statement = db
-        .prepare_cached(concat!(
-            "/* ams:hold */ update messages set held = $5, ",
-            as_it_was!("$6"),
-            " where id = any($1) and epoch = $2 and status = 'queued' and id between $3 and $4",
-        ))
-        .await?;
-    let mut count = 0;
-    for (epoch, ids) in by_epoch(tickets.iter().map(|(id, epoch)| (id.0, *epoch))) {
-        let (first, last) = bounds(&ids);
-        count += db.execute(&statement, &[&ids, &epoch, &first, &last, &held.as_str(), &now]).await?;
-    }
-    Ok(count)
+    let transaction = db.transaction().await?;
+    let taken = take(&transaction, tickets).await?;
+    let waits: Vec<_> = taken.iter().map(|ticket| Waits::again(ticket, lane, Some(held), now)).collect();
+    wait(&transaction, &waits).await?;
+    transaction.commit().await?;
+    Ok(waits.len() as u64)
 }
 
-/// Which endpoints have rows held, and why: one look into the index for each pair.
+/// Which endpoints have deliveries held, and why: one look into the index for each pair.
 pub(super) async fn held(db: &Object) -> Result<Vec<(String, Held)>> {
     let statement = db
         .prepare_cached(
             "/* ams:held */ with recursive pair as ( \
-                 (select endpoint, held from messages where held is not null order by endpoint, held limit 1) \
+                 (select endpoint_id, held from waiting where held is not null order by endpoint_id, held limit 1) \
                  union all \
-                 select next.endpoint, next.held from pair cross join lateral ( \
-                     select m.endpoint, m.held from messages m \
-                     where m.held is not null and (m.endpoint, m.held) > (pair.endpoint, pair.held) \
-                     order by m.endpoint, m.held limit 1) next) \
-             select endpoint, held from pair",
+                 select next.endpoint_id, next.held from pair cross join lateral ( \
+                     select w.endpoint_id, w.held from waiting w \
+                     where w.held is not null and (w.endpoint_id, w.held) > (pair.endpoint_id, pair.held) \
+                     order by w.endpoint_id, w.held limit 1) next) \
+             select coalesce(e.name, u.name), pair.held from pair \
+                 left join endpoints e on e.id = pair.endpoint_id left join unknown_endpoints u on u.id = pair.endpoint_id \
+             where coalesce(e.name, u.name) is not null order by 1, 2",
         )
         .await?;
     let rows = db.query(&statement, &[]).await?;
@@ -49,7 +143,15 @@ pub(super) async fn held(db: &Object) -> Result<Vec<(String, Held)>> {
     Ok(pairs.into_iter().filter_map(|(endpoint, held)| Some((endpoint, held?))).collect())
 }
 
-/// Frees held rows, oldest first.
+pub(super) const UNHOLD: &str = "/* ams:unhold */ with e as materialized (select id from endpoints where name = $1 \
+         union all select id from unknown_endpoints where name = $1), \
+     c as materialized (select w.ctid as place from e cross join lateral (select ctid from waiting \
+         where held is not null and endpoint_id = e.id and held = $2 \
+         order by endpoint_id, held, priority desc, message_id limit $3) w) \
+     update waiting set held = null, due_at = greatest(due_at, $4::timestamptz) \
+     where ctid = any(array(select place from c)) and coalesce(held is not null, false)";
+
+/// Frees held deliveries, urgent first, then oldest.
 pub(super) async fn unhold(
     db: &Object,
     endpoint: &str,
@@ -57,15 +159,19 @@ pub(super) async fn unhold(
     count: usize,
     now: Timestamp,
 ) -> Result<u64> {
-    let statement = db
-        .prepare_cached(
-            "/* ams:unhold */ with c as materialized (select id from messages \
-                 where held is not null and endpoint = $1 and held = $2 order by id limit $3 for update skip locked) \
-             update messages m set held = null, \
-                 due_at = case when m.status = 'retrying' then greatest(m.due_at, $4::timestamptz) end \
-             where m.id = any(array(select id from c)) \
-                 and m.id between (select min(id) from c) and (select max(id) from c)",
-        )
-        .await?;
+    let statement = db.prepare_cached(UNHOLD).await?;
     Ok(db.execute(&statement, &[&endpoint, &held.as_str(), &limit(count), &now]).await?)
+}
+
+pub(super) const EXPIRE: &str = "/* ams:expire */ with d as materialized (select ctid as place from waiting \
+         where expires_at is not null and expires_at <= $1 order by expires_at limit $2), \
+     u as (delete from waiting where ctid = any(array(select place from d)) \
+         and coalesce(expires_at <= $1, false) returning message_id, endpoint_id, attempts, lane) \
+     insert into deliveries (message_id, endpoint_id, status, attempts, lane, finished_at) \
+     select message_id, endpoint_id, 'expired', attempts, lane, $1 from u on conflict do nothing";
+
+/// Ends what waits beyond its time.
+pub(super) async fn expire(db: &Object, now: Timestamp, count: usize) -> Result<u64> {
+    let statement = db.prepare_cached(EXPIRE).await?;
+    Ok(db.execute(&statement, &[&now, &limit(count)]).await?)
 }

@@ -1,43 +1,176 @@
 //! Cancel, redrive and the jobs that do so to many; the pause; keys.
 
-use deadpool_postgres::{GenericClient, Object};
+use std::collections::{BTreeMap, HashSet};
+
+use deadpool_postgres::{GenericClient, Object, Transaction};
 use serde_json::Value;
 use tokio_postgres::Row;
 
+use super::hold::write_batches;
+use super::record::write_leases;
 use super::search::search;
-use super::{bounds, limit, read_all};
+use super::{bounds, first_column, limit, read_all};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
 use crate::store::operate::{ApiKey, Change, Control, Cursor, Deletion, Filter, Job, JobId};
-use crate::store::{Result, StoreError, latest_present};
+use crate::store::{BatchId, LeaseId, Mask, Result, StoreError, latest_present};
 
-const CANCEL: &str = "/* ams:cancel */ update messages set status = 'cancelled', held = null, due_at = null, \
-         finished_at = $4 \
-     where id = any($1) and id between $2 and $3 and status in ('pending', 'queued', 'processing', 'retrying') \
-     returning id";
-
-/// Its lanes and waits begin anew; its tries stay counted. An expiry that has passed would end it again.
-const REDRIVE: &str = "/* ams:redrive */ update messages set status = 'pending', lane = '', lane_tries = 0, \
-         held = null, due_at = null, finished_at = null, reason = null, \
-         expires_at = case when expires_at > $4 then expires_at end \
-     where id = any($1) and id between $2 and $3 and status in ('dead', 'cancelled', 'expired') returning id";
+/// Rounds of looking and writing until a cancel gives up on messages that move all the time.
+const ROUNDS: usize = 5;
 
 /// Changes those of these messages whose status allows it, and says which.
 pub(super) async fn change(
-    db: &impl GenericClient,
+    db: &Transaction<'_>,
     change: Change,
     ids: &[MessageId],
     now: Timestamp,
 ) -> Result<Vec<MessageId>> {
-    let statement = match change {
-        Change::Cancel => CANCEL,
-        Change::Redrive => REDRIVE,
-    };
     let ids: Vec<i64> = ids.iter().map(|id| id.0).collect();
-    let (first, last) = bounds(&ids);
-    let statement = db.prepare_cached(statement).await?;
-    let rows = db.query(&statement, &[&ids, &first, &last, &now]).await?;
-    read_all(&rows, |row| Ok(MessageId(row.try_get(0)?)))
+    let changed = match change {
+        Change::Cancel => cancel(db, &ids, now).await?,
+        Change::Redrive => redrive(db, &ids, now).await?,
+    };
+    Ok(changed.into_iter().map(MessageId).collect())
+}
+
+/// Cancels what has not ended. Each place is looked at and written under its lock, batches before leases; what has
+/// moved on between two looks is looked for again. No claim runs meanwhile, because it would keep the snapshot
+/// that it has begun with.
+async fn cancel(db: &Transaction<'_>, ids: &[i64], now: Timestamp) -> Result<Vec<i64>> {
+    db.execute("/* ams:fence_feeds */ update feed set seq = seq + 1", &[]).await?;
+    let mut cancelled = Vec::new();
+    for _ in 0..ROUNDS {
+        let open = open(db, ids).await?;
+        if open.is_empty() {
+            break;
+        }
+        let ids: Vec<i64> = open.iter().map(|(id, _)| *id).collect();
+        let mut taken = cancel_waiting(db, &ids).await?;
+        taken.extend(cancel_left(db, Kind::Batches, &ids).await?);
+        taken.extend(cancel_left(db, Kind::Leases, &ids).await?);
+        let pending: Vec<i64> = open.iter().filter(|(_, unclaimed)| *unclaimed).map(|(id, _)| *id).collect();
+        let note = "/* ams:cancel_unclaimed */ with c as (insert into cancels (message_id, at) \
+                        select id, $2 from unnest($1::bigint[]) id on conflict do nothing returning message_id) \
+                    select c.message_id, coalesce(e.id, u.id, 0), 0 from c cross join lateral ( \
+                            select endpoint from messages where id = c.message_id limit 1) m \
+                        left join endpoints e on e.name = m.endpoint left join unknown_endpoints u on u.name = m.endpoint";
+        taken.extend(read_all(
+            &db.query(&db.prepare_cached(note).await?, &[&pending, &now]).await?,
+            taken_row,
+        )?);
+        write_cancelled(db, &taken, now).await?;
+        cancelled.extend(taken.iter().map(|taken| taken.0));
+        if taken.len() == open.len() {
+            break;
+        }
+    }
+    Ok(cancelled)
+}
+
+/// A delivery that was taken out of its place: message, endpoint, and attempts made.
+type TakenOut = (i64, i32, i32);
+
+fn taken_row(row: &Row) -> Result<TakenOut> {
+    Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))
+}
+
+pub(super) const OPEN: &str = "/* ams:open */ select p.message_id, p.status = 'pending' and p.due_at is null from places p \
+     where p.message_id = any($1) and p.message_id between $2 and $3 \
+         and p.status not in ('sent', 'dead', 'cancelled', 'expired')";
+
+/// Those of these messages that have not ended, and whether no feed has come to them yet, by one look at all places.
+async fn open(db: &Transaction<'_>, ids: &[i64]) -> Result<Vec<(i64, bool)>> {
+    let (first, last) = bounds(ids);
+    read_all(&db.query(&db.prepare_cached(OPEN).await?, &[&ids, &first, &last]).await?, |row| {
+        Ok((row.try_get(0)?, row.try_get(1)?))
+    })
+}
+
+async fn cancel_waiting(db: &Transaction<'_>, ids: &[i64]) -> Result<Vec<TakenOut>> {
+    let statement = "/* ams:cancel_waiting */ delete from waiting where message_id = any($1) \
+                     returning message_id, endpoint_id, attempts";
+    read_all(&db.query(&db.prepare_cached(statement).await?, &[&ids]).await?, taken_row)
+}
+
+/// Where a bit stands.
+#[derive(Clone, Copy)]
+enum Kind {
+    Batches,
+    Leases,
+}
+
+/// Takes these messages out of batches or leases.
+async fn cancel_left(db: &Transaction<'_>, kind: Kind, ids: &[i64]) -> Result<Vec<TakenOut>> {
+    let look = match kind {
+        Kind::Batches => {
+            "/* ams:cancel_batches */ select id, ids, endpoints, attempts, \"left\" from batches \
+             where lo <= $2 and hi >= $1 and ids && $3::bigint[] order by id for update"
+        }
+        Kind::Leases => {
+            "/* ams:cancel_leases */ select id, ids, endpoints, attempts, \"left\" from leases \
+             where lo <= $2 and hi >= $1 and ids && $3::bigint[] order by id for update"
+        }
+    };
+    let (first, last) = bounds(ids);
+    let rows = db.query(&db.prepare_cached(look).await?, &[&first, &last, &ids]).await?;
+    let wanted: HashSet<i64> = ids.iter().copied().collect();
+    let (mut taken, mut left) = (Vec::new(), BTreeMap::new());
+    for row in &rows {
+        let (ids, endpoints): (Vec<i64>, Vec<i32>) = (row.try_get(1)?, row.try_get(2)?);
+        let attempts: Option<Vec<i32>> = row.try_get(3)?;
+        let mut mask: Mask = row.try_get(4)?;
+        for (position, (id, endpoint)) in ids.into_iter().zip(endpoints).enumerate() {
+            if wanted.contains(&id) && mask.has(position) {
+                mask.clear(position);
+                let made = attempts.as_ref().and_then(|attempts| attempts.get(position).copied());
+                taken.push((id, endpoint, made.unwrap_or(0)));
+            }
+        }
+        left.insert(row.try_get::<_, i64>(0)?, mask);
+    }
+    match kind {
+        Kind::Batches => {
+            write_batches(db, &left.into_iter().map(|(id, mask)| (BatchId(id), mask)).collect()).await?;
+        }
+        Kind::Leases => {
+            write_leases(db, &left.into_iter().map(|(id, mask)| (LeaseId(id), mask)).collect()).await?;
+        }
+    }
+    Ok(taken)
+}
+
+async fn write_cancelled(db: &Transaction<'_>, taken: &[TakenOut], now: Timestamp) -> Result<()> {
+    let ids: Vec<i64> = taken.iter().map(|taken| taken.0).collect();
+    let endpoints: Vec<i32> = taken.iter().map(|taken| taken.1).collect();
+    let attempts: Vec<i32> = taken.iter().map(|taken| taken.2).collect();
+    let statement = "/* ams:cancelled */ insert into deliveries \
+                         (message_id, endpoint_id, status, attempts, lane, finished_at) \
+                     select i, e, 'cancelled', n, '', $4 from unnest($1::bigint[], $2::int[], $3::int[]) as t (i, e, n) \
+                     on conflict do nothing";
+    db.execute(&db.prepare_cached(statement).await?, &[&ids, &endpoints, &attempts, &now]).await?;
+    Ok(())
+}
+
+/// Each status by itself would be looked for in the index of the unsent, for each id and in every partition.
+pub(super) const REDRIVE: &str = "/* ams:redrive */ with d as (delete from deliveries where message_id = any($1) \
+             and message_id between $3 and $4 and status::text in ('dead', 'cancelled', 'expired') \
+             returning message_id, endpoint_id, attempts), \
+         dl as (delete from dead_letters x where message_id = any($1) \
+             and exists (select from d where d.message_id = x.message_id and d.endpoint_id = x.endpoint_id)), \
+         c as (delete from cancels where message_id = any(array(select message_id from d)) returning message_id), \
+         w as (insert into waiting (message_id, endpoint_id, due_at, attempts, lane, lane_tries, priority, expires_at) \
+             select d.message_id, d.endpoint_id, $2, d.attempts, '', 0, m.priority, \
+                 case when m.expires_at > $2 then m.expires_at end \
+             from d cross join lateral (select priority, expires_at from messages where id = d.message_id limit 1) m \
+             where d.message_id not in (select message_id from c)) \
+         select message_id from d";
+
+/// Gives back what ended without being sent. Lanes and waits begin anew; attempts stay counted, and an expiry that has
+/// passed counts no more, because it would end the delivery again.
+async fn redrive(db: &Transaction<'_>, ids: &[i64], now: Timestamp) -> Result<Vec<i64>> {
+    db.execute("/* ams:fence_feeds */ update feed set seq = seq + 1", &[]).await?;
+    let (first, last) = bounds(ids);
+    first_column(&db.query(&db.prepare_cached(REDRIVE).await?, &[&ids, &now, &first, &last]).await?)
 }
 
 /// Notes a job that begins with the newest message.

@@ -10,21 +10,22 @@ use super::claim::ticket;
 use super::{bounds, limit, read_all};
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Class, Held, Message, MessageId, Status, Times};
-use crate::store::{Count, DeadLetter, Instance, InstanceId, Overview, Result, json_or_text, latest_present};
+use crate::store::{
+    BatchId, Count, DeadLetter, Instance, InstanceId, Overview, Result, json_or_text, latest_present,
+};
 
 /// Where counting stops.
 const COUNT: i64 = 10_000;
-/// The newest rows among which those are counted that no index tells apart.
-const NEWEST: i64 = 100_000;
 
 /// The messages with these ids, in id order.
 pub(super) async fn messages(db: &impl GenericClient, ids: &[i64]) -> Result<Vec<Message>> {
     let statement = db
         .prepare_cached(
-            "/* ams:messages */ select id, endpoint, recipient, content, content_type, headers, ordering_key, \
-                 priority, send_at, expires_at, idempotency_key, tags, created_at, status::text, held, epoch, attempts, \
-                 lane, due_at, finished_at, reason \
-             from messages where id = any($1) and id between $2 and $3 order by id",
+            "/* ams:messages */ select m.id, m.endpoint, m.recipient, m.content, m.content_type, m.headers, m.ordering_key, \
+                 m.priority, m.send_at, m.expires_at, m.idempotency_key, m.tags, m.created_at, p.status::text, p.held, \
+                 p.attempts, p.lane, case when p.status = 'retrying' then p.due_at end, p.finished_at, p.reason \
+             from messages m join places p on p.message_id = m.id \
+             where m.id = any($1) and m.id between $2 and $3 order by m.id",
         )
         .await?;
     let (first, last) = bounds(ids);
@@ -47,12 +48,11 @@ pub(super) async fn messages(db: &impl GenericClient, ids: &[i64]) -> Result<Vec
                 created_at: row.try_get(12)?,
                 status: Status::read(row.try_get(13)?),
                 held: row.try_get::<_, Option<&str>>(14)?.map(Held::read),
-                epoch: row.try_get(15)?,
-                attempts: row.try_get(16)?,
-                lane: row.try_get(17)?,
-                due_at: row.try_get(18)?,
-                finished_at: row.try_get(19)?,
-                reason: row.try_get(20)?,
+                attempts: row.try_get(15)?,
+                lane: row.try_get(16)?,
+                due_at: row.try_get(17)?,
+                finished_at: row.try_get(18)?,
+                reason: row.try_get(19)?,
             })
         })
         .collect()
@@ -67,9 +67,14 @@ fn json(row: &Row, column: usize) -> Result<Option<Value>> {
 pub(super) async fn attempts(db: &Object, id: MessageId) -> Result<Vec<Attempt>> {
     let statement = db
         .prepare_cached(
-            "/* ams:attempts */ select epoch, attempt, lane, class, status, address, error, answer, \
+            "/* ams:attempts */ select attempt, lane, class, status, address, error, answer, \
                  provider_message_id, started_at, connect_us, head_us, body_us \
-             from attempts where message_id = $1 order by epoch",
+             from attempts where message_id = $1 \
+             union all \
+             select attempts, lane, 'accepted', http_status, address, null, answer, \
+                 provider_message_id, started_at, connect_us, head_us, body_us \
+             from deliveries where message_id = $1 and batch is not null \
+             order by attempt, started_at",
         )
         .await?;
     let rows = db.query(&statement, &[&id.0]).await?;
@@ -77,20 +82,19 @@ pub(super) async fn attempts(db: &Object, id: MessageId) -> Result<Vec<Attempt>>
         .map(|row| {
             Ok(Attempt {
                 message_id: id,
-                epoch: row.try_get(0)?,
-                attempt: row.try_get(1)?,
-                lane: row.try_get(2)?,
-                class: Class::read(row.try_get(3)?),
-                status: row.try_get::<_, Option<i16>>(4)?.and_then(|status| u16::try_from(status).ok()),
-                address: row.try_get(5)?,
-                error: row.try_get(6)?,
-                answer: row.try_get(7)?,
-                provider_message_id: row.try_get(8)?,
-                started_at: row.try_get(9)?,
+                attempt: row.try_get(0)?,
+                lane: row.try_get(1)?,
+                class: Class::read(row.try_get(2)?),
+                status: row.try_get::<_, Option<i16>>(3)?.and_then(|status| u16::try_from(status).ok()),
+                address: row.try_get(4)?,
+                error: row.try_get(5)?,
+                answer: row.try_get(6)?,
+                provider_message_id: row.try_get(7)?,
+                started_at: row.try_get(8)?,
                 times: Times {
-                    connect_us: row.try_get(10)?,
-                    head_us: row.try_get(11)?,
-                    body_us: row.try_get(12)?,
+                    connect_us: row.try_get(9)?,
+                    head_us: row.try_get(10)?,
+                    body_us: row.try_get(11)?,
                 },
             })
         })
@@ -101,9 +105,9 @@ pub(super) async fn attempts(db: &Object, id: MessageId) -> Result<Vec<Attempt>>
 pub(super) async fn dead_letters(db: &Object, before: Timestamp, count: usize) -> Result<Vec<DeadLetter>> {
     let statement = db
         .prepare_cached(
-            "/* ams:dead_letters */ select m.id, m.epoch, d.attempts, m.endpoint, m.created_at, m.recipient, \
-                 m.content, m.content_type, m.headers, m.ordering_key, d.lane, d.reason, d.last_status, d.last_error, \
-                 d.dead_at \
+            "/* ams:dead_letters */ select m.id, 0, d.endpoint_id, m.endpoint, m.created_at, m.recipient, \
+                 m.content, m.content_type, m.headers, m.ordering_key, m.priority, null::timestamptz, d.attempts, 0, \
+                 null::timestamptz, d.lane, d.reason, d.last_status, d.last_error, d.dead_at \
              from dead_letters d join messages m on m.id = d.message_id \
              where d.dead_at < $1 or d.dead_at > $3 order by d.dead_at, d.message_id limit $2",
         )
@@ -111,13 +115,14 @@ pub(super) async fn dead_letters(db: &Object, before: Timestamp, count: usize) -
     let rows = db.query(&statement, &[&before, &limit(count), &latest_present(before)]).await?;
     read_all(&rows, |row| {
         Ok(DeadLetter {
-            ticket: ticket(row)?,
-            attempts: row.try_get(2)?,
-            lane: row.try_get(10)?,
-            reason: row.try_get(11)?,
-            last_status: row.try_get::<_, Option<i16>>(12)?.and_then(|status| u16::try_from(status).ok()),
-            last_error: row.try_get(13)?,
-            dead_at: row.try_get(14)?,
+            // Its batch is no more, so what this says of the batch begins nothing.
+            ticket: ticket(row, BatchId(0))?,
+            attempts: row.try_get(12)?,
+            lane: row.try_get(15)?,
+            reason: row.try_get(16)?,
+            last_status: row.try_get::<_, Option<i16>>(17)?.and_then(|status| u16::try_from(status).ok()),
+            last_error: row.try_get(18)?,
+            dead_at: row.try_get(19)?,
         })
     })
 }
@@ -131,62 +136,105 @@ pub(super) async fn overview(db: &Object, now: Timestamp) -> Result<Overview> {
     })
 }
 
-/// Counts each status as far as [`COUNT`]. Those that wait or went wrong have an index; the others are
-/// counted among the newest rows.
+/// Counts each status as far as [`COUNT`], by its place.
 async fn counts(db: &Object) -> Result<Vec<Count>> {
-    let newest = db
+    let statement = db
         .prepare_cached(
-            "/* ams:newest */ select status::text, count(*) from \
-             (select status from messages order by id desc limit $1) newest group by 1",
+            "/* ams:counts */ with places as materialized (select \
+                 (select coalesce(sum(bit_count(\"left\")), 0)::bigint from batches) as queued, \
+                 (select coalesce(sum(bit_count(\"left\")), 0)::bigint from leases) as processing, \
+                 (select count(*) from (select 1 from waiting where lane = '' limit $1) w) as waiting, \
+                 (select count(*) from (select 1 from waiting where lane <> '' limit $1) w) as retrying, \
+                 (select count(*) from (select 1 from deliveries where status <> 'sent' and status = 'dead' limit $1) d) as dead, \
+                 (select count(*) from (select 1 from deliveries where status <> 'sent' and status = 'cancelled' limit $1) d) as cancelled, \
+                 (select count(*) from (select 1 from deliveries where status <> 'sent' and status = 'expired' limit $1) d) as expired, \
+                 (select count(*) from (select 1 from deliveries where status = 'sent' limit $1) d) as sent) \
+             select waiting, queued, processing, sent, retrying, dead, cancelled, expired from places",
         )
         .await?;
-    let rows = db.query(&newest, &[&NEWEST]).await?;
-    let newest = read_all(&rows, |row| Ok((row.try_get::<_, String>(0)?, row.try_get::<_, i64>(1)?)))?;
-    let walked: i64 = newest.iter().map(|(_, count)| count).sum();
+    let row = db.query_one(&statement, &[&(COUNT + 1)]).await?;
     let mut counts = Vec::new();
-    for status in Status::ALL {
-        let seen = newest.iter().find(|(name, _)| name == status.as_str()).map_or(0, |(_, count)| *count);
-        let indexed = !matches!(status, Status::Queued | Status::Processing | Status::Sent);
-        let count: i64 = match indexed && walked == NEWEST {
-            true => indexed_count(db, status).await?,
-            false => seen,
-        };
-        let more = count > COUNT || (!indexed && walked == NEWEST);
-        counts.push(Count { status, count: count.min(COUNT).unsigned_abs(), more });
+    for (column, status) in Status::ALL.into_iter().enumerate() {
+        let mut count: i64 = row.try_get(column)?;
+        if status == Status::Pending {
+            count += unclaimed(db).await?;
+        }
+        counts.push(Count { status, count: count.min(COUNT).unsigned_abs(), more: count > COUNT });
     }
     Ok(counts)
 }
 
-/// Rows of a status that waits or went wrong, by the indexes such a row may stand in.
-async fn indexed_count(db: &Object, status: Status) -> Result<i64> {
-    let statement = db
-        .prepare_cached(
-            "/* ams:count */ select \
-             (select count(*) from (select 1 from messages where fresh and $1::text = 'pending' limit $2) a) \
-             + (select count(*) from (select 1 from messages where timed_at is not null and status = $1::text::message_state limit $2) b) \
-             + (select count(*) from (select 1 from messages where held is not null and status = $1::text::message_state limit $2) c) \
-             + (select count(*) from (select 1 from messages where unsent is not null and unsent = $1::text::message_state limit $2) d)",
-        )
-        .await?;
-    Ok(db.query_one(&statement, &[&status.as_str(), &(COUNT + 1)]).await?.try_get(0)?)
+/// Messages that no feed has come to, as far as [`COUNT`].
+async fn unclaimed(db: &Object) -> Result<i64> {
+    let mut count = 0;
+    for class in CLASSES {
+        let statement = format!(
+            "/* ams:unclaimed */ select count(*) from ({}) u",
+            unclaimed_of(class, "1", "", "limit $1")
+        );
+        count += db
+            .query_one(&db.prepare_cached(&statement).await?, &[&(COUNT + 1)])
+            .await?
+            .try_get::<_, i64>(0)?;
+    }
+    Ok(count)
 }
 
-/// When the oldest due row became due: the first fresh one, or the first of a lane's timed ones.
+/// When the oldest due delivery became due: the first of a lane's waiting ones, or the first that no feed has come to.
 async fn oldest_due(db: &Object, now: Timestamp) -> Result<Option<Timestamp>> {
     let statement = db
         .prepare_cached(
             "/* ams:oldest_due */ with recursive first as ( \
-                 (select lane, timed_at from messages where timed_at is not null order by lane, timed_at limit 1) \
+                 (select lane, due_at from waiting where held is null order by lane, due_at limit 1) \
                  union all \
-                 select next.lane, next.timed_at from first cross join lateral ( \
-                     select m.lane, m.timed_at from messages m where m.timed_at is not null and m.lane > first.lane \
-                     order by m.lane, m.timed_at limit 1) next) \
-             select least( \
-                 (select min(timed_at) from first where timed_at <= $1), \
-                 (select created_at from messages where fresh order by id limit 1))",
+                 select next.lane, next.due_at from first cross join lateral ( \
+                     select w.lane, w.due_at from waiting w where w.held is null and w.lane > first.lane \
+                     order by w.lane, w.due_at limit 1) next) \
+             select min(due_at) from first where due_at <= $1",
         )
         .await?;
-    Ok(db.query_one(&statement, &[&now]).await?.try_get(0)?)
+    let mut oldest: Option<Timestamp> = db.query_one(&statement, &[&now]).await?.try_get(0)?;
+    for class in CLASSES {
+        let first = unclaimed_of(class, "created_at", "", "order by tx, id limit 1");
+        let statement = format!("/* ams:oldest_new */ {first}");
+        let row = db.query_opt(&db.prepare_cached(&statement).await?, &[]).await?;
+        let created: Option<Timestamp> = row.map(|row| row.try_get(0)).transpose()?;
+        oldest = [oldest, created].into_iter().flatten().min();
+    }
+    Ok(oldest)
+}
+
+/// Numbers and conditions of the classes of priority.
+pub(super) const CLASSES: [(i16, &str); 3] = [(0, "priority > 0"), (1, "priority = 0"), (2, "priority < 0")];
+
+/// A query of the messages of a class that no feed has come to, as far as `wanted` says and in this order: first those of
+/// transactions that were open when the feed looked last, each by itself, then those behind its position. A walk from the
+/// oldest open transaction on would read all that has been claimed since that one began.
+pub(super) fn unclaimed_of(
+    (class, condition): (i16, &str),
+    columns: &str,
+    wanted: &str,
+    order: &str,
+) -> String {
+    let rows = format!(
+        "select tx, id, endpoint, recipient, created_at from messages where {condition} {wanted} \
+             and (select true from cancels where message_id = messages.id) is null and id > (select base_id from f)"
+    );
+    format!(
+        "select {columns} from ( \
+             with f as materialized (select done, upto, at_tx, at_id, base_id from feed \
+                 where class = {class} order by seq desc limit 1), \
+             late as materialized ( \
+                 select x from f, pg_snapshot_xip(f.done) x union select x from f, pg_snapshot_xip(f.upto) x) \
+             (select m.* from late cross join lateral ({rows} and tx <= late.x and (tx, id) > (late.x, (select case \
+                 when not pg_visible_in_snapshot(late.x, upto) or at_tx is null or late.x > at_tx then -1 \
+                 when late.x = at_tx then at_id else 9223372036854775807 end from f)) {order}) m {order}) \
+             union all \
+             ({rows} and (tx, id) > ((select greatest(pg_snapshot_xmax(done), at_tx) from f), \
+                     (select case when at_tx >= pg_snapshot_xmax(done) then at_id else -1 end from f)) \
+                 and (tx >= (select pg_snapshot_xmax(upto) from f) \
+                     or pg_visible_in_snapshot(tx, (select upto from f))) {order})) u {order}"
+    )
 }
 
 async fn instances(db: &Object) -> Result<Vec<Instance>> {

@@ -72,17 +72,19 @@ pub(super) async fn renew(
 }
 
 /// Notes which endpoints an instance has said to be busy.
-pub(super) async fn say_busy(db: &Object, instance: InstanceId, endpoints: &[String]) -> Result<()> {
-    let statement =
-        db.prepare_cached("/* ams:say_busy */ update instances set busy = $2 where id = $1").await?;
+pub(super) async fn report_saturated(db: &Object, instance: InstanceId, endpoints: &[String]) -> Result<()> {
+    let statement = db
+        .prepare_cached("/* ams:report_saturated */ update instances set saturated = $2 where id = $1")
+        .await?;
     db.execute(&statement, &[&instance.0, &endpoints]).await?;
     Ok(())
 }
 
 /// The endpoints that some instance has said to be busy.
-pub(super) async fn busy(db: &Object) -> Result<Vec<String>> {
-    let statement =
-        db.prepare_cached("/* ams:busy */ select distinct unnest(busy) from instances order by 1").await?;
+pub(super) async fn saturated(db: &Object) -> Result<Vec<String>> {
+    let statement = db
+        .prepare_cached("/* ams:busy */ select distinct unnest(saturated) from instances order by 1")
+        .await?;
     first_column(&db.query(&statement, &[]).await?)
 }
 

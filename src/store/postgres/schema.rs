@@ -3,7 +3,7 @@
 use deadpool_postgres::Object;
 
 use super::{PostgresOptions, read_all, tls};
-use crate::store::standing::{self, Migrations, Standing};
+use crate::store::schema_version::{self, Migrations, SchemaVersion};
 use crate::store::{Result, StoreError};
 
 mod embedded {
@@ -18,7 +18,7 @@ pub(super) async fn migrate(options: &PostgresOptions) -> Result<Vec<String>> {
     client
         .batch_execute("set statement_timeout = 0; select pg_advisory_lock(hashtext('ams migrate'))")
         .await?;
-    let missing = standing_of(&client).await?.missing;
+    let missing = version_of(&client).await?.missing;
     if !missing.is_empty() {
         embedded::migrations::runner()
             .run_async(&mut client)
@@ -36,18 +36,18 @@ pub(super) async fn make_partition(client: &tokio_postgres::Client) -> Result<bo
 }
 
 /// How the database stands to this program.
-pub(super) async fn standing(db: &Object) -> Result<Standing> {
-    standing_of(db).await
+pub(super) async fn schema_version(db: &Object) -> Result<SchemaVersion> {
+    version_of(db).await
 }
 
-async fn standing_of(client: &tokio_postgres::Client) -> Result<Standing> {
+async fn version_of(client: &tokio_postgres::Client) -> Result<SchemaVersion> {
     check_encoding(client).await?;
     let known = embedded::migrations::runner()
         .get_migrations()
         .iter()
         .map(|known| (known.version(), (known.name().to_owned(), known.checksum().to_string())))
         .collect();
-    standing::compare(&known, applied(client).await?, needs(client).await?)
+    schema_version::compare(&known, applied(client).await?, needs(client).await?)
 }
 
 /// Only in a database of this encoding the server makes sure that each text can be read.

@@ -7,6 +7,7 @@ use deadpool_postgres::GenericClient;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
+use super::read::{CLASSES, unclaimed_of};
 use super::{limit, read_all};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
@@ -14,7 +15,7 @@ use crate::store::Result;
 use crate::store::operate::{Cursor, DeadReason, Filter, Found, WALK, Walk};
 
 /// The columns that a filter may ask for.
-const COLUMNS: &str = "id, status, endpoint, recipient, created_at, reason, unsent";
+const COLUMNS: &str = "id, endpoint, recipient, created_at";
 
 /// A statement that is put together with its values.
 #[derive(Default)]
@@ -49,13 +50,14 @@ pub(super) async fn search(
         Walk::Created => "created_at desc, id desc",
         Walk::Recipient(_) => "recipient desc, id desc",
         Walk::Endpoint(_) => "endpoint desc, id desc",
-        Walk::Unsent(_) => "unsent desc, id desc",
         _ => "id desc",
     };
     let wanted = wanted(&mut sql, filter);
     let most = sql.value(limit(count + 1));
     let text = format!(
-        "/* ams:search */ select id, created_at from ({walk}) w where {wanted} order by {order} limit {most}"
+        "/* ams:search */ select id, created_at from ({walk}) w \
+             cross join lateral (select status, reason from places where message_id = w.id limit 1) p \
+         where {wanted} order by {order} limit {most}"
     );
     let rows = db.query(&db.prepare_cached(&text).await?, &sql.values()).await?;
     let cursors = read_all(&rows, cursor)?;
@@ -117,23 +119,37 @@ fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
         }
         Walk::Endpoint(endpoint) => among("endpoint", format!("{}::text", sql.value(endpoint.to_owned()))),
         Walk::Unsent(status) => {
-            among("unsent", format!("{}::text::message_state", sql.value(status.as_str())))
+            let status = format!("{}::text::message_state", sql.value(status.as_str()));
+            listed(format!(
+                "select id from (select message_id as id from deliveries where status <> 'sent' \
+                     and (status, message_id) < ({status}, {id}) and status >= {status} \
+                 order by status desc, message_id desc limit {WALK}) d"
+            ))
         }
-        Walk::Waiting => rows("(timed_at is not null or held is not null) and ".to_owned()),
+        Walk::Waiting => listed(format!("select message_id as id from waiting where message_id < {id}")),
         Walk::Pending => {
-            let fresh = rows("fresh and ".to_owned());
-            let waiting = rows("(timed_at is not null or held is not null) and ".to_owned());
-            format!("select * from (({fresh}) union all ({waiting})) u order by id desc limit {WALK}")
+            let waiting = listed(format!("select message_id as id from waiting where message_id < {id}"));
+            // A feed's index is in the order of the transactions, not of the ids: it gives all that is new or nothing. Where
+            // more is new than a walk is long, most of the newest messages are among it.
+            let (wanted, order) = (format!("and id < {id}"), format!("order by tx, id limit {}", WALK + 1));
+            let new: Vec<String> = CLASSES
+                .into_iter()
+                .map(|class| format!("({})", unclaimed_of(class, COLUMNS, &wanted, &order)))
+                .collect();
+            let (new, newest) =
+                (new.join(" union all "), rows(format!("(select count(*) from new) > {WALK} and ")));
+            format!(
+                "with new as materialized ({new}) select {COLUMNS} from ( \
+                     (select {COLUMNS} from new where (select count(*) from new) <= {WALK}) \
+                     union ({newest}) union ({waiting})) u order by id desc limit {WALK}"
+            )
         }
-        Walk::Queued => listed(format!(
-            "select id from (select distinct unnest(ids) as id from batches) b where id < {id}"
+        Walk::Queued => listed(left("batches", &id)),
+        Walk::Processing => listed(left("leases", &id)),
+        Walk::Tried => listed(format!(
+            "select id from (select message_id as id from deliveries where message_id < {id} \
+             order by message_id desc limit {WALK}) d"
         )),
-        Walk::Processing => listed(format!(
-            "select id from (select distinct unnest(ids) as id from leases) b where id < {id}"
-        )),
-        Walk::Tried => {
-            listed(format!("select distinct message_id as id from attempts where message_id < {id}"))
-        }
         Walk::Created => {
             let at = sql.value(from.at);
             let after = sql.value(filter.created_after.unwrap_or(Timestamp::MIN));
@@ -143,6 +159,14 @@ fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
             )
         }
     }
+}
+
+/// The ids below one whose bits are set in these batches or leases.
+fn left(table: &str, id: &str) -> String {
+    format!(
+        "select distinct t.id from {table} x, unnest(x.ids) with ordinality t (id, place) \
+         where get_bit(x.\"left\", (t.place - 1)::int) = 1 and t.id < {id}"
+    )
 }
 
 fn wanted(sql: &mut Sql, filter: &Filter) -> String {
@@ -171,8 +195,8 @@ pub(super) async fn dead_reasons(db: &impl GenericClient) -> Result<Vec<DeadReas
     let statement = db
         .prepare_cached(
             "/* ams:dead_reasons */ select coalesce(reason, ''), count(*), max(id) from ( \
-                 select id, reason from messages where unsent is not null and unsent = 'dead' \
-                 order by id desc limit 10000) newest \
+                 select message_id as id, reason from deliveries where status <> 'sent' and status = 'dead' \
+                 order by status desc, message_id desc limit 10000) newest \
              group by 1 order by 2 desc, 1",
         )
         .await?;

@@ -1,33 +1,36 @@
-//! Claims and their ledger.
+//! Claims: from the feeds and from what waits, into batches.
 
 use std::collections::HashSet;
 
 use rusqlite::types::Type;
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, Row, params};
 use serde_json::value::RawValue;
 
-use super::{json, list, our_optional_time, our_time, text, writers_time};
+use super::endpoint::Endpoints;
+use super::place::{End, Wait, wait_no_more};
+use super::{batch, optional_text, our_optional_time, our_time, writers_time};
 use crate::clock::Timestamp;
-use crate::message::{Epoch, Held, MessageId, Ticket};
+use crate::message::{Held, MessageId, Status};
 use crate::store::{
-    Batch, BatchId, Claim, Claimed, Due, DueNow, InstanceId, Place, Result, unreadable_reason,
+    BATCH_BYTES, BATCH_MAX, BatchId, Claim, Claimed, Due, DueNow, EndpointId, InstanceId, Result, Urgency,
+    unreadable_reason,
 };
+use crate::ticket::Ticket;
 
 /// A [`Claim`] that can go to another thread.
 pub(super) struct Owned {
     due: OwnedDue,
-    limit: usize,
+    limit: i64,
     lane: String,
-    open: HashSet<String>,
-    busy: HashSet<String>,
-    pass_busy: bool,
+    batch: BatchId,
+    saturated: HashSet<String>,
     owner: InstanceId,
     now: Timestamp,
 }
 
 /// A [`Due`] that can go to another thread.
 enum OwnedDue {
-    New(MessageId, MessageId),
+    New(Urgency),
     Timed(String, Timestamp),
 }
 
@@ -35,60 +38,49 @@ impl From<&Claim<'_>> for Owned {
     fn from(claim: &Claim<'_>) -> Owned {
         Owned {
             due: match claim.due {
-                Due::New { after, up_to } => OwnedDue::New(after, up_to),
+                Due::New(urgency) => OwnedDue::New(urgency),
                 Due::Timed { lane, by } => OwnedDue::Timed(lane.to_owned(), by),
             },
-            limit: claim.limit,
+            limit: i64::try_from(claim.limit.min(BATCH_MAX)).unwrap_or(i64::MAX),
             lane: claim.lane.to_owned(),
-            open: claim.open.iter().cloned().collect(),
-            busy: claim.busy.iter().cloned().collect(),
-            pass_busy: claim.pass_busy,
+            batch: claim.batch,
+            saturated: claim.saturated.iter().cloned().collect(),
             owner: claim.owner,
             now: claim.now,
         }
     }
 }
 
-impl Owned {
-    /// Why a row is not to be queued.
-    fn held(&self, ticket: &Ticket) -> Option<Held> {
-        if !self.open.contains(&ticket.endpoint) {
-            Some(Held::EndpointClosed)
-        } else if ticket.epoch == 0 && self.busy.contains(&ticket.endpoint) {
-            Some(Held::EndpointBusy)
-        } else {
-            None
-        }
-    }
-}
-
-/// The source of due rows, up to its order: the text of each statement here differs only in this.
-macro_rules! due_rows {
-    (new $(, $passed:literal)?) => {
-        concat!(
-            " from messages indexed by messages_fresh \
-             where status = 'pending' and held is null and send_at is null and id > ?1 and id <= ?3",
-            $($passed,)?
-            " order by id limit ?2"
-        )
+/// The messages that a feed has not come to, by its class. Literals: SQLite uses a partial index only when it can see
+/// that the condition implies the index's own.
+macro_rules! unclaimed {
+    (urgent) => {
+        " from messages m indexed by messages_urgent \
+         where m.priority > 0 and m.id > (select position from feed where class = 0)"
     };
-    (timed) => {
-        " from messages indexed by messages_timed \
-         where lane = ?1 and timed_at is not null and timed_at <= ?3 \
-         order by timed_at, id limit ?2"
+    (normal) => {
+        " from messages m indexed by messages_normal \
+         where m.priority = 0 and m.id > (select position from feed where class = 1)"
+    };
+    (bulk) => {
+        " from messages m indexed by messages_bulk \
+         where m.priority < 0 and m.id > (select position from feed where class = 2)"
     };
 }
 
-macro_rules! fields {
-    () => {
-        "id, epoch, attempts, endpoint, created_at, recipient, content, content_type, headers, ordering_key, \
-         expires_at is not null \
-         and cast(round((julianday(expires_at) - 2440587.5) * 86400000.0) as integer) * 1000 <= ?4, \
-         timed_at"
-    };
-}
+/// The source of the messages that no feed has come to, in the order of [`Urgency::ALL`].
+pub(super) const UNCLAIMED: [&str; 3] = [unclaimed!(urgent), unclaimed!(normal), unclaimed!(bulk)];
 
-/// Whether any new row is due, and which of these lanes' timed rows.
+/// The columns of a message that [`ticket`] reads.
+pub(super) const MESSAGE: &str = "m.id, m.endpoint, m.created_at, m.recipient, m.content, m.content_type, m.headers, \
+     m.ordering_key, m.priority, m.expires_at";
+
+/// What waits on a lane and is due.
+const DUE: &str = " from waiting w indexed by waiting_due";
+const DUE_WHERE: &str =
+    " where w.held is null and w.lane = ?1 and w.due_at <= ?2 order by w.due_at, w.message_id";
+
+/// Whether any feed has something to read, and on which of these lanes something is due.
 pub(super) fn due(db: &Connection, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
     // One transaction takes the file's locks once for all that is asked.
     db.prepare_cached("begin")?.execute([])?;
@@ -98,56 +90,30 @@ pub(super) fn due(db: &Connection, lanes: &[&str], by: Timestamp) -> Result<DueN
 }
 
 fn due_within(db: &Connection, lanes: &[&str], by: i64) -> Result<DueNow> {
-    let mut new = db.prepare_cached(concat!("/* ams:any_new */ select 1", due_rows!(new)))?;
-    let mut timed = db.prepare_cached(concat!("/* ams:any_timed */ select 1", due_rows!(timed)))?;
-    let mut due = DueNow { new: new.exists(params![0, 1, i64::MAX])?, lanes: Vec::new() };
+    let mut new = db.prepare_cached(concat!(
+        "/* ams:any_new */ select exists (select 1",
+        unclaimed!(normal),
+        ") or exists (select 1",
+        unclaimed!(urgent),
+        ") or exists (select 1",
+        unclaimed!(bulk),
+        ")"
+    ))?;
+    let mut timed = db.prepare_cached(
+        "/* ams:any_timed */ select 1 from waiting indexed by waiting_due \
+         where held is null and lane = ?1 and due_at <= ?2 limit 1",
+    )?;
+    let mut due = DueNow { new: new.query_row([], |row| row.get(0))?, lanes: Vec::new() };
     for lane in lanes {
-        if timed.exists(params![lane, 1, by])? {
+        if timed.exists(params![lane, by])? {
             due.lanes.push((*lane).to_owned());
         }
     }
     Ok(due)
 }
 
-/// A due row.
-struct Row {
-    id: MessageId,
-    /// Its ticket, and whether its time is over; or why it can't be read.
-    read: std::result::Result<(Ticket, bool), String>,
-}
-
-fn due_rows(db: &Connection, claim: &Owned) -> Result<Vec<Row>> {
-    let limit = i64::try_from(claim.limit).unwrap_or(i64::MAX);
-    let now = claim.now.as_micros();
-    let read = |row: &rusqlite::Row<'_>| {
-        let due = || {
-            let due_at = our_optional_time(row, 11)?.filter(|at| *at > claim.now);
-            Ok((Ticket { due_at, ..ticket(db, row)? }, row.get(10)?))
-        };
-        let read = due().map_err(|error| unreadable(row, &error));
-        Ok(Row { id: MessageId(row.get(0)?), read })
-    };
-    let none = HashSet::new();
-    let passed = json(if claim.pass_busy { &claim.busy } else { &none })?;
-    let rows = match &claim.due {
-        OwnedDue::New(after, up_to) => db
-            .prepare_cached(concat!(
-                "/* ams:claim_new */ select ",
-                fields!(),
-                due_rows!(new, " and (epoch > 0 or endpoint not in (select value from json_each(?5)))")
-            ))?
-            .query_map(params![after.0, limit, up_to.0, now, passed], read)?
-            .collect(),
-        OwnedDue::Timed(lane, by) => db
-            .prepare_cached(concat!("/* ams:claim_timed */ select ", fields!(), due_rows!(timed)))?
-            .query_map(params![lane, limit, by.as_micros(), now], read)?
-            .collect::<rusqlite::Result<Vec<Row>>>(),
-    };
-    Ok(rows?)
-}
-
 /// Why a row can't be read: the column, and what is wrong with it.
-fn unreadable(row: &rusqlite::Row<'_>, error: &rusqlite::Error) -> String {
+pub(super) fn unreadable(row: &Row<'_>, error: &rusqlite::Error) -> String {
     use rusqlite::Error::{FromSqlConversionFailure, IntegralValueOutOfRange, InvalidColumnType, Utf8Error};
     let (column, why) = match error {
         FromSqlConversionFailure(column, _, why) => (*column, why.to_string()),
@@ -159,20 +125,25 @@ fn unreadable(row: &rusqlite::Row<'_>, error: &rusqlite::Error) -> String {
     format!("{}: {why}", row.as_ref().column_name(column).unwrap_or("a column"))
 }
 
-/// The ticket of a row, as the row stands: id, epoch, attempts, endpoint, created_at, recipient, content,
-/// content_type, headers and ordering_key, from the first column on.
-pub(super) fn ticket(db: &Connection, row: &rusqlite::Row<'_>) -> rusqlite::Result<Ticket> {
+/// The ticket of a first attempt of a message, as the message stands in the columns [`MESSAGE`]; its batch and endpoint
+/// are still to come.
+pub(super) fn ticket(db: &Connection, row: &Row<'_>) -> rusqlite::Result<Ticket> {
     Ok(Ticket {
         id: MessageId(row.get(0)?),
-        epoch: row.get(1)?,
-        attempt: row.get(2)?,
-        endpoint: row.get(3)?,
-        created_at: writers_time(db, row, 4)?.unwrap_or_default(),
-        recipient: row.get(5)?,
-        content: row.get(6)?,
-        content_type: row.get(7)?,
-        headers: row.get::<_, Option<String>>(8)?.map(|headers| raw_json(headers, 8)).transpose()?,
-        ordering_key: row.get(9)?,
+        batch: BatchId(0),
+        position: 0,
+        endpoint_id: EndpointId(0),
+        endpoint: row.get(1)?,
+        created_at: writers_time(db, row, 2)?.unwrap_or_default(),
+        recipient: row.get(3)?,
+        content: row.get(4)?,
+        attempt: 1,
+        lane_tries: 0,
+        content_type: row.get(5)?,
+        headers: row.get::<_, Option<String>>(6)?.map(|headers| raw_json(headers, 6)).transpose()?,
+        ordering_key: row.get(7)?,
+        priority: row.get(8)?,
+        expires_at: writers_time(db, row, 9)?,
         due_at: None,
     })
 }
@@ -182,146 +153,241 @@ fn raw_json(json: String, column: usize) -> rusqlite::Result<Box<RawValue>> {
     RawValue::from_string(json).map_err(wrong)
 }
 
-/// Takes due rows: most become `queued`, with one ledger row for all.
+/// Takes what is due.
 pub(super) fn claim(db: &Connection, claim: &Owned) -> Result<Claimed> {
-    let rows = due_rows(db, claim)?;
-    let mut claimed = Claimed {
-        batch: None,
-        tickets: Vec::with_capacity(rows.len()),
-        seen: rows.len(),
-        last: rows.iter().map(|row| row.id).max(),
-        unreadable: Vec::new(),
-    };
-    let mut queue = db.prepare_cached(
-        "/* ams:claim */ update messages set status = 'queued', epoch = epoch + 1 where id = ?1",
-    )?;
-    for Row { id, read } in rows {
-        let (mut ticket, expired) = match read {
-            Ok(read) => read,
-            Err(why) => {
-                end_unreadable(db, id, &why, claim.now)?;
-                claimed.unreadable.push(id);
-                continue;
-            }
-        };
-        if expired {
-            expire(db, ticket.id, claim.now)?;
-        } else if let Some(held) = claim.held(&ticket) {
-            db.prepare_cached(
-                "/* ams:claim_hold */ update messages set held = ?2, epoch = epoch + 1 where id = ?1",
-            )?
-            .execute(params![ticket.id.0, held.as_str()])?;
+    match &claim.due {
+        OwnedDue::New(urgency) => claim_new(db, claim, *urgency),
+        OwnedDue::Timed(lane, by) => claim_timed(db, claim, lane, *by),
+    }
+}
+
+impl Owned {
+    /// Adds a ticket to those of the new batch.
+    fn take(&self, tickets: &mut Vec<Ticket>, ticket: Ticket) {
+        let position = u16::try_from(tickets.len()).unwrap_or(u16::MAX);
+        tickets.push(Ticket { batch: self.batch, position, ..ticket });
+    }
+
+    /// Ends a delivery that was never tried on its way.
+    fn end(&self, db: &Connection, row: &Waiting, status: Status, reason: Option<&str>) -> Result<()> {
+        let (attempts, lane) = (row.attempts, row.lane.as_str());
+        End { id: row.id, endpoint: row.endpoint, status, attempts, lane, reason, now: self.now }.write(db)
+    }
+}
+
+/// A message that a feed comes to.
+struct New {
+    id: MessageId,
+    /// Its endpoint's name, if it can be read.
+    endpoint: Option<String>,
+    /// Its ticket, and when it is to be sent; or why it can't be read.
+    read: std::result::Result<(Ticket, Option<Timestamp>), String>,
+}
+
+/// Reads a feed on. Every message up to its new position has a place then.
+fn claim_new(db: &Connection, claim: &Owned, urgency: Urgency) -> Result<Claimed> {
+    let class = usize::from(urgency.number().unsigned_abs());
+    let source = UNCLAIMED.get(class).copied().unwrap_or_default();
+    let statement = format!("/* ams:claim_new */ select {MESSAGE}, m.send_at{source} order by m.id limit ?1");
+    let mut statement = db.prepare_cached(&statement)?;
+    let rows = statement.query_map([claim.limit], |row| {
+        let read = ticket(db, row).and_then(|ticket| Ok((ticket, writers_time(db, row, 10)?)));
+        let read = read.map_err(|error| unreadable(row, &error));
+        Ok(New { id: MessageId(row.get(0)?), endpoint: row.get(1).ok(), read })
+    })?;
+    let rows = within_bytes(rows, |row| row.read.as_ref().map_or(0, |(ticket, _)| ticket.bytes()))?;
+    let Some(last) = rows.last().map(|row| row.id) else { return Ok(Claimed::default()) };
+    let mut claimed =
+        Claimed { tickets: Vec::with_capacity(rows.len()), seen: rows.len(), unreadable: Vec::new() };
+    let cancelled = cancelled(db, rows.first().map_or(last, |row| row.id), last)?;
+    let mut endpoints = Endpoints::new(db);
+    for row in rows {
+        if cancelled.contains(&row.id) {
+            forget_cancel(db, row.id)?;
         } else {
-            queue.execute([ticket.id.0])?;
-            ticket.epoch += 1;
-            ticket.attempt += 1;
-            claimed.tickets.push(ticket);
+            place_new(db, claim, row, &mut endpoints, &mut claimed)?;
         }
     }
-    if !claimed.tickets.is_empty() {
-        let ids: Vec<_> = claimed.tickets.iter().map(|ticket| ticket.id).collect();
-        let epochs: Vec<_> = claimed.tickets.iter().map(|ticket| ticket.epoch).collect();
-        db.prepare_cached(
-            "/* ams:ledger */ insert into batches (lane, owner, ids, epochs, created_at) values (?1, ?2, ?3, ?4, ?5)",
-        )?
-        .execute(params![claim.lane, claim.owner.0, json(&ids)?, json(&epochs)?, claim.now.as_micros()])?;
-        claimed.batch = Some(BatchId(db.last_insert_rowid()));
-    }
+    db.prepare_cached("/* ams:move_feed */ update feed set position = ?2 where class = ?1")?
+        .execute(params![urgency.number(), last.0])?;
+    batch::write(db, (&claim.lane, claim.owner, claim.now), &claimed.tickets, None)?;
     Ok(claimed)
 }
 
-/// Ends a message that can't be read.
-fn end_unreadable(db: &Connection, id: MessageId, why: &str, now: Timestamp) -> Result<()> {
-    db.prepare_cached(
-        "/* ams:end_unreadable */ update messages set status = 'dead', held = null, due_at = null, \
-         finished_at = ?2, reason = ?3 where id = ?1",
-    )?
-    .execute(params![id.0, now.as_micros(), unreadable_reason(why)])?;
-    Ok(())
+/// The first rows, up to [`BATCH_BYTES`].
+fn within_bytes<T>(
+    rows: impl Iterator<Item = rusqlite::Result<T>>,
+    bytes_of: impl Fn(&T) -> usize,
+) -> Result<Vec<T>> {
+    let (mut within, mut bytes) = (Vec::new(), 0);
+    for row in rows {
+        let row = row?;
+        bytes += bytes_of(&row);
+        if bytes > BATCH_BYTES && !within.is_empty() {
+            break;
+        }
+        within.push(row);
+    }
+    Ok(within)
 }
 
-/// Makes a message whose time is over `expired`.
-pub(super) fn expire(db: &Connection, id: MessageId, now: Timestamp) -> Result<()> {
-    db.prepare_cached(
-        "/* ams:expire */ update messages set status = 'expired', due_at = null, finished_at = ?2 where id = ?1",
-    )?
-    .execute(params![id.0, now.as_micros()])?;
-    Ok(())
-}
-
-/// A claimed row as it was before: due by `?4`, the present, at the earliest, and never before its time.
-macro_rules! as_it_was {
-    () => {
-        "status = case when attempts = 0 then 'pending' else 'retrying' end, \
-         due_at = case when attempts = 0 then null else max(coalesce(due_at, ?4), ?4) end"
-    };
-}
-pub(super) use as_it_was;
-
-/// Gives a row back as it was before its claim when it is `status` in this epoch. Whether it was.
-pub(super) fn give_back(
+/// Gives a message that a feed comes to its first place.
+fn place_new(
     db: &Connection,
-    id: MessageId,
-    epoch: Epoch,
-    status: &str,
-    now: Timestamp,
-) -> Result<bool> {
-    let given = db
-        .prepare_cached(concat!(
-            "/* ams:give_back */ update messages set ",
-            as_it_was!(),
-            " where id = ?1 and epoch = ?2 and status = ?3",
-        ))?
-        .execute(params![id.0, epoch, status, now.as_micros()])?;
-    Ok(given > 0)
+    claim: &Owned,
+    row: New,
+    endpoints: &mut Endpoints<'_>,
+    claimed: &mut Claimed,
+) -> Result<()> {
+    let endpoint = row.endpoint.as_deref().map(|name| endpoints.named(name)).transpose()?;
+    let number = endpoint.map_or(EndpointId(0), |endpoint| endpoint.id);
+    let (ticket, send_at) = match row.read {
+        Ok((ticket, send_at)) => (Ticket { endpoint_id: number, ..ticket }, send_at),
+        Err(why) => {
+            claim.end(db, &Waiting::never(row.id, number), Status::Dead, Some(&unreadable_reason(&why)))?;
+            claimed.unreadable.push(row.id);
+            return Ok(());
+        }
+    };
+    let held = if !endpoint.is_some_and(|endpoint| endpoint.open) {
+        Some(Held::EndpointClosed)
+    } else if claim.saturated.contains(&ticket.endpoint) {
+        Some(Held::EndpointBusy)
+    } else {
+        None
+    };
+    if ticket.is_expired(claim.now) {
+        claim.end(db, &Waiting::never(row.id, number), Status::Expired, None)
+    } else if let Some(due_at) = send_at.filter(|at| *at > claim.now) {
+        Wait { due_at, ..Wait::again(&ticket, "", claim.now) }.write(db)
+    } else if held.is_some() {
+        Wait { held, ..Wait::again(&ticket, "", claim.now) }.write(db)
+    } else {
+        claim.take(&mut claimed.tickets, ticket);
+        Ok(())
+    }
 }
 
-/// Notes where the broker put a batch.
-pub(super) fn acknowledge(db: &Connection, batch: BatchId, place: Place) -> Result<()> {
-    db.prepare_cached(
-        "/* ams:acknowledge */ update batches set partition = ?2, last_offset = ?3 where id = ?1",
-    )?
-    .execute(params![batch.0, place.partition, place.offset])?;
-    Ok(())
-}
-
-/// The oldest ledger rows.
-pub(super) fn batches(db: &Connection, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
+/// Which messages of these ids were cancelled before a feed came to them.
+fn cancelled(db: &Connection, first: MessageId, last: MessageId) -> Result<HashSet<MessageId>> {
     let mut statement = db.prepare_cached(
-        "/* ams:batches */ select id, lane, owner, created_at, partition, last_offset, not exists ( \
-             select 1 from instances where instances.id = batches.owner and lease_until > ?1) \
-         from batches order by id limit ?2",
+        "/* ams:cancels */ select message_id from cancels where message_id between ?1 and ?2",
     )?;
-    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-    let batches = statement.query_map(params![now.as_micros(), limit], |row| {
-        let partition: Option<i32> = row.get(4)?;
-        let offset: Option<i64> = row.get(5)?;
-        Ok(Batch {
-            id: BatchId(row.get(0)?),
-            lane: row.get(1)?,
-            owner: InstanceId(row.get(2)?),
-            created_at: our_time(row, 3)?,
-            place: partition.zip(offset).map(|(partition, offset)| Place { partition, offset }),
-            orphaned: row.get(6)?,
-        })
-    })?;
-    Ok(batches.collect::<rusqlite::Result<_>>()?)
+    let ids = statement.query_map([first.0, last.0], |row| row.get(0).map(MessageId))?;
+    Ok(ids.collect::<rusqlite::Result<_>>()?)
 }
 
-/// Gives back what of these batches is still `queued` in their epoch, and removes them.
-pub(super) fn requeue(db: &Connection, batches: &[BatchId], now: Timestamp) -> Result<u64> {
-    let mut given = 0;
-    for batch in batches {
-        let removed = db
-            .prepare_cached("/* ams:requeue */ delete from batches where id = ?1 returning ids, epochs")?
-            .query_map([batch.0], |row| Ok((text(row, 0)?, text(row, 1)?)))?
-            .collect::<rusqlite::Result<Vec<_>>>()?;
-        for (ids, epochs) in removed {
-            let ids: Vec<i64> = list(&ids)?;
-            for (id, epoch) in ids.into_iter().zip(list::<Epoch>(&epochs)?) {
-                given += u64::from(give_back(db, MessageId(id), epoch, "queued", now)?);
+/// Takes a message out of the cancelled that no feed has come to. Whether it was there.
+pub(super) fn forget_cancel(db: &Connection, id: MessageId) -> Result<bool> {
+    let mut delete =
+        db.prepare_cached("/* ams:forget_cancel */ delete from cancels where message_id = ?1")?;
+    Ok(delete.execute([id.0])? > 0)
+}
+
+/// A delivery that waits and is due.
+struct Waiting {
+    id: MessageId,
+    endpoint: EndpointId,
+    attempts: i32,
+    lane: String,
+}
+
+impl Waiting {
+    /// One that has not waited yet.
+    fn never(id: MessageId, endpoint: EndpointId) -> Waiting {
+        Waiting { id, endpoint, attempts: 0, lane: String::new() }
+    }
+}
+
+/// What became of a due row's message.
+enum Found {
+    /// It has ended meanwhile, or is gone.
+    Over,
+    Unreadable(String),
+    /// Its ticket with the wait's own expiry; when it expires as the message says; and the reason of its wait.
+    Ticket(Box<Ticket>, Option<Timestamp>, Option<String>),
+}
+
+/// Takes what waits on a lane and is due.
+fn claim_timed(db: &Connection, claim: &Owned, lane: &str, by: Timestamp) -> Result<Claimed> {
+    let mut statement = db.prepare_cached(&format!(
+            "/* ams:claim_timed */ select {MESSAGE}, w.message_id, w.endpoint_id, w.attempts, w.lane_tries, w.due_at, \
+             w.expires_at, w.reason, exists (select 1 from deliveries d where d.message_id = w.message_id \
+                 and d.endpoint_id = w.endpoint_id){DUE} left join messages m on m.id = w.message_id{DUE_WHERE} limit ?3"
+        ))?;
+    let rows = statement
+        .query_map(params![lane, by.as_micros(), claim.limit], |row| timed(db, row, claim.now, lane))?;
+    let rows = within_bytes(rows, |(_, found)| match found {
+        Found::Ticket(ticket, ..) => ticket.bytes(),
+        Found::Over | Found::Unreadable(_) => 0,
+    })?;
+    let mut claimed =
+        Claimed { tickets: Vec::with_capacity(rows.len()), seen: rows.len(), unreadable: Vec::new() };
+    let mut endpoints = Endpoints::new(db);
+    let (mut expiries, mut differ) = (Vec::with_capacity(rows.len()), false);
+    for (row, found) in rows {
+        let (ticket, said, reason) = match found {
+            Found::Ticket(ticket, said, reason) => (*ticket, said, reason),
+            Found::Over => {
+                wait_no_more(db, row.id, row.endpoint)?;
+                continue;
             }
+            Found::Unreadable(why) => {
+                wait_no_more(db, row.id, row.endpoint)?;
+                claim.end(db, &row, Status::Dead, Some(&unreadable_reason(&why)))?;
+                claimed.unreadable.push(row.id);
+                continue;
+            }
+        };
+        let open = endpoints.numbered(row.endpoint)?.filter(|endpoint| endpoint.enabled);
+        if ticket.is_expired(claim.now) {
+            wait_no_more(db, row.id, row.endpoint)?;
+            claim.end(db, &row, Status::Expired, reason.as_deref())?;
+        } else if let Some(endpoint) = open {
+            wait_no_more(db, row.id, row.endpoint)?;
+            differ |= ticket.expires_at != said;
+            expiries.push(ticket.expires_at.map(Timestamp::as_micros));
+            claim.take(&mut claimed.tickets, Ticket { endpoint: endpoint.name, ..ticket });
+        } else {
+            close(db, &row)?;
         }
     }
-    Ok(given)
+    let expiries = differ.then_some(expiries);
+    batch::write(db, (&claim.lane, claim.owner, claim.now), &claimed.tickets, expiries)?;
+    Ok(claimed)
+}
+
+/// Reads a due row.
+fn timed(db: &Connection, row: &Row<'_>, now: Timestamp, lane: &str) -> rusqlite::Result<(Waiting, Found)> {
+    let id = MessageId(row.get(10)?);
+    let endpoint = EndpointId(row.get(11).unwrap_or(0));
+    let waiting = Waiting { id, endpoint, attempts: row.get(12).unwrap_or(0), lane: lane.to_owned() };
+    if row.get(17)? || row.get_ref(0)?.data_type() == Type::Null {
+        return Ok((waiting, Found::Over));
+    }
+    let read = || {
+        let written = ticket(db, row)?;
+        let said = written.expires_at;
+        let due_at = our_time(row, 14)?;
+        let ticket = Ticket {
+            endpoint_id: EndpointId(row.get(11)?),
+            attempt: row.get::<_, i32>(12)?.saturating_add(1),
+            lane_tries: row.get(13)?,
+            due_at: Some(due_at).filter(|at| *at > now),
+            expires_at: our_optional_time(row, 15)?,
+            ..written
+        };
+        Ok(Found::Ticket(Box::new(ticket), said, optional_text(row, 16)?))
+    };
+    let found = read().unwrap_or_else(|error| Found::Unreadable(unreadable(row, &error)));
+    Ok((waiting, found))
+}
+
+/// Holds a due delivery whose endpoint takes none.
+fn close(db: &Connection, row: &Waiting) -> Result<()> {
+    db.prepare_cached(
+        "/* ams:close */ update waiting set held = 'endpoint_closed' where message_id = ?1 and endpoint_id = ?2",
+    )?
+    .execute(params![row.id.0, row.endpoint.0])?;
+    Ok(())
 }

@@ -82,7 +82,7 @@ fn same_key(db: &Connection, message: &NewMessage) -> Result<Option<Inserted>> {
         .query_row([key], |row| row.get(0).map(MessageId))
         .optional()?;
     let Some(id) = id else { return Ok(None) };
-    let equal = read::message(db, id)?.is_some_and(|stored| is_equal(&stored, message));
+    let equal = read::as_written(db, id)?.is_some_and(|stored| is_equal(&stored, message));
     Ok(Some(if equal { Inserted::Existing(id) } else { Inserted::Conflict(id) }))
 }
 

@@ -1,42 +1,14 @@
-//! Cancel, redrive and the jobs that do so to many; the pause; keys.
+//! Jobs that cancel or redrive many messages; the pause; keys.
 
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, params};
 
+use super::change::change;
 use super::search::search;
 use super::{json, list, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
-use crate::store::operate::{ApiKey, Change, Control, Cursor, Deletion, Filter, Job, JobId};
+use crate::store::operate::{ApiKey, Change, Control, Cursor, Filter, Job, JobId};
 use crate::store::{Pacing, Result, StoreError, latest_present};
-
-const CANCEL: &str = "/* ams:cancel */ update messages set status = 'cancelled', held = null, due_at = null, \
-     finished_at = ?2 where id = ?1 and status in ('pending', 'queued', 'processing', 'retrying')";
-
-/// Its lanes and waits begin anew; its tries stay counted. An expiry that has passed would end it again.
-const REDRIVE: &str = "/* ams:redrive */ update messages set status = 'pending', lane = '', lane_tries = 0, \
-     held = null, due_at = null, finished_at = null, reason = null, \
-     expires_at = case when julianday(expires_at) > ?2 / 86400000000.0 + 2440587.5 then expires_at end \
-     where id = ?1 and status in ('dead', 'cancelled', 'expired')";
-
-/// Changes those of these messages whose status allows it, and says which.
-pub(super) fn change(
-    db: &Connection,
-    change: Change,
-    ids: &[MessageId],
-    now: Timestamp,
-) -> Result<Vec<MessageId>> {
-    let mut statement = db.prepare_cached(match change {
-        Change::Cancel => CANCEL,
-        Change::Redrive => REDRIVE,
-    })?;
-    let mut changed = Vec::new();
-    for id in ids {
-        if statement.execute(params![id.0, now.as_micros()])? > 0 {
-            changed.push(*id);
-        }
-    }
-    Ok(changed)
-}
 
 /// Notes a job that begins with the newest message.
 pub(super) fn open_job(db: &Connection, change: Change, filter: &Filter, now: Timestamp) -> Result<Job> {
@@ -140,18 +112,6 @@ pub(super) fn control(db: &Connection, now: Timestamp) -> Result<Control> {
             paced_until: our_optional_time(row, 4)?,
         })
     })?)
-}
-
-/// Deletes an endpoint that no message names.
-pub(super) fn delete_endpoint(db: &Connection, name: &str) -> Result<Deletion> {
-    let mut used = db.prepare_cached(
-        "/* ams:endpoint_used */ select 1 from messages indexed by messages_by_endpoint where endpoint = ?1 limit 1",
-    )?;
-    if used.query_row([name], |_| Ok(())).optional()?.is_some() {
-        return Ok(Deletion::Used);
-    }
-    let mut delete = db.prepare_cached("/* ams:delete_endpoint */ delete from endpoints where name = ?1")?;
-    Ok(if delete.execute([name])? == 0 { Deletion::Missing } else { Deletion::Deleted })
 }
 
 /// Stores a new key.

@@ -1,26 +1,50 @@
-//! Reads: one message, its attempts, dead letters, and the whole.
-
-use std::collections::HashMap;
+//! Reads: messages, attempts, dead letters, and the whole.
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::claim::ticket;
-use super::{bytes, optional_text, our_optional_time, our_time, text, writers_time};
+use super::batch::mask;
+use super::claim::{MESSAGE, UNCLAIMED, ticket};
+use super::place::{self, Whereabouts};
+use super::{bytes, optional_text, our_time, text, writers_time};
 use crate::clock::Timestamp;
-use crate::message::{Attempt, Class, Held, Message, MessageId, Status, Times};
-use crate::store::{Count, DeadLetter, Instance, InstanceId, Overview, Result, json_or_text, latest_present};
+use crate::message::{Attempt, Class, Message, MessageId, Status, Times};
+use crate::store::operate::WALK;
+use crate::store::{
+    Count, DeadLetter, EndpointId, Instance, InstanceId, Overview, Result, json_or_text, latest_present,
+};
+use crate::ticket::Ticket;
 
 /// Where counting stops.
 const COUNT: i64 = 10_000;
-/// The newest rows among which those are counted that no index tells apart.
+/// The rows among which those are counted that no index tells apart.
 const NEWEST: i64 = 100_000;
 
-/// One message.
-pub(super) fn message(db: &Connection, id: MessageId) -> Result<Option<Message>> {
+/// The messages with these ids, with the places where they stand.
+pub(super) fn messages(db: &Connection, ids: &[MessageId]) -> Result<Vec<Message>> {
+    let mut places = place::find(db, ids)?;
+    let mut messages = Vec::with_capacity(ids.len());
+    for id in ids {
+        let Some(message) = as_written(db, *id)? else { continue };
+        let at = places.remove(id).unwrap_or(Whereabouts::NEW);
+        messages.push(Message {
+            status: at.status,
+            held: at.held,
+            attempts: at.attempts,
+            lane: at.lane,
+            due_at: at.due_at,
+            finished_at: at.finished_at,
+            reason: at.reason,
+            ..message
+        });
+    }
+    Ok(messages)
+}
+
+/// A message as its sender wrote it, wherever it stands.
+pub(super) fn as_written(db: &Connection, id: MessageId) -> Result<Option<Message>> {
     let mut statement = db.prepare_cached(
         "/* ams:message */ select id, endpoint, recipient, content, content_type, headers, ordering_key, priority, \
-         send_at, expires_at, idempotency_key, tags, created_at, status, held, epoch, attempts, lane, due_at, \
-         finished_at, reason from messages where id = ?1",
+         send_at, expires_at, idempotency_key, tags, created_at from messages where id = ?1",
     )?;
     let object = |row: &rusqlite::Row<'_>, column| -> rusqlite::Result<_> {
         Ok(optional_text(row, column)?.map(|json| json_or_text(&json)))
@@ -40,14 +64,13 @@ pub(super) fn message(db: &Connection, id: MessageId) -> Result<Option<Message>>
             idempotency_key: optional_text(row, 10)?,
             tags: object(row, 11)?,
             created_at: writers_time(db, row, 12)?.unwrap_or_default(),
-            status: Status::read(&text(row, 13)?),
-            held: optional_text(row, 14)?.map(|held| Held::read(&held)),
-            epoch: row.get(15)?,
-            attempts: row.get(16)?,
-            lane: text(row, 17)?,
-            due_at: our_optional_time(row, 18)?,
-            finished_at: our_optional_time(row, 19)?,
-            reason: optional_text(row, 20)?,
+            status: Status::Pending,
+            held: None,
+            attempts: 0,
+            lane: String::new(),
+            due_at: None,
+            finished_at: None,
+            reason: None,
         })
     });
     Ok(message.optional()?)
@@ -56,23 +79,25 @@ pub(super) fn message(db: &Connection, id: MessageId) -> Result<Option<Message>>
 /// A message's attempts, oldest first.
 pub(super) fn attempts(db: &Connection, id: MessageId) -> Result<Vec<Attempt>> {
     let mut statement = db.prepare_cached(
-        "/* ams:attempts */ select epoch, attempt, lane, class, status, address, error, answer, provider_message_id, \
-         started_at, connect_us, head_us, body_us from attempts where message_id = ?1 order by epoch",
+        "/* ams:attempts */ select attempt, lane, class, status, address, error, answer, provider_message_id, \
+         started_at, connect_us, head_us, body_us from attempts where message_id = ?1 \
+         union all select attempts, lane, 'accepted', http_status, address, null, answer, provider_message_id, \
+         started_at, connect_us, head_us, body_us from deliveries where message_id = ?1 and batch is not null \
+         order by 1, 9",
     )?;
     let attempts = statement.query_map([id.0], |row| {
         Ok(Attempt {
             message_id: id,
-            epoch: row.get(0)?,
-            attempt: row.get(1)?,
-            lane: text(row, 2)?,
-            class: Class::read(&text(row, 3)?),
-            status: row.get(4)?,
-            address: text(row, 5)?,
-            error: optional_text(row, 6)?,
-            answer: text(row, 7)?,
-            provider_message_id: optional_text(row, 8)?,
-            started_at: our_time(row, 9)?,
-            times: Times { connect_us: row.get(10)?, head_us: row.get(11)?, body_us: row.get(12)? },
+            attempt: row.get(0)?,
+            lane: text(row, 1)?,
+            class: Class::read(&text(row, 2)?),
+            status: row.get(3)?,
+            address: text(row, 4)?,
+            error: optional_text(row, 5)?,
+            answer: text(row, 6)?,
+            provider_message_id: optional_text(row, 7)?,
+            started_at: our_time(row, 8)?,
+            times: Times { connect_us: row.get(9)?, head_us: row.get(10)?, body_us: row.get(11)? },
         })
     })?;
     Ok(attempts.collect::<rusqlite::Result<_>>()?)
@@ -80,26 +105,26 @@ pub(super) fn attempts(db: &Connection, id: MessageId) -> Result<Vec<Attempt>> {
 
 /// Dead letters written before a time, oldest first.
 pub(super) fn dead_letters(db: &Connection, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>> {
-    let mut statement = db.prepare_cached(
-        "/* ams:dead_letters */ select messages.id, epoch, dead_letters.attempts, endpoint, created_at, recipient, \
-         content, content_type, headers, ordering_key, dead_letters.lane, dead_letters.reason, last_status, \
-         last_error, dead_at \
-         from dead_letters join messages on messages.id = dead_letters.message_id \
-         where dead_at < ?1 or dead_at > ?3 order by dead_at, message_id limit ?2",
-    )?;
+    let mut statement = db.prepare_cached(&format!(
+        "/* ams:dead_letters */ select {MESSAGE}, d.endpoint_id, d.attempts, d.lane, d.reason, d.last_status, \
+         d.last_error, d.dead_at \
+         from dead_letters d join messages m on m.id = d.message_id \
+         where d.dead_at < ?1 or d.dead_at > ?3 order by d.dead_at, d.message_id limit ?2"
+    ))?;
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     let letters = statement.query_map(
         params![before.as_micros(), limit, latest_present(before).as_micros()],
         |row| {
-            let ticket = ticket(db, row)?;
+            let (endpoint_id, attempt) = (EndpointId(row.get(10)?), row.get(11)?);
             Ok(DeadLetter {
-                attempts: ticket.attempt,
-                ticket,
-                lane: text(row, 10)?,
-                reason: text(row, 11)?,
-                last_status: row.get(12)?,
-                last_error: optional_text(row, 13)?,
-                dead_at: our_time(row, 14)?,
+                // Its batch is no more, so what this says of the batch begins nothing.
+                ticket: Ticket { endpoint_id, attempt, expires_at: None, ..ticket(db, row)? },
+                attempts: attempt,
+                lane: text(row, 12)?,
+                reason: text(row, 13)?,
+                last_status: row.get(14)?,
+                last_error: optional_text(row, 15)?,
+                dead_at: our_time(row, 16)?,
             })
         },
     )?;
@@ -111,90 +136,116 @@ pub(super) fn overview(db: &Connection, now: Timestamp) -> Result<Overview> {
     Ok(Overview { counts: counts(db)?, oldest_due_at: oldest_due(db, now)?, instances: instances(db)? })
 }
 
-/// Counts each status as far as [`COUNT`]. Those that wait or went wrong have an index; the others are
-/// counted among the newest rows.
+/// Counts each status as far as [`COUNT`], by its place.
 fn counts(db: &Connection) -> Result<Vec<Count>> {
-    let mut newest: HashMap<Status, i64> = HashMap::new();
-    let mut walked = 0;
-    let mut statement =
-        db.prepare_cached("/* ams:newest */ select status from messages order by id desc limit ?1")?;
-    let mut rows = statement.query([NEWEST])?;
-    while let Some(row) = rows.next()? {
-        *newest.entry(Status::read(&text(row, 0)?)).or_default() += 1;
-        walked += 1;
-    }
+    let (unclaimed, waiting, retrying) = (unclaimed(db)?, waiting(db, false)?, waiting(db, true)?);
     let mut counts = Vec::new();
     for status in Status::ALL {
-        let seen = newest.get(&status).copied().unwrap_or(0);
-        let count = match status {
-            Status::Queued | Status::Processing | Status::Sent | Status::Unknown => seen,
-            // What these have is more than what is new.
-            _ if walked < NEWEST => seen,
-            Status::Pending | Status::Retrying => waiting(db, status)?,
-            Status::Dead | Status::Cancelled | Status::Expired => unsent(db, status)?,
+        let (count, all) = match status {
+            Status::Pending => (unclaimed.0 + waiting.0, unclaimed.1 && waiting.1),
+            Status::Retrying => retrying,
+            Status::Queued => (left(db, "/* ams:count_queued */ select \"left\" from batches")?, true),
+            Status::Processing => (left(db, "/* ams:count_processing */ select \"left\" from leases")?, true),
+            Status::Sent => newest_sent(db)?,
+            Status::Dead | Status::Cancelled | Status::Expired => (unsent(db, status)?, true),
+            Status::Unknown => (0, true),
         };
-        let indexed = !matches!(status, Status::Queued | Status::Processing | Status::Sent);
-        let more = count > COUNT || (!indexed && walked == NEWEST);
+        let more = count > COUNT || !all;
         counts.push(Count { status, count: u64::try_from(count.min(COUNT)).unwrap_or(0), more });
     }
     Ok(counts)
 }
 
-/// Rows of a status that waits, by the three indexes such a row may stand in.
-fn waiting(db: &Connection, status: Status) -> Result<i64> {
-    let mut sum: i64 = db
-        .prepare_cached(
-            "/* ams:count_timed */ select count(*) from (select 1 from messages indexed by messages_timed \
-             where timed_at is not null and status = ?1 limit ?2)",
-        )?
-        .query_row(params![status.as_str(), COUNT + 1], |row| row.get(0))?;
-    sum += db
-        .prepare_cached(
-            "/* ams:count_held */ select count(*) from (select 1 from messages indexed by messages_held \
-             where held is not null and status = ?1 limit ?2)",
-        )?
-        .query_row(params![status.as_str(), COUNT + 1], |row| row.get::<_, i64>(0))?;
-    if status == Status::Pending {
-        sum += db
-            .prepare_cached(
-                "/* ams:count_fresh */ select count(*) from (select 1 from messages indexed by messages_fresh \
-                 where status = 'pending' and held is null and send_at is null limit ?1)",
-            )?
-            .query_row([COUNT + 1], |row| row.get::<_, i64>(0))?;
+/// Messages that no feed has come to and that nobody has cancelled; and whether none was left uncounted.
+fn unclaimed(db: &Connection) -> Result<(i64, bool)> {
+    let (mut count, mut all) = (0, true);
+    for source in UNCLAIMED {
+        let statement = format!(
+            "/* ams:count_new */ select count(*), coalesce(sum(not exists ( \
+                 select 1 from cancels where message_id = new.id)), 0) \
+             from (select m.id{source} order by m.id limit ?1) new"
+        );
+        let (walked, open) = db
+            .prepare_cached(&statement)?
+            .query_row([2 * COUNT], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?)))?;
+        count += open;
+        all &= walked < 2 * COUNT;
     }
-    Ok(sum)
+    Ok((count, all))
+}
+
+/// Deliveries that wait for their first attempt, or for a further one; and whether none was left uncounted.
+fn waiting(db: &Connection, tried: bool) -> Result<(i64, bool)> {
+    let mut statement = db.prepare_cached(
+        "/* ams:count_waiting */ select count(*), coalesce(sum((lane <> '') = ?2), 0) from ( \
+             select lane from waiting limit ?1)",
+    )?;
+    let counted = statement
+        .query_row(params![NEWEST, tried], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?)))?;
+    Ok((counted.1, counted.0 < NEWEST))
+}
+
+/// Deliveries that stand in batches or leases.
+fn left(db: &Connection, statement: &str) -> Result<i64> {
+    let mut statement = db.prepare_cached(statement)?;
+    let mut rows = statement.query([])?;
+    let mut count = 0;
+    while let Some(row) = rows.next()? {
+        count += mask(row, 0)?.0.count();
+    }
+    Ok(i64::try_from(count).unwrap_or(i64::MAX))
+}
+
+/// Deliveries that were sent, among the newest; and whether none was left uncounted.
+fn newest_sent(db: &Connection) -> Result<(i64, bool)> {
+    let mut statement = db.prepare_cached(
+        "/* ams:count_sent */ select status = 'sent' from deliveries order by message_id desc limit ?1",
+    )?;
+    let mut rows = statement.query([NEWEST])?;
+    let (mut sent, mut walked) = (0, 0);
+    while let Some(row) = rows.next()? {
+        sent += i64::from(row.get::<_, bool>(0)?);
+        walked += 1;
+        if sent > COUNT {
+            break;
+        }
+    }
+    Ok((sent, walked < NEWEST))
 }
 
 fn unsent(db: &Connection, status: Status) -> Result<i64> {
     let mut statement = db.prepare_cached(
-        "/* ams:count_unsent */ select count(*) from (select 1 from messages indexed by messages_unsent \
-         where (status = 'dead' or status = 'cancelled' or status = 'expired') and status = ?1 limit ?2)",
+        "/* ams:count_unsent */ select count(*) from (select 1 from deliveries indexed by deliveries_unsent \
+         where status <> 'sent' and status = ?1 limit ?2)",
     )?;
     Ok(statement.query_row(params![status.as_str(), COUNT + 1], |row| row.get(0))?)
 }
 
-/// When the oldest due row became due: the first fresh one, or the first of a lane's timed ones.
+/// When the oldest due delivery became due: the first of a lane's waiting ones, or the oldest message that no feed has
+/// come to.
 fn oldest_due(db: &Connection, now: Timestamp) -> Result<Option<Timestamp>> {
-    let mut oldest = db
-        .prepare_cached(
-            "/* ams:oldest_fresh */ select created_at from messages indexed by messages_fresh \
-             where status = 'pending' and held is null and send_at is null order by id limit 1",
-        )?
-        .query_row([], |row| writers_time(db, row, 0))
-        .optional()?
-        .flatten();
+    let mut oldest = None;
+    let mut earlier = |due: Option<Timestamp>| oldest = [oldest, due].into_iter().flatten().min();
+    for source in UNCLAIMED {
+        // Of messages without end that were cancelled, only the first are passed over.
+        let statement = format!(
+            "/* ams:oldest_new */ select created_at from (select m.id, m.created_at{source} order by m.id limit {WALK}) \
+             new where not exists (select 1 from cancels where message_id = new.id) limit 1"
+        );
+        let created =
+            db.prepare_cached(&statement)?.query_row([], |row| writers_time(db, row, 0)).optional()?;
+        earlier(created.flatten());
+    }
     let mut first = db.prepare_cached(
-        "/* ams:oldest_timed */ select lane, timed_at from messages indexed by messages_timed \
-         where timed_at is not null and lane >= cast(?1 as text) order by lane, timed_at limit 1",
+        "/* ams:oldest_waiting */ select lane, due_at from waiting indexed by waiting_due \
+         where held is null and lane >= cast(?1 as text) order by lane, due_at limit 1",
     )?;
     // Every text that starts with a lane's name and a nul stands behind the lane and before the next.
     let mut from = Vec::new();
     while let Some((lane, due)) =
         first.query_row([&from], |row| Ok((bytes(row, 0)?, our_time(row, 1)?))).optional()?
     {
-        if due <= now {
-            oldest = Some(oldest.map_or(due, |oldest| oldest.min(due)));
-        }
+        earlier(Some(due).filter(|due| *due <= now));
         from = [lane, vec![0]].concat();
     }
     Ok(oldest)

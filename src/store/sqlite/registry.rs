@@ -1,16 +1,14 @@
-//! Instances, the active producer, endpoints and lanes.
+//! Instances, the active producer and lanes.
 
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, params};
 use uuid::Uuid;
 
-use super::{json, list, optional_text, our_optional_time, our_time, text};
+use super::{json, list, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
 use crate::retry::{Lane, LaneGroup};
-use crate::store::{
-    About, Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError, latest_present,
-};
+use crate::store::{About, Bid, InstanceId, Leadership, Pacing, Result, StoreError, latest_present};
 
 /// The random number of this store.
 pub(super) fn installation(db: &Connection) -> Result<Uuid> {
@@ -65,15 +63,16 @@ pub(super) fn renew(
 }
 
 /// Notes which endpoints an instance has said to be busy.
-pub(super) fn say_busy(db: &Connection, instance: InstanceId, endpoints: &[String]) -> Result<()> {
-    db.prepare_cached("/* ams:say_busy */ update instances set busy = ?2 where id = ?1")?
+pub(super) fn report_saturated(db: &Connection, instance: InstanceId, endpoints: &[String]) -> Result<()> {
+    db.prepare_cached("/* ams:report_saturated */ update instances set saturated = ?2 where id = ?1")?
         .execute(params![instance.0, json(&endpoints)?])?;
     Ok(())
 }
 
 /// The endpoints that some instance has said to be busy.
-pub(super) fn busy(db: &Connection) -> Result<Vec<String>> {
-    let mut statement = db.prepare_cached("/* ams:busy */ select busy from instances where busy <> '[]'")?;
+pub(super) fn saturated(db: &Connection) -> Result<Vec<String>> {
+    let mut statement =
+        db.prepare_cached("/* ams:busy */ select saturated from instances where saturated <> '[]'")?;
     let mut rows = statement.query([])?;
     let mut all = std::collections::BTreeSet::new();
     while let Some(row) = rows.next()? {
@@ -119,64 +118,6 @@ pub(super) fn lead(db: &Connection, bid: &Bid) -> Result<Option<Leadership>> {
         })
     });
     Ok(won.optional()?)
-}
-
-/// All endpoints, by name.
-pub(super) fn endpoints(db: &Connection) -> Result<Vec<Endpoint>> {
-    let mut statement = db.prepare_cached(
-        "/* ams:endpoints */ select name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret \
-         from endpoints order by name",
-    )?;
-    let mut rows = statement.query([])?;
-    let mut endpoints = Vec::new();
-    while let Some(row) = rows.next()? {
-        endpoints.push(Endpoint {
-            name: text(row, 0)?,
-            url: text(row, 1)?,
-            timeout: millis(row.get(2)?),
-            in_flight_max: u32::try_from(row.get::<_, i64>(3)?).unwrap_or(u32::MAX),
-            final_statuses: final_statuses(&text(row, 4)?),
-            enabled: row.get(5)?,
-            secret: optional_text(row, 6)?,
-        });
-    }
-    Ok(endpoints)
-}
-
-/// Statuses of an endpoint. What is no status is passed over: a list that the program can't hold, from a time
-/// before the store refused it, must not stop the messages of all endpoints.
-fn final_statuses(json: &str) -> Vec<u16> {
-    let listed: Vec<serde_json::Value> = list(json).unwrap_or_default();
-    listed.iter().filter_map(|status| u16::try_from(status.as_u64()?).ok()).collect()
-}
-
-/// Creates or replaces an endpoint.
-pub(super) fn put_endpoint(db: &Connection, endpoint: &Endpoint) -> Result<()> {
-    let values = params![
-        endpoint.name,
-        endpoint.url,
-        in_millis(endpoint.timeout),
-        endpoint.in_flight_max,
-        json(&endpoint.final_statuses)?,
-        endpoint.enabled,
-        endpoint.secret,
-    ];
-    // The change first: what an insert may not hold, a row of before may keep while another column changes.
-    let changed = db
-        .prepare_cached(
-            "/* ams:change_endpoint */ update endpoints set url = ?2, timeout_ms = ?3, in_flight_max = ?4, \
-             final_statuses = ?5, enabled = ?6, secret = ?7 where name = ?1",
-        )?
-        .execute(values)?;
-    if changed == 0 {
-        db.prepare_cached(
-            "/* ams:put_endpoint */ insert into endpoints \
-             (name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret) \
-             values (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-        )?
-        .execute(values)?;
-    }
-    Ok(())
 }
 
 /// All lanes, by topic.
@@ -249,10 +190,10 @@ pub(super) fn put_lane_group(db: &Connection, group: &LaneGroup) -> Result<()> {
     Ok(())
 }
 
-fn millis(value: i64) -> Duration {
+pub(super) fn millis(value: i64) -> Duration {
     Duration::from_millis(u64::try_from(value).unwrap_or(0))
 }
 
-fn in_millis(duration: Duration) -> i64 {
+pub(super) fn in_millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

@@ -2,7 +2,7 @@
 
 use rusqlite::Connection;
 
-use crate::store::standing::{self, Migrations, Standing};
+use crate::store::schema_version::{self, Migrations, SchemaVersion};
 use crate::store::{Result, StoreError};
 
 mod embedded {
@@ -11,13 +11,13 @@ mod embedded {
 
 /// Applies what is missing and returns the names.
 pub(super) fn migrate(connection: &mut Connection) -> Result<Vec<String>> {
-    let lacking = standing(connection)?.missing;
+    let lacking = schema_version(connection)?.missing;
     if lacking.is_empty() {
         return Ok(lacking);
     }
     if let Err(error) = embedded::migrations::runner().run(connection) {
         // Another process may have been faster; then all is well.
-        if !standing(connection)?.missing.is_empty() {
+        if !schema_version(connection)?.missing.is_empty() {
             return Err(StoreError::Unavailable(format!("the migrations failed: {error}")));
         }
         return Ok(Vec::new());
@@ -26,13 +26,13 @@ pub(super) fn migrate(connection: &mut Connection) -> Result<Vec<String>> {
 }
 
 /// How the database stands to this program.
-pub(super) fn standing(connection: &Connection) -> Result<Standing> {
+pub(super) fn schema_version(connection: &Connection) -> Result<SchemaVersion> {
     let known = embedded::migrations::runner()
         .get_migrations()
         .iter()
         .map(|known| (known.version(), (known.name().to_owned(), known.checksum().to_string())))
         .collect();
-    standing::compare(&known, applied(connection)?, needs(connection)?)
+    schema_version::compare(&known, applied(connection)?, needs(connection)?)
 }
 
 /// The migrations in the database.

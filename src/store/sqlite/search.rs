@@ -4,17 +4,22 @@
 //! [`WALK`](crate::store::operate::WALK) of them.
 
 use rusqlite::types::Value;
-use rusqlite::{Connection, OptionalExtension, params_from_iter};
+use rusqlite::{Connection, params_from_iter};
 
+use super::claim::UNCLAIMED;
+use super::place::{self, Whereabouts};
 use super::text;
 use crate::clock::Timestamp;
 use crate::message::MessageId;
 use crate::store::Result;
 use crate::store::operate::{Cursor, DeadReason, Filter, Found, WALK, Walk};
 
-/// The columns that a filter may ask for; the age as the index of ages has it.
-const COLUMNS: &str = "id, status, endpoint, recipient, reason, \
+/// The columns that a filter may ask for; the age as the index of ages has it. Status and reason are the place's.
+const COLUMNS: &str = "id, endpoint, recipient, \
     cast(round((julianday(created_at) - 2440587.5) * 86400000.0) as integer) as age";
+
+/// Messages whose places are looked for together.
+const PLACES: usize = 256;
 
 /// The values of a statement that is put together.
 #[derive(Default)]
@@ -35,49 +40,61 @@ fn age(time: Timestamp) -> i64 {
     time.as_micros().div_euclid(1_000) + i64::from(time.as_micros().rem_euclid(1_000) > 0)
 }
 
+/// A message of a walk.
+struct Walked {
+    cursor: Cursor,
+    /// Whether its columns are those that the filter wants.
+    wanted: bool,
+}
+
 /// The ids of matching messages, newest first.
 pub(super) fn search(db: &Connection, filter: &Filter, from: Cursor, count: usize) -> Result<Found> {
-    let by_age = filter.walk() == Walk::Created;
     let mut sql = Sql::default();
     let walk = walk(&mut sql, filter, from);
-    let order = if by_age { "age desc, id desc" } else { "id desc" };
+    let order = if filter.walk() == Walk::Created { "age desc, id desc" } else { "id desc" };
     let wanted = wanted(&mut sql, filter);
-    let most = sql.value(i64::try_from(count + 1).unwrap_or(i64::MAX));
-    let text = format!(
-        "/* ams:search */ select id, age from ({walk}) w where {wanted} order by {order} limit {most}"
-    );
-    let cursors = db
-        .prepare_cached(&text)?
-        .query_map(params_from_iter(&sql.values), cursor)?
-        .collect::<rusqlite::Result<Vec<Cursor>>>()?;
-    let ids = cursors.iter().take(count).map(|cursor| cursor.id).collect();
-    if cursors.len() > count {
-        return Ok(Found { ids, next: cursors.get(count.saturating_sub(1)).copied() });
+    let walked = db
+        .prepare_cached(&format!(
+            "/* ams:search */ select id, age, {wanted} from ({walk}) w order by {order}"
+        ))?
+        .query_map(params_from_iter(&sql.values), |row| {
+            let age: Option<i64> = row.get(1)?;
+            let at = Timestamp::from_micros(age.unwrap_or_default().saturating_mul(1_000));
+            Ok(Walked { cursor: Cursor { id: MessageId(row.get(0)?), at }, wanted: row.get(2)? })
+        })?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    let candidates: Vec<Cursor> = walked.iter().filter(|row| row.wanted).map(|row| row.cursor).collect();
+    let mut found: Vec<Cursor> = Vec::new();
+    for some in candidates.chunks(PLACES) {
+        found.extend(with_status(db, filter, some)?);
+        if found.len() > count {
+            break;
+        }
     }
-    Ok(Found { ids, next: end_of_walk(db, filter, from, by_age)? })
+    let next = if found.len() > count {
+        found.get(count.saturating_sub(1)).copied()
+    } else {
+        // The walk has met its bound, or its end.
+        walked.last().filter(|_| walked.len() >= WALK).map(|row| row.cursor)
+    };
+    found.truncate(count);
+    Ok(Found { ids: found.into_iter().map(|cursor| cursor.id).collect(), next })
 }
 
-fn cursor(row: &rusqlite::Row<'_>) -> rusqlite::Result<Cursor> {
-    let age: Option<i64> = row.get(1)?;
-    Ok(Cursor {
-        id: MessageId(row.get(0)?),
-        at: Timestamp::from_micros(age.unwrap_or_default().saturating_mul(1_000)),
-    })
-}
-
-/// Where a walk ended that met its bound; `None` when it came to its end.
-fn end_of_walk(db: &Connection, filter: &Filter, from: Cursor, by_age: bool) -> Result<Option<Cursor>> {
-    let mut sql = Sql::default();
-    let walk = walk(&mut sql, filter, from);
-    let order = if by_age { "age, id" } else { "id" };
-    let text = format!(
-        "/* ams:search_end */ select id, age, count(*) over () from ({walk}) w order by {order} limit 1"
-    );
-    let last = db
-        .prepare_cached(&text)?
-        .query_row(params_from_iter(&sql.values), |row| Ok((cursor(row)?, row.get::<_, i64>(2)?)))
-        .optional()?;
-    Ok(last.filter(|(_, walked)| *walked >= WALK as i64).map(|(cursor, _)| cursor))
+/// Those of these messages that stand where the filter wants them.
+fn with_status(db: &Connection, filter: &Filter, some: &[Cursor]) -> Result<Vec<Cursor>> {
+    if filter.status.is_none() && filter.reason.is_none() {
+        return Ok(some.to_vec());
+    }
+    let ids: Vec<MessageId> = some.iter().map(|cursor| cursor.id).collect();
+    let places = place::find(db, &ids)?;
+    let nowhere = Whereabouts::NEW;
+    let stands = |cursor: &Cursor| {
+        let at = places.get(&cursor.id).unwrap_or(&nowhere);
+        filter.status.is_none_or(|status| status == at.status)
+            && (filter.reason.is_none() || filter.reason == at.reason)
+    };
+    Ok(some.iter().copied().filter(stands).collect())
 }
 
 fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
@@ -90,12 +107,13 @@ fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
     // Cross join: the list leads, and each message is looked up by its id.
     let listed = |ids: String| {
         format!(
-            "select {} from ({ids} order by id desc limit {WALK}) l cross join messages on messages.id = l.id",
+            "select {} from (select id from ({ids}) order by id desc limit {WALK}) l cross join messages on messages.id = l.id",
             COLUMNS.replacen("id,", "messages.id as id,", 1)
         )
     };
-    let fresh = "status = 'pending' and held is null and send_at is null and ";
-    let waiting = "(timed_at is not null or held is not null) and ";
+    // Also those that have been tried or not: to tell them apart here would read all of the others.
+    let waiting = |limit| format!("select message_id as id from waiting where message_id < {id} {limit}");
+    let newest = format!("order by message_id desc limit {WALK}");
     match filter.walk() {
         Walk::All => rows("", String::new()),
         Walk::Recipient(recipient) => {
@@ -107,25 +125,25 @@ fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
             rows("indexed by messages_by_endpoint", format!("endpoint = {endpoint} and "))
         }
         // A literal: SQLite uses a partial index only when it can see that the condition implies it.
-        Walk::Unsent(status) => rows("indexed by messages_unsent", format!("status = '{status}' and ")),
-        Walk::Waiting => rows("indexed by messages_waiting", waiting.to_owned()),
+        Walk::Unsent(status) => listed(format!(
+            "select message_id as id from deliveries indexed by deliveries_unsent \
+             where status <> 'sent' and status = '{status}' and message_id < {id} {newest}"
+        )),
+        Walk::Waiting => listed(waiting(newest.as_str())),
         Walk::Pending => {
-            let fresh = rows("indexed by messages_fresh", fresh.to_owned());
-            let waiting = rows("indexed by messages_waiting", waiting.to_owned());
-            format!(
-                "select * from (select * from ({fresh}) union all select * from ({waiting})) \
-                 order by id desc limit {WALK}"
-            )
+            let new = UNCLAIMED.map(|source| {
+                format!(
+                    "select id from (select m.id{source} and m.id < {id} order by m.id desc limit {WALK})"
+                )
+            });
+            let waiting = format!("select id from ({})", waiting(newest.as_str()));
+            listed(format!("select id from ({} union all {waiting})", new.join(" union all ")))
         }
-        Walk::Queued => listed(format!(
-            "select distinct value as id from batches, json_each(batches.ids) where value < {id}"
+        Walk::Queued => listed(left("batches", &id)),
+        Walk::Processing => listed(left("leases", &id)),
+        Walk::Tried => listed(format!(
+            "select distinct message_id as id from deliveries where message_id < {id} {newest}"
         )),
-        Walk::Processing => listed(format!(
-            "select distinct value as id from leases, json_each(leases.ids) where value < {id}"
-        )),
-        Walk::Tried => {
-            listed(format!("select distinct message_id as id from attempts where message_id < {id}"))
-        }
         Walk::Created => {
             let at = sql.value(age(from.at));
             let after = sql.value(filter.created_after.map_or(i64::MIN, age));
@@ -146,15 +164,17 @@ fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
     }
 }
 
+/// The ids below one that stand in these batches or leases.
+fn left(table: &str, id: &str) -> String {
+    format!(
+        "select distinct value as id from {table}, json_each({table}.ids) at \
+         where lo < {id} and value < {id} and substr(\"left\", at.key + 1, 1) = '1'"
+    )
+}
+
 fn wanted(sql: &mut Sql, filter: &Filter) -> String {
     let mut conditions = vec!["true".to_owned()];
-    let status = filter.status.map(|status| status.to_string());
-    for (column, value) in [
-        ("status", &status),
-        ("endpoint", &filter.endpoint),
-        ("recipient", &filter.recipient),
-        ("reason", &filter.reason),
-    ] {
+    for (column, value) in [("endpoint", &filter.endpoint), ("recipient", &filter.recipient)] {
         if let Some(value) = value {
             conditions.push(format!("{column} = {}", sql.value(value.clone())));
         }
@@ -172,8 +192,8 @@ fn wanted(sql: &mut Sql, filter: &Filter) -> String {
 pub(super) fn dead_reasons(db: &Connection) -> Result<Vec<DeadReason>> {
     let mut statement = db.prepare_cached(
         "/* ams:dead_reasons */ select coalesce(reason, ''), count(*), max(id) from ( \
-             select id, reason from messages indexed by messages_unsent where status = 'dead' \
-             order by id desc limit 10000) \
+             select message_id as id, reason from deliveries indexed by deliveries_unsent \
+             where status <> 'sent' and status = 'dead' order by message_id desc limit 10000) \
          group by 1 order by 2 desc, 1",
     )?;
     let reasons = statement.query_map([], |row| {
@@ -210,8 +230,12 @@ mod tests {
             "insert into messages (recipient, content, created_at) \
              with recursive n(i) as (select 1 union all select i + 1 from n where i < 60000) \
              select '+' || i % 7, 'Hello', strftime('%Y-%m-%dT%H:%M:%fZ', i, 'unixepoch') from n; \
-             update messages set status = 'dead' where id % 2 = 0; \
-             update messages set status = 'retrying', due_at = 1 where id % 7 = 0;",
+             update feed set position = 30000 where class = 1; \
+             insert into deliveries (message_id, endpoint_id, status, attempts, lane, finished_at) \
+             select id, 1, case id % 3 when 0 then 'sent' else 'dead' end, 1, 'messages', 1 from messages \
+             where id <= 30000 and id % 2 = 0; \
+             insert into waiting (message_id, endpoint_id, due_at, attempts, lane, lane_tries, priority) \
+             select id, 1, 1, id % 7 = 0, 'messages', 0, 0 from messages where id <= 30000 and id % 2 = 1;",
         )
         .unwrap();
         let filter = Filter::default;

@@ -38,8 +38,8 @@ fn a_statement_is_planned_once() {
     let connection = lock(connection);
     let mut due = connection
         .prepare(
-            "select 1 from messages indexed by messages_timed \
-             where lane = ?1 and timed_at is not null and timed_at <= ?3 order by timed_at, id limit ?2",
+            "select message_id from waiting indexed by waiting_due \
+             where held is null and lane = ?1 and due_at <= ?3 order by due_at, message_id limit ?2",
         )
         .unwrap();
     for now in 0..3 {
@@ -54,9 +54,10 @@ mod shell {
     use std::process::Command;
 
     use super::*;
-    use crate::message::Ticket;
-    use crate::store::Due;
-    use crate::store::conformance::newer;
+    use crate::message::{Class, Verdict};
+    use crate::store::conformance::{newer, outcome};
+    use crate::store::{Due, LeaseId, Mask, Record, Urgency, Wanted};
+    use crate::ticket::Ticket;
 
     struct File {
         store: SqliteStore,
@@ -71,6 +72,7 @@ mod shell {
         let missing = store.missing_migrations().await.unwrap();
         assert_eq!(missing[0], "V1__messages");
         assert_eq!(store.migrate().await.unwrap(), missing);
+        store.put_endpoint(&Endpoint::new("default", "http://localhost:3000")).await.unwrap();
         File { store, path, _folder: folder }
     }
 
@@ -91,12 +93,11 @@ mod shell {
         }
 
         async fn claim(&self) -> Vec<Ticket> {
-            let open = &["default".to_owned()];
             let now = now();
             let mut tickets = Vec::new();
-            for due in [Due::after(MessageId(0)), Due::Timed { lane: "", by: now }] {
-                let (lane, owner) = ("messages", InstanceId(1));
-                let claim = Claim { due, limit: 100, lane, open, busy: &[], pass_busy: false, owner, now };
+            for due in [Due::New(Urgency::Normal), Due::Timed { lane: "", by: now }] {
+                let (lane, owner, batch) = ("messages", InstanceId(1), BatchId::random());
+                let claim = Claim { due, limit: 100, lane, batch, saturated: &[], owner, now };
                 tickets.extend(self.store.claim(&claim).await.unwrap().tickets);
             }
             tickets
@@ -125,7 +126,7 @@ mod shell {
         };
         let inserted = file.store.insert(&[keyed], later.created_at).await.unwrap();
         assert_eq!(inserted, [Inserted::Conflict(later.id)]);
-        assert_eq!(file.sqlite3("select id, status from messages").unwrap(), "1|queued\n2|queued");
+        assert_eq!(file.sqlite3("select message_id, status from places").unwrap(), "1|queued\n2|queued");
     }
 
     #[tokio::test]
@@ -144,12 +145,7 @@ mod shell {
         let keyed = "insert into messages (recipient, content, idempotency_key) values ('r', 'c', 'used')";
         file.sqlite3(keyed).unwrap();
         for (column, value, sentence) in [
-            ("status", "'sent'", "status is set by AMS; insert without it"),
-            ("epoch", "null", "epoch is set by AMS; insert without it"),
-            ("held", "'endpoint_busy'", "held is set by AMS; insert without it"),
-            ("due_at", "1", "due_at is set by AMS; insert without it, or set send_at"),
-            ("reason", "''", "reason is set by AMS; insert without it"),
-            ("timed_at", "1", "generated column \"timed_at\""),
+            ("status", "'sent'", "has no column named status"),
             ("send_at", "'now'", "messages_send_at_is_a_time"),
             ("send_at", "1700000000", "messages_send_at_is_a_time"),
             ("expires_at", "'2026-13-01'", "messages_expires_at_is_a_time"),
@@ -375,47 +371,88 @@ mod shell {
              insert into messages (recipient, content, endpoint) values ('3', 'x', cast(x'6dfc6c' as text)); \
              insert into messages (recipient, content, send_at) values (cast(x'80' as text), 'x', '2020-01-01'); \
              insert into messages (recipient, content) values ('5', 'x'); \
-             update messages set attempts = 99999999999 where id = 5; \
+             insert into cancels (message_id, at) values (5, 0); \
+             insert into waiting (message_id, endpoint_id, due_at, attempts, lane, lane_tries, priority) \
+             values (5, 1, 0, 99999999999, '', 0, 0); \
              insert into messages (recipient, content) values ('6', 'good')",
         )
         .unwrap();
         let claimed: Vec<_> = file.claim().await.into_iter().map(|ticket| ticket.recipient).collect();
         assert_eq!(claimed, ["1", "6"]);
-        let dead =
-            "select id, reason from messages where status = 'dead' and finished_at is not null order by id";
+        let dead = "select message_id || '|' || endpoint_id, reason from deliveries where status = 'dead' order by 1";
         let dead = file.sqlite3(dead).unwrap();
         let dead: Vec<_> = dead.lines().collect();
         assert_eq!(dead.len(), 4, "{dead:?}");
-        for (line, column) in dead.iter().zip(["2|content", "3|endpoint", "4|recipient", "5|attempts"]) {
-            let (id, column) = column.split_once('|').unwrap();
-            assert!(line.starts_with(&format!("{id}|the message can't be read: {column}: ")), "{line}");
+        let columns = ["2|1|content", "3|0|endpoint", "4|1|recipient", "5|1|attempts"];
+        for (line, column) in dead.iter().zip(columns) {
+            let (start, column) = column.rsplit_once('|').unwrap();
+            assert!(line.starts_with(&format!("{start}|the message can't be read: {column}: ")), "{line}");
         }
         assert!(file.claim().await.is_empty(), "each ends once");
         // It is shown as far as that is possible.
         let shown = file.store.message(MessageId(2)).await.unwrap().unwrap();
         assert_eq!((shown.content.as_str(), shown.status), ("m\u{fffd}l", crate::message::Status::Dead));
+        // What is given back ends again.
+        let redriven = file.store.change(Change::Redrive, &[MessageId(3)], now()).await.unwrap();
+        assert_eq!((redriven, file.claim().await.len()), (vec![MessageId(3)], 0));
+        assert_eq!(file.sqlite3("select status from places where message_id = 3").unwrap(), "dead");
     }
 
-    /// A look for the next pair began behind other bytes than those that it had found, and found them for ever.
+    /// A look for the next pair, or the next lane, that begins behind other bytes than those that it has found finds
+    /// them for ever.
     #[tokio::test]
-    async fn held_rows_whose_endpoint_is_no_text_are_found_once() {
+    async fn rows_whose_words_are_no_text_are_found_once() {
         let file = file().await;
         file.sqlite3(
-            "drop trigger messages_text; \
-             insert into messages (recipient, content, endpoint) values \
-                 ('1', 'x', 'default'), ('2', 'x', cast(x'6dfc6c' as text)), ('3', 'x', cast(x'ff' as text)); \
-             update messages set held = 'endpoint_closed'",
+            "pragma ignore_check_constraints = on; insert into unknown_endpoints (name) values (cast(x'ff' as text)); \
+             insert into waiting (message_id, endpoint_id, due_at, held, attempts, lane, lane_tries, priority) values \
+                 (1, 1, 0, 'endpoint_busy', 0, '', 0, 0), (2, 1, 0, cast(x'ff' as text), 0, '', 0, 0), \
+                 (3, 2, 0, 'endpoint_closed', 0, '', 0, 0), (4, 3, 0, 'endpoint_closed', 0, '', 0, 0)",
         )
         .unwrap();
         let held = tokio::time::timeout(Duration::from_secs(10), file.store.held()).await.expect("it ends");
-        let endpoints: Vec<_> = held.unwrap().into_iter().map(|(endpoint, _)| endpoint).collect();
-        assert_eq!(endpoints, ["default", "m\u{fffd}l", "\u{fffd}"]);
-        file.sqlite3(
-            "update messages set held = null, status = 'retrying', due_at = 5, lane = cast(x'ff' as text)",
-        )
-        .unwrap();
+        let expected = [("default", Held::EndpointBusy), ("\u{fffd}", Held::EndpointClosed)];
+        assert_eq!(held.unwrap(), expected.map(|(name, held)| (name.to_owned(), held)));
+        file.sqlite3("update waiting set held = null, attempts = 1, due_at = 5, lane = cast(x'ff' as text)")
+            .unwrap();
         let overview = tokio::time::timeout(Duration::from_secs(10), file.store.overview(now())).await;
         assert_eq!(overview.expect("it ends").unwrap().oldest_due_at, Some(Timestamp::from_micros(5)));
+    }
+
+    /// Deliveries know their endpoint by its number.
+    #[tokio::test]
+    async fn an_endpoints_number_is_its_own_for_ever() {
+        let file = file().await;
+        let number = |name: &str| {
+            let sql = format!("select id from endpoints where name = '{name}'");
+            file.sqlite3(&sql).unwrap().parse::<i32>().unwrap()
+        };
+        assert_eq!(number("default"), 1);
+        file.sqlite3("insert into messages (recipient, content, endpoint) values ('r', 'c', 'later')")
+            .unwrap();
+        assert!(file.claim().await.is_empty());
+        file.sqlite3(
+            "insert into endpoints (name, url) values ('other', 'http://a/'), ('later', 'http://b/')",
+        )
+        .unwrap();
+        assert_eq!((number("later"), number("other")), (2, 3), "what messages named takes its number over");
+        file.sqlite3(
+            "insert or replace into endpoints (name, url) values ('later', 'http://c/'); \
+             insert into endpoints (name, url) values ('later', 'http://d/') on conflict (name) do update set url = excluded.url",
+        )
+        .unwrap();
+        assert_eq!(
+            (number("later"), file.sqlite3("select count(*) from unknown_endpoints").unwrap()),
+            (2, "0".into())
+        );
+        file.sqlite3("delete from endpoints where name = 'later'; update endpoints set name = 'new' where name = 'other'").unwrap();
+        file.sqlite3(
+            "insert into endpoints (name, url) values ('other', 'http://a/'), ('later', 'http://b/')",
+        )
+        .unwrap();
+        assert_eq!((number("later"), number("new"), number("other")), (2, 3, 4));
+        let freed = file.store.unhold("later", Held::EndpointClosed, 10, now()).await.unwrap();
+        assert_eq!((freed, file.claim().await.len()), (1, 1));
     }
 
     /// Before the store refused such settings, one endpoint could have stopped the messages of all.
@@ -448,7 +485,7 @@ mod shell {
         .unwrap();
         let endpoints = file.store.endpoints().await.unwrap();
         let read: Vec<_> = endpoints.iter().map(|e| (e.name.as_str(), e.in_flight_max)).collect();
-        assert_eq!(read, [("bad", u32::MAX), ("good", 1_024)]);
+        assert_eq!(read, [("bad", u32::MAX), ("default", 1_024), ("good", 1_024)]);
         assert_eq!(endpoints[0].final_statuses, [404]);
     }
 
@@ -461,15 +498,74 @@ mod shell {
         )
         .unwrap();
         file.claim().await;
+        file.sqlite3("insert into messages (recipient, content) values ('r', 'c')").unwrap();
         let seen =
             file.sqlite3("select id, status, why, next_try_at from message_status order by id").unwrap();
         assert_eq!(
             seen,
             "1|queued|its ticket is on a lane|\n\
-             2|pending|held: endpoint nowhere is disabled or does not exist|\n\
-             3|pending|due at 2999-01-01|2999-01-01T00:00:00.000Z"
+             2|pending|held: endpoint nowhere is disabled, does not exist or can not be used|\n\
+             3|pending|due at 2999-01-01T00:00:00.000Z|2999-01-01T00:00:00.000Z\n\
+             4|pending|due now|"
         );
         let history = "select message_id, attempt, what from message_history order by message_id, at";
-        assert_eq!(file.sqlite3(history).unwrap(), "1|0|created\n2|0|created\n3|0|created");
+        assert_eq!(file.sqlite3(history).unwrap(), "1|0|created\n2|0|created\n3|0|created\n4|0|created");
+    }
+
+    /// The view and the program derive a message's status from its place, each in its own way.
+    #[tokio::test]
+    async fn the_view_and_the_program_agree() {
+        let file = file().await;
+        file.sqlite3(
+            "insert into messages (recipient, content) \
+             with recursive n(i) as (select 1 union all select i + 1 from n where i < 9) select 'r', 'c' from n",
+        )
+        .unwrap();
+        let tickets = file.claim().await;
+        let lease = LeaseId(7);
+        let wanted = [Wanted { lease, batch: tickets[0].batch, positions: Mask::first(7) }];
+        let begin = Begin { wanted: &wanted, repeated: false, owner: InstanceId(1) };
+        let root = file.store.begin(&begin).await.unwrap()[0].root;
+        let retry = Verdict::Retry { lane: "slow".to_owned(), lane_tries: 1, at: now() };
+        let dead = Verdict::Dead { reason: "no".to_owned(), lane: "dlq".to_owned() };
+        let verdicts = [Verdict::Sent, retry, dead, Verdict::Expired, Verdict::Release];
+        let record = |(ticket, verdict): (&Ticket, Verdict)| {
+            let failed = !matches!(verdict, Verdict::Sent | Verdict::Expired | Verdict::Release);
+            let class = if failed { Class::Timeout } else { Class::Accepted };
+            let made = !matches!(verdict, Verdict::Expired | Verdict::Release);
+            let outcome = made.then(|| outcome(class, None, now()));
+            Record { ticket: ticket.clone(), lane: "messages".to_owned(), lease, root, outcome, verdict }
+        };
+        let records: Vec<_> = tickets.iter().zip(verdicts).map(record).collect();
+        assert!(file.store.record(&Records { records: &records, now: now() }).await.unwrap().is_empty());
+        file.store.change(Change::Cancel, &[tickets[5].id, tickets[8].id], now()).await.unwrap();
+        file.sqlite3("insert into messages (recipient, content) values ('r', 'c')").unwrap();
+        let words = [
+            "sent",
+            "retrying",
+            "dead",
+            "expired",
+            "pending",
+            "cancelled",
+            "processing",
+            "queued",
+            "cancelled",
+            "pending",
+        ];
+        let view = file.sqlite3("select message_id, status, attempts, lane, reason from places").unwrap();
+        let ids: Vec<_> = (1..=10).map(MessageId).collect();
+        let read = file.store.messages(&ids).await.unwrap();
+        assert_eq!(read.iter().map(|message| message.status.as_str()).collect::<Vec<_>>(), words);
+        let told = |message: Message| {
+            let Message { id, status, attempts, lane, reason, .. } = message;
+            format!("{id}|{status}|{attempts}|{lane}|{}", reason.unwrap_or_default())
+        };
+        let told: Vec<_> = read.into_iter().map(told).collect();
+        assert_eq!(view.lines().collect::<Vec<_>>(), told);
+        assert_eq!(
+            file.sqlite3("select endpoint_id, sum(sent), sum(failed), sum(dead), sum(took_us) from stats")
+                .unwrap(),
+            "1|1|2|1|963"
+        );
     }
 }

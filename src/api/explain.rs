@@ -14,6 +14,8 @@ pub(super) struct Surroundings {
     control: Option<Control>,
     /// The message's endpoint does not exist at all.
     endpoint_missing: bool,
+    /// What is wrong with its settings.
+    endpoint_fault: Option<String>,
     queue: Queue,
 }
 
@@ -52,6 +54,7 @@ impl Surroundings {
         };
         Surroundings {
             endpoint_missing: !directory.endpoints.contains_key(&message.endpoint),
+            endpoint_fault: directory.faults.get(&message.endpoint).cloned(),
             queue,
             ..Surroundings::of_many(parts).await
         }
@@ -105,9 +108,10 @@ fn held_words(held: Held, endpoint: &str, around: &Surroundings) -> String {
         Held::EndpointClosed if around.endpoint_missing => {
             format!("held: there is no endpoint {endpoint}; it goes on once one is created")
         }
-        Held::EndpointClosed => {
-            format!("held: endpoint {endpoint} is disabled; it goes on once it is enabled")
-        }
+        Held::EndpointClosed => match &around.endpoint_fault {
+            Some(fault) => format!("held: {fault}; it goes on once the endpoint's settings are mended"),
+            None => format!("held: endpoint {endpoint} is disabled; it goes on once it is enabled"),
+        },
         Held::Unknown => {
             "held for a reason that this version of AMS does not know; a newer one will free it".to_owned()
         }
@@ -159,7 +163,6 @@ mod tests {
             created_at: Timestamp::EPOCH,
             status,
             held: None,
-            epoch: 0,
             attempts: 0,
             lane: String::new(),
             due_at: None,
@@ -231,6 +234,11 @@ mod tests {
                 Message { held: Some(Held::EndpointClosed), ..message(Status::Pending) },
                 Surroundings { endpoint_missing: true, ..Surroundings::default() },
                 "there is no endpoint sms",
+            ),
+            (
+                Message { held: Some(Held::EndpointClosed), ..message(Status::Pending) },
+                Surroundings { endpoint_fault: Some("its URL is none".into()), ..Surroundings::default() },
+                "held: its URL is none; it goes on once",
             ),
         ] {
             let words = why(&message, &around).unwrap_or_default();

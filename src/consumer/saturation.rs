@@ -12,7 +12,7 @@ const EXPECTED: Duration = Duration::from_secs(2);
 pub(super) const TRIAL: usize = 32;
 
 #[derive(Debug)]
-pub(super) struct Busy {
+pub(super) struct Saturation {
     /// Rows made due that have not come back as tickets.
     pub(super) expected: usize,
     pub(super) since: Instant,
@@ -22,9 +22,9 @@ pub(super) struct Busy {
     pub(super) slow_at: Instant,
 }
 
-impl Busy {
-    pub(super) fn new(now: Instant, slow_at: Instant) -> Busy {
-        Busy { expected: 0, since: now, trial: TRIAL, slow_at }
+impl Saturation {
+    pub(super) fn new(now: Instant, slow_at: Instant) -> Saturation {
+        Saturation { expected: 0, since: now, trial: TRIAL, slow_at }
     }
 
     /// Notes that a ticket came.
@@ -52,7 +52,7 @@ mod tests {
     #[test]
     fn rows_that_never_come_are_made_due_a_few_at_a_time() {
         let start = Instant::START.after(EXPECTED);
-        let mut busy = Busy::new(start, start);
+        let mut busy = Saturation::new(start, start);
         assert_eq!((busy.wanted(10, start), busy.wanted(1_000, start)), (10, TRIAL));
         // All of them come, round by round.
         for _ in 0..3 {

@@ -10,15 +10,18 @@ use tokio::task::JoinHandle;
 use crate::clock::Instant;
 use crate::queue::{Depth, QueueError};
 use crate::service::{Backoff, Parts};
-use crate::store::BatchId;
+use crate::ticket::{BatchId, Ticket};
 
 const REFRESH: Duration = Duration::from_millis(100);
 
-/// The rooms of all lanes, and the batches on their way there.
-pub(super) struct Rooms {
+/// Bytes of tickets that may be on a lane and not taken up, about: embedded they are in this process's memory.
+const BYTES_MAX: usize = 128 << 20;
+
+/// How much each lane takes, and the batches on their way there.
+pub(super) struct Capacity {
     parts: Parts,
     limit: usize,
-    lanes: HashMap<String, Room>,
+    lanes: HashMap<String, LaneCapacity>,
     next_refresh: Instant,
     asking: Option<JoinHandle<Result<Answers, QueueError>>>,
     backoff: Backoff,
@@ -27,11 +30,13 @@ pub(super) struct Rooms {
 }
 
 #[derive(Debug, Default)]
-struct Room {
+struct LaneCapacity {
     /// Tickets that the group had not taken up at the last look.
     lag: usize,
     /// Published since that look began.
     since: usize,
+    /// Bytes of the tickets that were last published, one with another.
+    weight: usize,
     known: bool,
     /// Whether a consumer has registered the lane.
     registered: bool,
@@ -52,9 +57,9 @@ impl Drop for UnderWay {
     }
 }
 
-impl Rooms {
-    pub(super) fn new(parts: Parts, limit: usize) -> Rooms {
-        Rooms {
+impl Capacity {
+    pub(super) fn new(parts: Parts, limit: usize) -> Capacity {
+        Capacity {
             parts,
             limit,
             lanes: HashMap::new(),
@@ -124,18 +129,25 @@ impl Rooms {
     }
 
     /// How many tickets `lane` takes now.
-    pub(super) fn room(&self, lane: &str) -> usize {
+    pub(super) fn free(&self, lane: &str) -> usize {
         match self.lanes.get(lane) {
             // Its consumer is known, and how far it has come is not yet.
             Some(room) if room.registered && !room.known => 0,
-            Some(room) => self.limit.saturating_sub(room.lag + room.since),
+            Some(room) => {
+                let limit = self.limit.min(BYTES_MAX / room.weight.max(1)).max(1);
+                limit.saturating_sub(room.lag + room.since)
+            }
             None => self.limit,
         }
     }
 
-    /// Notes that `count` tickets are on their way to `lane`.
-    pub(super) fn published(&mut self, lane: &str, count: usize) {
-        self.lanes.entry(lane.to_owned()).or_default().since += count;
+    /// Notes that these tickets are on their way to `lane`.
+    pub(super) fn published(&mut self, lane: &str, tickets: &[Ticket]) {
+        let lane = self.lanes.entry(lane.to_owned()).or_default();
+        lane.since += tickets.len();
+        // A light batch does not make one forget at once that heavy ones are on the lane.
+        let weight = tickets.iter().map(Ticket::bytes).sum::<usize>() / tickets.len().max(1);
+        lane.weight = weight.max(lane.weight - lane.weight / 4);
     }
 
     /// Notes that a batch is being published, until the result is dropped.

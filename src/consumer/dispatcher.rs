@@ -1,4 +1,4 @@
-//! The desk of one consumer: what arrived, what waits, what is in flight. One task owns it all, so
+//! The dispatcher of one consumer: what arrived, what waits, what is in flight. One task owns it all, so
 //! there is no lock; store calls and deliveries run beside it and report back.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -10,21 +10,31 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::ConsumerOptions;
+use super::attempts::{Attempts, Finished};
 use super::begin::{self, Admitted, Arrivals, BATCH, Job, Refused, Started};
-use super::busy::{Busy, TRIAL};
 use super::early::Early;
-use super::recorder::Judged;
+use super::recorder::{Judged, Written};
+use super::saturation::{Saturation, TRIAL};
 use super::unreadable::Letters;
 use crate::clock::{Instant, Now, Timestamp};
+use crate::delivery::Delivery;
 use crate::delivery::limits::{Admission, Limits};
-use crate::delivery::{Delivery, Tried};
-use crate::message::{Held, Outcome, Ticket, Verdict};
+use crate::message::{Held, Outcome, Verdict};
 use crate::queue::{Receipt, Subscription, Taken};
 use crate::service::Parts;
 use crate::shortage::Shortage;
 use crate::store::{InstanceId, Record};
 use crate::telemetry::LaneMetrics;
+use crate::ticket::Ticket;
 
+/// Under load, tickets wait for others before they are begun together, because a call costs the store more than a
+/// ticket: until there are so many, or the first has waited for so long.
+const GROUP: usize = 512;
+const LINGER: Duration = Duration::from_millis(5);
+/// There is load while this many messages wait for a slot or have one: then nothing idles meanwhile.
+const LOADED: usize = 64;
+/// Bytes of tickets in memory, at most: then no more is taken from the lane. What was taken at once may come on top.
+const BYTES_MAX: usize = 128 << 20;
 const TICK: Duration = Duration::from_millis(100);
 /// How long refused tickets wait before their rows are held: nobody waits for it, and many at once cost less.
 const HOLD_AFTER: Duration = Duration::from_secs(1);
@@ -35,14 +45,14 @@ const HELD: Duration = Duration::from_secs(1);
 /// for the whole of its deadline, then all of its attempts end at once.
 const SLOW_FOR: Duration = Duration::from_millis(300);
 /// Endpoints said to be busy, at most.
-const SAID_MAX: usize = 1_000;
+const REPORTED_MAX: usize = 1_000;
 
 pub(super) type Call<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
-pub(super) struct Desk {
+pub(super) struct Dispatcher {
     parts: Parts,
     metrics: LaneMetrics,
-    delivery: Arc<Delivery>,
+    attempts: Arc<Attempts>,
     options: ConsumerOptions,
     subscription: Subscription,
     records: mpsc::UnboundedSender<Judged>,
@@ -50,10 +60,12 @@ pub(super) struct Desk {
     /// Taken ahead of their time.
     early: Early<Arrival>,
     /// Taken, and neither admitted nor held yet: their endpoint will have room in a moment.
-    door: VecDeque<Arrival>,
+    admission: VecDeque<Arrival>,
     /// Taken, and no tickets.
     letters: Letters,
     arrivals: Arrivals,
+    /// When the arrivals are begun however few they are.
+    begin_at: Instant,
     /// The begin call under way: one at a time, so that what arrives meanwhile goes together.
     beginning: Option<Call<Started>>,
     refused: Refused,
@@ -65,21 +77,23 @@ pub(super) struct Desk {
     /// short of a connection.
     turns: u64,
     put_off: BTreeSet<String>,
-    finished: (mpsc::UnboundedSender<Finished>, mpsc::UnboundedReceiver<Finished>),
+    finished: mpsc::UnboundedReceiver<Finished>,
     /// Tried, and not written yet.
     unrecorded: usize,
+    /// Bytes of all tickets that were taken and are neither recorded nor held.
+    bytes: usize,
     /// Endpoints with rows held because they were busy.
-    busy: BTreeMap<String, Busy>,
+    saturated: BTreeMap<String, Saturation>,
     freeing: Option<Call<Freed>>,
     /// The call under way that says which endpoints are busy, and what was said last, and by whom.
-    saying: Option<Call<Option<Said>>>,
-    said: Option<Said>,
+    reporting: Option<Call<Option<Report>>>,
+    reported: Option<Report>,
     next_held: Instant,
     stop: CancellationToken,
 }
 
 /// Which endpoints an instance has said to be busy.
-type Said = (InstanceId, Vec<String>);
+type Report = (InstanceId, Vec<String>);
 
 /// A ticket that was taken from the lane.
 struct Arrival {
@@ -89,13 +103,6 @@ struct Arrival {
     receipt: Receipt,
 }
 
-/// A try that ended, or did not take place: `None` when the message is not ours to try any more.
-struct Finished {
-    job: Job,
-    tried: Option<Tried>,
-    took: Duration,
-}
-
 /// What a call to free held rows came to: which endpoints have such rows, and how many were made due.
 #[derive(Default)]
 struct Freed {
@@ -103,7 +110,7 @@ struct Freed {
     freed: Vec<(String, usize, usize)>,
 }
 
-impl Desk {
+impl Dispatcher {
     pub(super) fn new(
         parts: Parts,
         metrics: LaneMetrics,
@@ -111,19 +118,23 @@ impl Desk {
         options: ConsumerOptions,
         subscription: Subscription,
         records: mpsc::UnboundedSender<Judged>,
-    ) -> Desk {
-        Desk {
+        stop: CancellationToken,
+    ) -> Dispatcher {
+        let (sender, finished) = mpsc::unbounded_channel();
+        let attempts = Arc::new(Attempts::new(parts.clone(), delivery, stop.clone(), sender));
+        Dispatcher {
             limits: Limits::new(options.window),
             letters: Letters::new(&options.lane.topic, &parts.metrics),
             parts,
             metrics,
-            delivery,
+            attempts,
             options,
             subscription,
             records,
             early: Early::default(),
-            door: VecDeque::new(),
+            admission: VecDeque::new(),
             arrivals: Arrivals::default(),
+            begin_at: Instant::START,
             beginning: None,
             refused: Refused::default(),
             hold_at: Instant::START,
@@ -131,38 +142,38 @@ impl Desk {
             waiting: BTreeMap::new(),
             turns: 0,
             put_off: BTreeSet::new(),
-            finished: mpsc::unbounded_channel(),
+            finished,
             unrecorded: 0,
-            busy: BTreeMap::new(),
+            bytes: 0,
+            saturated: BTreeMap::new(),
             freeing: None,
-            saying: None,
-            said: None,
+            reporting: None,
+            reported: None,
             next_held: Instant::START,
-            stop: CancellationToken::new(),
+            stop,
         }
     }
 
     /// Works until `stop`, then drains. `written` says how many records were written.
-    pub(super) async fn run(
-        mut self,
-        mut written: mpsc::UnboundedReceiver<usize>,
-        stop: &CancellationToken,
-    ) -> Subscription {
-        self.stop = stop.clone();
+    pub(super) async fn run(mut self, mut written: mpsc::UnboundedReceiver<Written>) -> Subscription {
+        let stop = self.stop.clone();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut ended = Vec::new();
         loop {
-            let takes = self.door.is_empty()
+            let takes = self.admission.is_empty()
                 && self.letters.has_room()
                 && self.unrecorded < self.options.window
+                && self.bytes < BYTES_MAX
                 && self.arrivals.len() < BATCH
-                && self.refused.rows.len() < self.options.window;
+                && self.refused.tickets.len() < self.options.window;
+            let lingers = self.beginning.is_none() && !self.arrivals.is_empty();
+            let linger = lingers.then(|| self.begin_at.since(self.parts.clock.instant()));
             // In this order, so that what ends makes room before more is taken, and a run replays from its seed.
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                _ = self.finished.1.recv_many(&mut ended, BATCH) => {
+                _ = self.finished.recv_many(&mut ended, BATCH) => {
                     for Finished { job, tried, took } in ended.drain(..) {
                         match tried {
                             Some(Err(shortage)) => self.put_off(job, &shortage),
@@ -170,21 +181,22 @@ impl Desk {
                         }
                     }
                 }
-                Some(count) = written.recv() => self.unrecorded -= count,
+                Some(recorded) = written.recv() => self.recorded(&recorded),
                 started = under_way(&mut self.beginning) => self.begun(started),
+                () = passed(linger) => {}
                 receipts = under_way(&mut self.holding) => {
                     self.holding = None;
                     self.done(receipts);
                 }
                 receipts = self.letters.done() => self.done(receipts),
                 freed = under_way(&mut self.freeing) => self.freed(freed),
-                said = under_way(&mut self.saying) => {
-                    self.saying = None;
-                    self.said = said.or(self.said.take());
+                said = under_way(&mut self.reporting) => {
+                    self.reporting = None;
+                    self.reported = said.or(self.reported.take());
                 }
                 () = self.early.due(&self.parts.clock) => {
                     let now = self.parts.clock.instant();
-                    self.door.extend(std::iter::from_fn(|| self.early.take(now)));
+                    self.admission.extend(std::iter::from_fn(|| self.early.take(now)));
                 }
                 _ = tick.tick() => self.tick(),
                 batch = self.subscription.taken.recv(), if takes => match batch {
@@ -208,8 +220,9 @@ impl Desk {
         for taken in batch {
             match begin::parse(&taken) {
                 Ok(mut ticket) => {
-                    if let Some(busy) = self.busy.get_mut(&ticket.endpoint) {
-                        busy.came();
+                    self.bytes += ticket.bytes();
+                    if let Some(saturation) = self.saturated.get_mut(&ticket.endpoint) {
+                        saturation.came();
                     }
                     let (receipt, ready_at) = (taken.receipt, taken.published_at);
                     // No ticket is more than that ahead: if it seems so, our clock is behind the producer's.
@@ -219,7 +232,7 @@ impl Desk {
                             self.early
                                 .keep(Arrival { ticket, ready_at, receipt }, instant.after(at.since(now)));
                         }
-                        _ => self.door.push_back(Arrival { ticket, ready_at, receipt }),
+                        _ => self.admission.push_back(Arrival { ticket, ready_at, receipt }),
                     }
                 }
                 Err(reason) => self.letters.add(taken, reason),
@@ -229,20 +242,23 @@ impl Desk {
 
     /// Lets tickets in, in their order: to begin, or to hold; stops at the first that has to wait.
     fn admit(&mut self) {
-        if self.door.is_empty() {
+        if self.admission.is_empty() {
             return;
         }
         let (directory, now) = (self.parts.directory.snapshot(), self.parts.clock.instant());
-        while let Some(arrival) = self.door.pop_front() {
+        while let Some(arrival) = self.admission.pop_front() {
             let (ticket, receipt) = (&arrival.ticket, arrival.receipt);
             let held = match directory.open_endpoint(&ticket.endpoint) {
                 None => Held::EndpointClosed,
                 Some(endpoint) => match self.limits.admit(&endpoint.name, endpoint.in_flight_max, now) {
                     Admission::Wait => {
-                        self.door.push_front(arrival);
+                        self.admission.push_front(arrival);
                         return;
                     }
                     Admission::Admitted => {
+                        if self.arrivals.is_empty() {
+                            self.begin_at = now.after(LINGER);
+                        }
                         self.arrivals.receipts.push(receipt);
                         let endpoint = Arc::clone(endpoint);
                         let Arrival { ticket, ready_at, .. } = arrival;
@@ -255,43 +271,50 @@ impl Desk {
                     }
                 },
             };
-            if self.refused.rows.is_empty() {
+            if self.refused.tickets.is_empty() {
                 self.hold_at = now.after(HOLD_AFTER);
             }
             self.refused.receipts.push(receipt);
-            self.refused.rows.push((arrival.ticket.id, arrival.ticket.epoch, held));
+            self.bytes = self.bytes.saturating_sub(arrival.ticket.bytes());
+            self.refused.tickets.push((arrival.ticket, held));
         }
-        if self.refused.rows.len() >= BATCH {
+        if self.refused.tickets.len() >= BATCH {
             self.hold();
         }
     }
 
+    /// Notes that results were written.
+    fn recorded(&mut self, written: &Written) {
+        self.unrecorded -= written.records;
+        self.bytes = self.bytes.saturating_sub(written.bytes);
+    }
+
     /// Notes that a ticket was refused, and says so at once when its endpoint has just become busy.
     fn refused(&mut self, endpoint: String, now: Instant) {
-        let new = !self.busy.contains_key(&endpoint);
-        let busy = self.busy.entry(endpoint).or_insert(Busy::new(now, now));
-        busy.slow_at = now;
+        let new = !self.saturated.contains_key(&endpoint);
+        let saturation = self.saturated.entry(endpoint).or_insert(Saturation::new(now, now));
+        saturation.slow_at = now;
         if new {
-            self.say(now);
+            self.report(now);
         }
     }
 
     /// Says which endpoints are busy, when that has changed, so that the producer holds their new rows
     /// instead of sending them here. Only first tries are held like that.
-    fn say(&mut self, now: Instant) {
+    fn report(&mut self, now: Instant) {
         let Some(instance) = self.parts.presence.instance() else { return };
-        if !self.options.lane.fresh || self.saying.is_some() {
+        if !self.options.lane.fresh || self.reporting.is_some() {
             return;
         }
-        let slow = self.busy.iter().filter(|(_, busy)| now.since(busy.slow_at) < SLOW_FOR);
-        let said = (instance, slow.map(|(name, _)| name.clone()).take(SAID_MAX).collect::<Vec<_>>());
-        if self.said.as_ref() == Some(&said) || self.said.is_none() && said.1.is_empty() {
+        let slow = self.saturated.iter().filter(|(_, saturation)| now.since(saturation.slow_at) < SLOW_FOR);
+        let said = (instance, slow.map(|(name, _)| name.clone()).take(REPORTED_MAX).collect::<Vec<_>>());
+        if self.reported.as_ref() == Some(&said) || self.reported.is_none() && said.1.is_empty() {
             return;
         }
         let store = Arc::clone(&self.parts.store);
-        self.saying = Some(Box::pin(async move {
+        self.reporting = Some(Box::pin(async move {
             // It is a hint: without it the rows come here and are held then. The next tick says it again.
-            let heard = store.say_busy(said.0, &said.1).await;
+            let heard = store.report_saturated(said.0, &said.1).await;
             heard.inspect_err(|error| tracing::debug!("busy endpoints could not be told: {error}")).ok()?;
             Some(said)
         }));
@@ -299,9 +322,14 @@ impl Desk {
 
     /// Holds the rows of refused tickets, unless a call is under way. In large groups, as nobody waits for it.
     fn hold(&mut self) {
-        if self.holding.is_none() && !self.refused.rows.is_empty() {
+        if self.holding.is_none() && !self.refused.tickets.is_empty() {
             let refused = std::mem::take(&mut self.refused);
-            self.holding = Some(Box::pin(begin::hold(self.parts.clone(), refused, self.stop.clone())));
+            self.holding = Some(Box::pin(begin::hold(
+                self.parts.clone(),
+                self.options.lane.topic.clone(),
+                refused,
+                self.stop.clone(),
+            )));
         }
     }
 
@@ -311,9 +339,12 @@ impl Desk {
         let _ = self.subscription.done.send(receipts);
     }
 
-    /// Begins what has arrived, unless a call is under way.
+    /// Begins what has arrived, unless a call is under way or more is worth waiting for.
     fn begin(&mut self) {
-        if self.beginning.is_none() && !self.arrivals.is_empty() {
+        let idle = self.limits.total() < self.arrivals.len() + LOADED;
+        let now = self.parts.clock.instant();
+        let ready = idle || self.arrivals.len() >= GROUP || now >= self.begin_at;
+        if self.beginning.is_none() && !self.arrivals.is_empty() && ready {
             let arrivals = std::mem::take(&mut self.arrivals);
             self.beginning = Some(Box::pin(begin::start(self.parts.clone(), arrivals, self.stop.clone())));
         }
@@ -323,6 +354,7 @@ impl Desk {
     /// row finds them again.
     fn begun(&mut self, started: Started) {
         self.beginning = None;
+        self.bytes = self.bytes.saturating_sub(started.stale_bytes);
         for endpoint in &started.stale {
             self.limits.leave(&endpoint.name);
         }
@@ -356,16 +388,7 @@ impl Desk {
         let now = self.parts.clock.instant();
         while !queue.is_empty() && self.limits.start(endpoint, in_flight_max, now) {
             let Some(job) = queue.pop_front() else { break };
-            let (parts, delivery) = (self.parts.clone(), Arc::clone(&self.delivery));
-            let (stop, finished) = (self.stop.clone(), self.finished.0.clone());
-            tokio::spawn(async move {
-                let watch = parts.clock.stopwatch();
-                let ours = parts.presence.holds(job.instance) && !stop.is_cancelled();
-                let tried =
-                    if ours { Some(delivery.deliver(&job.ticket, &job.endpoint).await) } else { None };
-                // Nobody listens any more only when a stop has run out of patience.
-                let _ = finished.send(Finished { job, tried, took: watch.elapsed() });
-            });
+            self.attempts.start(job);
         }
         if queue.is_empty() {
             self.waiting.remove(endpoint);
@@ -407,6 +430,7 @@ impl Desk {
         let lane = &self.options.lane;
         let now = self.parts.clock.now();
         let verdict = match &outcome {
+            None if job.ticket.is_expired(now) => Verdict::Expired,
             None => Verdict::Release,
             Some(outcome) => {
                 self.metrics.attempted(outcome.class, &outcome.times, took);
@@ -414,20 +438,25 @@ impl Desk {
                 // A wait begins when the try ended, not when this busy task came to it.
                 let ended =
                     outcome.started_at.after(Duration::from_micros(outcome.times.total_us().max(0) as u64));
-                directory.policy(lane, &job.endpoint).judge(outcome, job.lane_try, ended, fastrand::f64())
+                directory.policy(lane, &job.endpoint).judge(
+                    outcome,
+                    job.ticket.lane_tries + 1,
+                    ended,
+                    fastrand::f64(),
+                )
             }
         };
         let record = Record {
-            id: job.ticket.id,
-            epoch: job.ticket.epoch,
-            attempt: job.attempt,
+            ticket: job.ticket,
             lane: lane.topic.clone(),
+            lease: job.lease,
+            root: job.root,
             outcome,
             verdict,
         };
         self.unrecorded += 1;
         // The recorder ends only after this sender is dropped.
-        let _ = self.records.send(Judged { record, ticket: job.ticket, lease: job.lease, judged_at: now });
+        let _ = self.records.send(Judged { record, judged_at: now });
     }
 
     /// Housekeeping: holds what was refused, and frees held rows of endpoints that have room again.
@@ -446,20 +475,20 @@ impl Desk {
         }
         let directory = self.parts.directory.snapshot();
         let mut wanted = Vec::new();
-        for (name, busy) in &mut self.busy {
+        for (name, saturation) in &mut self.saturated {
             let Some(endpoint) = directory.open_endpoint(name) else {
                 continue;
             };
             if self.limits.is_slow(name, endpoint.in_flight_max, now) {
-                busy.slow_at = now;
+                saturation.slow_at = now;
             }
-            let rows = busy.wanted(self.limits.room(name, endpoint.in_flight_max, now), now);
+            let rows = saturation.wanted(self.limits.room(name, endpoint.in_flight_max, now), now);
             // Not one by one: a write for each row that ends would cost what holding saves.
             if rows >= (endpoint.in_flight_max as usize).min(TRIAL) {
                 wanted.push((name.clone(), rows));
             }
         }
-        self.say(now);
+        self.report(now);
         let look = now >= self.next_held;
         if look {
             self.next_held = now.after(HELD);
@@ -474,19 +503,19 @@ impl Desk {
         let now = self.parts.clock.instant();
         for (name, asked, got) in freed.freed {
             if got < asked {
-                self.busy.remove(&name);
-            } else if let Some(busy) = self.busy.get_mut(&name) {
-                busy.expected += got;
-                busy.since = now;
+                self.saturated.remove(&name);
+            } else if let Some(saturation) = self.saturated.get_mut(&name) {
+                saturation.expected += got;
+                saturation.since = now;
             }
         }
         for name in freed.found {
-            self.busy.entry(name).or_insert(Busy::new(now, Instant::START));
+            self.saturated.entry(name).or_insert(Saturation::new(now, Instant::START));
         }
     }
 
     /// Takes nothing new; gives back what was begun and not tried; waits for what is in flight.
-    async fn drain(mut self, mut written: mpsc::UnboundedReceiver<usize>) -> Subscription {
+    async fn drain(mut self, mut written: mpsc::UnboundedReceiver<Written>) -> Subscription {
         let patience = tokio::time::sleep(self.options.drain);
         tokio::pin!(patience);
         if let Some(beginning) = self.beginning.take() {
@@ -505,11 +534,11 @@ impl Desk {
         }
         while self.limits.in_flight() > 0 || self.unrecorded > 0 {
             tokio::select! {
-                Some(Finished { job, tried, took }) = self.finished.1.recv() => {
+                Some(Finished { job, tried, took }) = self.finished.recv() => {
                     // What was put off has not been tried, and is given back as well.
                     self.finish(job, tried.and_then(Result::ok), took);
                 }
-                Some(count) = written.recv() => self.unrecorded -= count,
+                Some(recorded) = written.recv() => self.recorded(&recorded),
                 () = &mut patience => {
                     tracing::warn!(
                         "{} attempts in flight and {} unwritten records are left to recovery",
@@ -522,6 +551,14 @@ impl Desk {
             self.metrics.in_flight(self.limits.in_flight());
         }
         self.subscription
+    }
+}
+
+/// Waits for so long; for ever without a time.
+async fn passed(wait: Option<Duration>) {
+    match wait {
+        Some(wait) => tokio::time::sleep(wait).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -12,7 +12,7 @@ pub(super) type Migrations = BTreeMap<i32, (String, String)>;
 
 /// How a store stands to this program.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Standing {
+pub struct SchemaVersion {
     /// Migrations that the program knows and the store lacks.
     pub missing: Vec<String>,
     /// Migrations that the store has and the program does not know; it may work on it all the same.
@@ -24,8 +24,12 @@ pub struct Standing {
 ///
 /// # Errors
 /// [`StoreError::Unsupported`] when the program must not work on the store.
-pub(super) fn compare(known: &Migrations, mut applied: Migrations, needs: Option<i32>) -> Result<Standing> {
-    let mut standing = Standing::default();
+pub(super) fn compare(
+    known: &Migrations,
+    mut applied: Migrations,
+    needs: Option<i32>,
+) -> Result<SchemaVersion> {
+    let mut standing = SchemaVersion::default();
     for (number, (name, checksum)) in known {
         match applied.remove(number) {
             None => standing.missing.push(written(*number, name)),
@@ -79,7 +83,10 @@ mod tests {
     fn a_program_says_what_its_store_lacks() {
         let standing = compare(&migrations(1..=3), migrations(1..=1), None).unwrap();
         assert_eq!((standing.missing, standing.newer), (vec!["V2__m2".into(), "V3__m3".into()], vec![]));
-        assert_eq!(compare(&migrations(1..=3), migrations(1..=3), Some(3)).unwrap(), Standing::default());
+        assert_eq!(
+            compare(&migrations(1..=3), migrations(1..=3), Some(3)).unwrap(),
+            SchemaVersion::default()
+        );
     }
 
     #[test]

@@ -1,0 +1,54 @@
+//! Attempts under way: each is a task of its own, and reports how it ended.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::begin::Job;
+use crate::delivery::{Delivery, Tried};
+use crate::service::Parts;
+
+/// A try that ended, or did not take place: `None` when the message is not ours to try any more.
+pub(super) struct Finished {
+    pub(super) job: Job,
+    pub(super) tried: Option<Tried>,
+    pub(super) took: Duration,
+}
+
+/// What every attempt needs, shared by all.
+pub(super) struct Attempts {
+    parts: Parts,
+    delivery: Arc<Delivery>,
+    stop: CancellationToken,
+    finished: mpsc::UnboundedSender<Finished>,
+}
+
+impl Attempts {
+    /// Attempts of one consumer; each tells `finished` how it ended.
+    pub(super) fn new(
+        parts: Parts,
+        delivery: Arc<Delivery>,
+        stop: CancellationToken,
+        finished: mpsc::UnboundedSender<Finished>,
+    ) -> Attempts {
+        Attempts { parts, delivery, stop, finished }
+    }
+
+    /// Makes an attempt beside everything else, if the message is still ours and its time not over.
+    pub(super) fn start(self: &Arc<Attempts>, job: Job) {
+        let attempts = Arc::clone(self);
+        tokio::spawn(async move {
+            let Attempts { parts, delivery, stop, finished } = &*attempts;
+            let watch = parts.clock.stopwatch();
+            let ours = parts.presence.holds(job.instance) && !stop.is_cancelled();
+            let tried = match ours && !job.ticket.is_expired(parts.clock.now()) {
+                true => Some(delivery.deliver(&job.ticket, &job.endpoint).await),
+                false => None,
+            };
+            // Ignored: the dispatcher is gone only when a stop has run out of patience.
+            let _ = finished.send(Finished { job, tried, took: watch.elapsed() });
+        });
+    }
+}

@@ -1,0 +1,90 @@
+//! What a consumer asks of the store: to begin deliveries, and to record what their attempts came to.
+
+use super::{InstanceId, Mask};
+use crate::clock::Timestamp;
+use crate::message::{Outcome, Verdict};
+#[cfg(doc)]
+use crate::store::Store;
+use crate::ticket::{BatchId, Ticket};
+
+/// A lease's number, chosen at random by the consumer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LeaseId(pub i64);
+
+impl LeaseId {
+    /// A number for a new lease.
+    pub fn random() -> LeaseId {
+        LeaseId(fastrand::i64(1..))
+    }
+}
+
+/// Tickets of one batch that a consumer wants to work on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Wanted {
+    /// The lease that they are to stand in.
+    pub lease: LeaseId,
+    pub batch: BatchId,
+    pub positions: Mask,
+}
+
+/// One call of [`Store::begin`].
+#[derive(Clone, Debug)]
+pub struct Begin<'a> {
+    /// Each batch at most once.
+    pub wanted: &'a [Wanted],
+    /// Whether this very call was made before and its answer was lost: if it happened after all, the
+    /// answer is then what it began.
+    pub repeated: bool,
+    pub owner: InstanceId,
+}
+
+/// What a begin call took of one batch: these deliveries are `processing` now. A ticket that is not among them is
+/// stale.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Begun {
+    pub lease: LeaseId,
+    pub batch: BatchId,
+    /// The first batch that these deliveries were in.
+    pub root: BatchId,
+    pub positions: Mask,
+}
+
+/// What one attempt came to and what was decided.
+#[derive(Clone, Debug)]
+pub struct Record {
+    pub ticket: Ticket,
+    /// The lane it was made on.
+    pub lane: String,
+    pub lease: LeaseId,
+    /// As [`Begun::root`].
+    pub root: BatchId,
+    /// `None` with [`Verdict::Release`] and [`Verdict::Expired`]: there was no attempt.
+    pub outcome: Option<Outcome>,
+    pub verdict: Verdict,
+}
+
+impl Record {
+    /// Attempts made so far, with this one if it was made.
+    pub(super) fn attempts(&self) -> i32 {
+        self.ticket.attempt - i32::from(self.outcome.is_none())
+    }
+}
+
+/// One write of records.
+#[derive(Clone, Copy, Debug)]
+pub struct Records<'a> {
+    pub records: &'a [Record],
+    pub now: Timestamp,
+}
+
+/// A dead message whose record has still to reach the dead-letter lane.
+#[derive(Clone, Debug)]
+pub struct DeadLetter {
+    pub ticket: Ticket,
+    pub lane: String,
+    pub reason: String,
+    pub attempts: i32,
+    pub last_status: Option<u16>,
+    pub last_error: Option<String>,
+    pub dead_at: Timestamp,
+}

@@ -1,0 +1,80 @@
+//! What a janitor asks of the store: recovery, the reconciliation, and the retention.
+
+use super::{InstanceId, LeaseId};
+use crate::clock::Timestamp;
+use crate::message::MessageId;
+#[cfg(doc)]
+use crate::store::Store;
+
+/// What a recovery looks at.
+#[derive(Clone, Copy, Debug)]
+pub struct Recovery<'a> {
+    pub now: Timestamp,
+    /// No lease ends later that was renewed by now.
+    pub latest: Timestamp,
+    /// Instances of [`Recovered::ahead`] that have not renewed their lease for as long as one lasts, by the caller's
+    /// own watch. They are dead, too, although their lease has not run out.
+    pub silent: &'a [InstanceId],
+}
+
+/// What a recovery found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// How many instances were dead.
+    pub instances: u64,
+    /// Leases that have no living owner, to be issued again; at most 1,000 of them.
+    pub leases: Vec<LeaseId>,
+    /// Instances whose lease ends later than any can, and when they renewed it last: their clock was ahead.
+    pub ahead: Vec<(InstanceId, Timestamp)>,
+}
+
+/// One call of [`Store::remove_old`].
+#[derive(Clone, Copy, Debug)]
+pub struct Removal {
+    /// What became final before this time goes.
+    pub before: Timestamp,
+    /// Messages are removed one by one only when they became final before this time, because a partition that is old as
+    /// a whole costs nothing to remove.
+    pub rows_before: Timestamp,
+    /// Where the last call ended.
+    pub from: MessageId,
+    /// Rows looked at, at most.
+    pub limit: usize,
+}
+
+/// What a removal came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// Whole partitions, with their deliveries and attempts.
+    pub partitions: u64,
+    pub messages: u64,
+    /// Where the next call goes on; `None`: it begins anew.
+    pub next: Option<MessageId>,
+}
+
+/// What a piece of the reconciliation came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reconciled {
+    /// Messages looked at.
+    pub checked: u64,
+    /// Those that had no place: they wait now, due at once.
+    pub repaired: u64,
+    /// Whether all messages have been looked at since the reconciliation began at the first one.
+    pub finished: bool,
+    /// Whether feeds were made anew and messages before them may still lack a place: then the next piece has no time to lose.
+    pub urgent: bool,
+}
+
+/// How the reconciliation stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reconciliation {
+    /// Everything up to this message has been looked at in this round.
+    pub at: MessageId,
+    /// Messages looked at, and those that had no place, since the store was made.
+    pub checked: u64,
+    pub repaired: u64,
+    /// When the last round ended.
+    pub finished_at: Option<Timestamp>,
+    /// When the feeds were last made anew, because the database had come from another server.
+    pub feeds_made_at: Option<Timestamp>,
+}

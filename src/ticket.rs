@@ -1,0 +1,209 @@
+//! A ticket: what travels on a lane and stands there for one delivery.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::clock::Timestamp;
+use crate::message::MessageId;
+
+/// A batch's number: random, from 1 to 2^63 - 1. It is what fences a delivery: a ticket of a batch that is no more
+/// begins nothing, also after a restore or a failover that gives other numbers out again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BatchId(pub i64);
+
+impl BatchId {
+    /// A number for a new batch.
+    pub fn random() -> BatchId {
+        BatchId(fastrand::i64(1..))
+    }
+}
+
+/// An endpoint's number in its store. It is never given to another endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct EndpointId(pub i32);
+
+/// What travels on a lane: enough to make the request without asking the store again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Ticket {
+    pub id: MessageId,
+    pub batch: BatchId,
+    /// Its place in the batch, from 0.
+    pub position: u16,
+    pub endpoint_id: EndpointId,
+    pub endpoint: String,
+    pub recipient: String,
+    pub content: String,
+    pub created_at: Timestamp,
+    /// The number of the attempt that this ticket is for, from 1, over all lanes.
+    pub attempt: i32,
+    /// Attempts made on this lane before this one.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub lane_tries: i32,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub priority: i16,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content_type: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub headers: Option<Box<RawValue>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ordering_key: Option<String>,
+    /// No attempt begins at this time or later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<Timestamp>,
+    /// When its attempt is due, in a ticket that was claimed ahead of that; in any other it is due at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub due_at: Option<Timestamp>,
+}
+
+/// A value of ours as JSON.
+pub(crate) fn to_json(value: &impl Serialize) -> Bytes {
+    // Only a map with keys that are not strings, or a failing writer, can make this fail; here is neither.
+    Bytes::from(serde_json::to_vec(value).expect("strings and numbers always serialize"))
+}
+
+fn is_zero(number: &(impl Copy + Into<i32>)) -> bool {
+    (*number).into() == 0
+}
+
+impl Ticket {
+    /// How long before its time a ticket may be claimed and put on its lane: so a burst of them is with its
+    /// consumer when its moment comes, and each is tried in its millisecond (ADR 9). Not longer,
+    /// because a change of the message in the store counts for nothing once its ticket is under way.
+    pub const AHEAD: Duration = Duration::from_secs(1);
+
+    /// The record's value: JSON.
+    pub fn encode(&self) -> Bytes {
+        to_json(self)
+    }
+
+    /// The ticket in a record's value.
+    ///
+    /// # Errors
+    /// A sentence that says why it holds none. Fields that only a newer program knows are passed over.
+    pub fn decode(value: &[u8]) -> Result<Ticket, String> {
+        let text = std::str::from_utf8(value).map_err(|error| format!("the record is not UTF-8: {error}"))?;
+        serde_json::from_str(text).map_err(|error| format!("the record is not a ticket: {error}"))
+    }
+
+    /// The record's key: the ordering key, else the id.
+    pub fn key(&self) -> Bytes {
+        match &self.ordering_key {
+            Some(key) => Bytes::copy_from_slice(key.as_bytes()),
+            None => Bytes::from(self.id.to_string()),
+        }
+    }
+
+    /// Bytes of its content and headers: nearly all of its size.
+    pub fn bytes(&self) -> usize {
+        self.content.len() + self.headers.as_ref().map_or(0, |headers| headers.get().len())
+    }
+
+    /// Whether its time is over at `now`.
+    pub fn is_expired(&self, now: Timestamp) -> bool {
+        self.expires_at.is_some_and(|at| at <= now)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A ticket with nothing set that need not be.
+    pub(crate) fn ticket(id: i64) -> Ticket {
+        Ticket {
+            id: MessageId(id),
+            batch: BatchId(1),
+            position: 0,
+            endpoint_id: EndpointId(1),
+            endpoint: "default".into(),
+            recipient: "+90".into(),
+            content: "Hi".into(),
+            created_at: Timestamp::EPOCH,
+            attempt: 1,
+            lane_tries: 0,
+            priority: 0,
+            content_type: None,
+            headers: None,
+            ordering_key: None,
+            expires_at: None,
+            due_at: None,
+        }
+    }
+
+    /// The ticket of the recorded forms.
+    pub(crate) fn recorded_ticket() -> Ticket {
+        Ticket { batch: BatchId(81), position: 2, content: "Hi \"you\"".into(), attempt: 4, ..ticket(7) }
+    }
+
+    /// What a ticket of this version looks like, byte for byte. A rolling upgrade leaves such records on the
+    /// lanes: add a file for a new form, and change none.
+    #[test]
+    fn records_of_every_version_are_readable_for_ever() {
+        let full = Ticket {
+            content_type: Some("text/plain".into()),
+            headers: Some(
+                serde_json::value::RawValue::from_string(r#"{"x-team":"billing"}"#.into()).unwrap(),
+            ),
+            ordering_key: Some("order-9".into()),
+            ..recorded_ticket()
+        };
+        let later = Ticket {
+            lane_tries: 2,
+            priority: -3,
+            expires_at: Some(Timestamp::EPOCH.after(std::time::Duration::from_secs(60))),
+            due_at: Some(Timestamp::EPOCH.after(std::time::Duration::from_millis(500))),
+            ..recorded_ticket()
+        };
+        for (recorded, written) in [
+            (include_str!("ticket/records/ticket-1.json"), recorded_ticket()),
+            (include_str!("ticket/records/ticket-1-full.json"), full),
+            (include_str!("ticket/records/ticket-1-later.json"), later),
+        ] {
+            assert_eq!(written.encode(), recorded.trim_end(), "a new form is a new file");
+            let read = Ticket::decode(recorded.as_bytes()).unwrap();
+            assert_eq!(serde_json::to_string(&read).unwrap(), serde_json::to_string(&written).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_ticket_of_a_newer_program_is_read_without_what_it_adds() {
+        let read = Ticket::decode(include_bytes!("ticket/records/ticket-from-the-future.json")).unwrap();
+        assert_eq!((read.id, read.batch, read.attempt), (MessageId(7), BatchId(81), 4));
+        assert_eq!((read.endpoint.as_str(), read.content_type), ("default", None));
+    }
+
+    #[test]
+    fn what_is_no_ticket_says_why() {
+        for (value, why) in [(&b"\xff"[..], "not UTF-8"), (b"{}", "missing field"), (b"[", "not a ticket")] {
+            let said = Ticket::decode(value).unwrap_err();
+            assert!(said.contains(why), "{said}");
+        }
+    }
+
+    #[test]
+    fn the_ordering_key_is_the_key() {
+        assert_eq!(&ticket(7).key()[..], b"7");
+        assert_eq!(&Ticket { ordering_key: Some("order-9".into()), ..ticket(7) }.key()[..], b"order-9");
+    }
+
+    #[test]
+    fn a_ticket_without_extras_has_exactly_the_contracts_fields() {
+        assert_eq!(
+            serde_json::to_string(&ticket(7)).unwrap(),
+            r#"{"id":7,"batch":1,"position":0,"endpoint_id":1,"endpoint":"default","recipient":"+90","content":"Hi","created_at":"1970-01-01T00:00:00Z","attempt":1}"#
+        );
+    }
+
+    #[test]
+    fn a_ticket_expires_at_its_time() {
+        let expiring = Ticket { expires_at: Some(Timestamp::EPOCH), ..ticket(7) };
+        assert!(expiring.is_expired(Timestamp::EPOCH) && !ticket(7).is_expired(Timestamp::MAX));
+        let before = Timestamp::from_micros(-1);
+        assert!(!expiring.is_expired(before));
+    }
+}
