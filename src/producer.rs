@@ -61,6 +61,10 @@ const BURST: Duration = Duration::from_secs(1);
 const BUSY: Duration = Duration::from_millis(20);
 /// How often held rows of endpoints that are open again are looked for.
 const UNHOLD: Duration = Duration::from_secs(1);
+/// How long a claim whose answer was lost may still come to be: a little more than the store lets a statement run.
+const UNSURE: Duration = Duration::from_secs(35);
+/// How often batches of such claims are looked for meanwhile.
+const UNSURE_LOOK: Duration = Duration::from_secs(2);
 /// How long a stop waits for what is being published. A broker that answers takes milliseconds.
 const DRAIN: Duration = Duration::from_secs(10);
 /// Batches waiting for the broker at once.
@@ -85,8 +89,10 @@ pub struct Producer {
     capacity: Capacity,
     pacer: Option<Pacer>,
     publishing: JoinSet<()>,
-    /// Set when a claim's answer was lost: then the store may hold batches that we don't know of.
-    unsure: bool,
+    /// Until when the store may come to hold batches of ours that we don't know of, because a claim's answer was lost; and
+    /// when they are looked for again.
+    unsure_until: Instant,
+    next_unsure: Instant,
     led_until: Instant,
     /// Somebody has paused all producers.
     paused: bool,
@@ -121,7 +127,7 @@ impl Service for Producer {
             return Ok(Step::Idle(GAP_MAX.max(self.options.poll)));
         }
         self.capacity.refresh(&self.options.fresh_lane, now.instant).await;
-        if self.unsure {
+        if now.instant < self.unsure_until && now.instant >= self.next_unsure {
             if self.parts.store.check_feeds(now.time).await? {
                 tracing::warn!(
                     "the database has come from another server; messages without a place are looked for"
@@ -160,7 +166,8 @@ impl Producer {
             leading: watch::Sender::new(None),
             stop: CancellationToken::new(),
             publishing: JoinSet::new(),
-            unsure: false,
+            unsure_until: Instant::START,
+            next_unsure: Instant::START,
             led_until: Instant::START,
             paused: false,
             next_bid: Instant::START,
@@ -224,7 +231,7 @@ impl Producer {
                 self.paused = leadership.paused;
                 if !led {
                     tracing::info!(instance = instance.0, "instance {} is the active producer", instance.0);
-                    self.unsure = true;
+                    self.is_unsure(now.instant);
                     if let Some(pacer) = &mut self.pacer {
                         let left = leadership.paced_until.map_or(Duration::ZERO, |ends| ends.since(now.time));
                         pacer.inherit(left, now.instant);
@@ -307,7 +314,11 @@ impl Producer {
         let (batch, saturated) = (BatchId::random(), &self.saturated);
         let claim = Claim { due, limit, lane: &lane, batch, saturated, owner, now: now.time };
         let watch = self.parts.clock.stopwatch();
-        let claimed = self.parts.store.claim(&claim).await.inspect_err(|_| self.unsure = true)?;
+        let claimed = self.parts.store.claim(&claim).await;
+        if claimed.is_err() {
+            self.is_unsure(self.parts.clock.instant());
+        }
+        let claimed = claimed?;
         if claimed.seen == 0 {
             return Ok(Taken::Nothing);
         }
@@ -368,6 +379,12 @@ impl Producer {
         });
     }
 
+    /// A claim may still be going on in the store although nobody waits for its answer any more.
+    fn is_unsure(&mut self, now: Instant) {
+        self.unsure_until = now.after(UNSURE);
+        self.next_unsure = now;
+    }
+
     /// After a claim whose answer was lost, and after an election: batches of ours that nobody is publishing are
     /// issued again.
     async fn reissue_unknown(&mut self, owner: InstanceId) -> Result<()> {
@@ -382,7 +399,7 @@ impl Producer {
                 self.publish(reissued.lane, batch, reissued.tickets);
             }
         }
-        self.unsure = false;
+        self.next_unsure = self.parts.clock.instant().after(UNSURE_LOOK);
         Ok(())
     }
 

@@ -127,6 +127,29 @@ async fn messages_of_a_saturated_endpoint_are_held_and_the_others_go() {
     assert_eq!(counts.get("slow pending held"), Some(&760), "{counts:?}");
 }
 
+/// Its statement ran on in the store after the connection to it was lost.
+#[tokio::test]
+async fn a_claim_that_comes_to_be_after_its_answer_was_lost_is_found() {
+    let mut bench = Bench::new(None).await;
+    bench.insert(["default"].into_iter()).await;
+    bench.until("default queued", 1).await;
+    let (store, clock) = (Arc::clone(&bench.parts.store), bench.parts.clock.clone());
+    bench.producer.is_unsure(clock.instant());
+    for _ in 0..50 {
+        bench.step().await;
+    }
+    bench.insert(["default"].into_iter()).await;
+    let (owner, batch) = (bench.parts.presence.instance().unwrap(), BatchId::random());
+    let due = Due::New(Urgency::Normal);
+    let claim = Claim { due, limit: 10, lane: "messages", batch, saturated: &[], owner, now: clock.now() };
+    assert_eq!(store.claim(&claim).await.unwrap().tickets.len(), 1);
+    let lost = clock.instant();
+    while store.batches(clock.now(), 10).await.unwrap().iter().any(|known| known.place.is_none()) {
+        bench.step().await;
+        assert!(clock.instant().since(lost) < 2 * UNSURE_LOOK, "its batch is not published");
+    }
+}
+
 /// An urgent message waits behind no other.
 #[tokio::test]
 async fn urgent_messages_go_before_a_backlog() {

@@ -11,10 +11,15 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::{Depth, LaneRecord, Queue, Receipt, Result, Subscription, Taken, Watermark};
 use crate::clock::{Clock, Timestamp};
+use crate::retry::Lane as LaneSettings;
 use crate::store::Place;
 
 /// Records that are given to a member at once.
 const BATCH: usize = 1_000;
+
+/// Bytes of records that are kept on each partition of a dead-letter lane that nobody reads, about: they are in memory, and
+/// the store has all of them.
+const UNREAD_BYTES: usize = 1 << 20;
 
 /// A queue that lives and dies with its process.
 #[derive(Clone)]
@@ -37,6 +42,8 @@ struct Lane {
 struct Partition {
     first: i64,
     records: VecDeque<(Timestamp, LaneRecord)>,
+    /// Bytes of these records' values.
+    bytes: usize,
 }
 
 #[derive(Default)]
@@ -75,6 +82,19 @@ impl EmbeddedQueue {
 }
 
 impl Partition {
+    fn push(&mut self, now: Timestamp, record: LaneRecord) {
+        self.bytes += record.value.len();
+        self.records.push_back((now, record));
+    }
+
+    /// Drops the oldest record. Whether there was one.
+    fn pop(&mut self) -> bool {
+        let Some((_, record)) = self.records.pop_front() else { return false };
+        self.bytes -= record.value.len();
+        self.first += 1;
+        true
+    }
+
     fn end(&self) -> i64 {
         self.first + self.records.len() as i64
     }
@@ -98,9 +118,7 @@ impl Lane {
             let Some(done) = self.groups.values().map(|group| group.partitions[i].committed).min() else {
                 continue;
             };
-            while partition.first < done && partition.records.pop_front().is_some() {
-                partition.first += 1;
-            }
+            while partition.first < done && partition.pop() {}
         }
     }
 }
@@ -251,11 +269,14 @@ impl Queue for EmbeddedQueue {
     async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<Place> {
         let now = self.clock.now();
         let mut lanes = self.lock();
+        let is_terminal = LaneSettings::is_terminal(lane);
         let lane = self.lane(&mut lanes, lane);
+        let unread = is_terminal && lane.groups.is_empty();
         let at = lane.next_partition;
         lane.next_partition = (at + 1) % lane.partitions.len();
         let partition = &mut lane.partitions[at];
-        partition.records.extend(records.into_iter().map(|record| (now, record)));
+        records.into_iter().for_each(|record| partition.push(now, record));
+        while unread && partition.bytes > UNREAD_BYTES && partition.records.len() > 1 && partition.pop() {}
         let place = Place { partition: at as i32, offset: partition.end() - 1 };
         for group in lane.groups.values() {
             group.members.values().for_each(|member| member.notify_one());
@@ -313,6 +334,29 @@ mod tests {
     #[tokio::test]
     async fn conforms() {
         conformance::all(&EmbeddedQueue::new(3, Clock::system())).await;
+    }
+
+    #[tokio::test]
+    async fn dead_letters_that_nobody_reads_are_kept_within_bounds() {
+        let queue = EmbeddedQueue::new(2, Clock::system());
+        let letter = |n: usize| LaneRecord {
+            key: bytes::Bytes::new(),
+            value: vec![0; 2_000 + n % 7].into(),
+            headers: Vec::new(),
+        };
+        for n in 0..2_000 {
+            queue.publish("messages-dlq", vec![letter(n)]).await.unwrap();
+        }
+        let kept: usize =
+            queue.lock()["messages-dlq"].partitions.iter().map(|partition| partition.bytes).sum();
+        assert!(kept <= 2 * UNREAD_BYTES && kept > UNREAD_BYTES, "{kept}");
+        let depth = queue.depth("messages-dlq", "late").await.unwrap();
+        assert_eq!((depth[0].end, depth[0].position > 0), (1_000, true));
+        // Tickets are not dropped, however late their consumer comes; and what is read is there.
+        for n in 0..2_000 {
+            queue.publish("messages", vec![letter(n)]).await.unwrap();
+        }
+        assert_eq!(queue.depth("messages", "late").await.unwrap()[0].position, 0);
     }
 
     #[tokio::test]

@@ -227,20 +227,31 @@ fn depth(asker: &BaseConsumer<LogContext>, lane: &str) -> std::result::Result<Ve
     // answer covers all partitions.
     let ends = asker.offsets_for_times(all(Offset::End)?, ANSWER)?;
     let firsts = asker.offsets_for_times(all(Offset::Beginning)?, ANSWER)?;
-    let at =
-        |list: &TopicPartitionList, partition| match list.find_partition(lane, partition).map(|p| p.offset())
-        {
-            Some(Offset::Offset(offset)) => Some(offset),
-            _ => None,
-        };
-    Ok((0..count)
-        .filter_map(|partition| {
-            let (end, first) = (at(&ends, partition)?, at(&firsts, partition).unwrap_or(0));
-            // A position past the end is one of a log that was there before: who stands there is sent to the start.
-            let position = at(&committed, partition).filter(|at| *at <= end).unwrap_or(first).max(first);
-            Some(Depth { partition, position, end })
-        })
-        .collect())
+    depths(lane, count, [&committed, &firsts, &ends])
+}
+
+/// Every partition's depth, from its committed position, its first offset and its end. A partition whose end the broker
+/// does not tell (its leader changes) is no lost one: then nothing is known of the lane.
+fn depths(
+    lane: &str,
+    count: i32,
+    [committed, firsts, ends]: [&TopicPartitionList; 3],
+) -> std::result::Result<Vec<Depth>, KafkaError> {
+    let at = |list: &TopicPartitionList, partition| match list
+        .find_partition(lane, partition)
+        .map(|found| found.offset())
+    {
+        Some(Offset::Offset(offset)) => Some(offset),
+        _ => None,
+    };
+    let depth = |partition| {
+        let end = at(ends, partition).ok_or(KafkaError::OffsetFetch(RDKafkaErrorCode::LeaderNotAvailable))?;
+        let first = at(firsts, partition).unwrap_or(0);
+        // A position past the end is one of a log that was there before: who stands there is sent to the start.
+        let position = at(committed, partition).filter(|at| *at <= end).unwrap_or(first).max(first);
+        Ok(Depth { partition, position, end })
+    };
+    (0..count).map(depth).collect()
 }
 
 /// Runs a call that blocks on a thread that may be blocked.
@@ -310,6 +321,24 @@ mod tests {
         let client = settings.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
         let queue = KafkaQueue::open(KafkaOptions { brokers: "127.0.0.1:1".into(), client }).unwrap();
         assert_eq!(queue.config.get("sasl.mechanisms"), Some("SCRAM-SHA-512"));
+    }
+
+    #[test]
+    fn a_partition_without_a_leader_is_no_lost_one() {
+        let list = |offsets: [Offset; 2]| {
+            let mut list = TopicPartitionList::new();
+            for (partition, offset) in (0..).zip(offsets) {
+                list.add_partition_offset("lane", partition, offset).unwrap();
+            }
+            list
+        };
+        let committed = list([Offset::Offset(4), Offset::Invalid]);
+        let firsts = list([Offset::Offset(1), Offset::Offset(2)]);
+        let known = list([Offset::Offset(9), Offset::Offset(3)]);
+        let depth = |partition, position, end| Depth { partition, position, end };
+        let depths_of = |ends: &TopicPartitionList| depths("lane", 2, [&committed, &firsts, ends]);
+        assert_eq!(depths_of(&known).unwrap(), [depth(0, 4, 9), depth(1, 2, 3)]);
+        assert!(depths_of(&list([Offset::Offset(9), Offset::Invalid])).is_err());
     }
 
     #[tokio::test]

@@ -46,8 +46,10 @@ impl Snapshot {
         if living.is_empty() { vec![&lane.group] } else { living }
     }
 
-    /// What decides after a try at `endpoint` on `lane`.
+    /// What decides after a try at `endpoint` on `lane`: the lane as it was registered last, so that all of its consumers
+    /// decide alike.
     pub fn policy<'a>(&'a self, lane: &'a Lane, endpoint: &'a Endpoint) -> Policy<'a> {
+        let lane = self.lanes.iter().find(|registered| registered.topic == lane.topic).unwrap_or(lane);
         Policy {
             lane,
             next: self.lanes.iter().find(|other| other.topic == lane.next),
@@ -136,6 +138,17 @@ mod tests {
         store.put_endpoint(&Endpoint { secret: None, ..secret }).await.unwrap();
         directory.refresh().await.unwrap();
         assert!(directory.snapshot().open_endpoint("secret").is_some());
+    }
+
+    #[test]
+    fn all_consumers_of_a_lane_decide_by_its_newest_settings() {
+        let (own, newest) = (lane("messages", "a-dlq", true, 1), lane("messages", "b-dlq", true, 7));
+        let endpoint = Endpoint::new("default", "http://localhost:3000");
+        let unregistered = Snapshot::default();
+        assert_eq!(unregistered.policy(&own, &endpoint).lane.tries, 1);
+        let known = Snapshot { lanes: vec![newest], ..Snapshot::default() };
+        let policy = known.policy(&own, &endpoint);
+        assert_eq!((policy.lane.tries, policy.dead_letter), (7, "b-dlq"));
     }
 
     #[test]

@@ -36,8 +36,10 @@ use super::*;
 
 pub use scratch::Scratch;
 
-/// Connections of a process: one for each thing that may go on at once, no more.
-const CONNECTIONS: usize = 8;
+/// Connections of a process for its work: one for each thing that a producer, a janitor and two consumers may do at once.
+const CONNECTIONS: usize = 6;
+/// And for what people ask: however many ask at once, heartbeats and work wait for none of it.
+const READS: usize = 2;
 /// The server ends a statement after this long.
 const STATEMENT_TIMEOUT_MS: u32 = 30_000;
 /// We stop waiting for a server that has fallen silent after this long.
@@ -94,6 +96,7 @@ fn unreadable(error: &tokio_postgres::Error) -> String {
 /// A store on a PostgreSQL server.
 pub struct PostgresStore {
     pool: Pool,
+    reads: Pool,
     options: PostgresOptions,
     feeds: claim::Feeds,
 }
@@ -104,38 +107,55 @@ impl PostgresStore {
     /// # Errors
     /// When the options can't be used.
     pub fn open(options: &PostgresOptions) -> Result<PostgresStore> {
-        let manager = ManagerConfig { recycling_method: RecyclingMethod::Fast };
-        let tls = tls::connector(options.verify);
-        let manager = Manager::from_config(options.config.clone(), tls, manager);
-        let pool = Pool::builder(manager)
-            .max_size(CONNECTIONS)
-            // Used last, used first: a connection that rests has still to plan its statements.
-            .queue_mode(QueueMode::Lifo)
-            .runtime(Runtime::Tokio1)
-            .wait_timeout(Some(CALL))
-            .create_timeout(Some(CONNECT))
-            .build()
-            .map_err(|error| StoreError::Internal(error.to_string()))?;
-        Ok(PostgresStore { pool, options: options.clone(), feeds: claim::Feeds::default() })
-    }
-
-    async fn connection(&self) -> Result<Object> {
-        self.pool.get().await.map_err(|error| match error {
-            deadpool_postgres::PoolError::Backend(error) => StoreError::from(error),
-            other => StoreError::Unavailable(other.to_string()),
+        Ok(PostgresStore {
+            pool: pool(options, CONNECTIONS)?,
+            reads: pool(options, READS)?,
+            options: options.clone(),
+            feeds: claim::Feeds::default(),
         })
     }
 
     /// Runs a call on a connection of the pool, within its time. A connection whose call was cut off is
     /// in an unknown state and is thrown away.
     async fn call<T>(&self, call: impl AsyncFnOnce(&mut Object) -> Result<T>) -> Result<T> {
-        let mut connection = self.connection().await?;
-        match tokio::time::timeout(CALL, call(&mut connection)).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                drop(Object::take(connection));
-                Err(StoreError::Unavailable(format!("no answer within {CALL:?}")))
-            }
+        call_on(&self.pool, call).await
+    }
+
+    /// The same on a connection for what people ask.
+    async fn read<T>(&self, call: impl AsyncFnOnce(&mut Object) -> Result<T>) -> Result<T> {
+        call_on(&self.reads, call).await
+    }
+}
+
+fn pool(options: &PostgresOptions, size: usize) -> Result<Pool> {
+    let manager = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+    let tls = tls::connector(options.verify);
+    let manager = Manager::from_config(options.config.clone(), tls, manager);
+    Pool::builder(manager)
+        .max_size(size)
+        // Used last, used first: a connection that rests has still to plan its statements.
+        .queue_mode(QueueMode::Lifo)
+        .runtime(Runtime::Tokio1)
+        .wait_timeout(Some(CALL))
+        .create_timeout(Some(CONNECT))
+        .build()
+        .map_err(|error| StoreError::Internal(error.to_string()))
+}
+
+async fn connection(pool: &Pool) -> Result<Object> {
+    pool.get().await.map_err(|error| match error {
+        deadpool_postgres::PoolError::Backend(error) => StoreError::from(error),
+        other => StoreError::Unavailable(other.to_string()),
+    })
+}
+
+async fn call_on<T>(pool: &Pool, call: impl AsyncFnOnce(&mut Object) -> Result<T>) -> Result<T> {
+    let mut connection = connection(pool).await?;
+    match tokio::time::timeout(CALL, call(&mut connection)).await {
+        Ok(answer) => answer,
+        Err(_) => {
+            drop(Object::take(connection));
+            Err(StoreError::Unavailable(format!("no answer within {CALL:?}")))
         }
     }
 }
@@ -333,7 +353,7 @@ impl Store for PostgresStore {
     }
 
     async fn reconciliation(&self) -> Result<Reconciliation> {
-        self.call(async |db| reconcile::reconciliation(db).await).await
+        self.read(async |db| reconcile::reconciliation(db).await).await
     }
 
     async fn make_partitions(&self) -> Result<()> {
@@ -369,16 +389,16 @@ impl Store for PostgresStore {
     }
 
     async fn message(&self, id: MessageId) -> Result<Option<Message>> {
-        self.call(async |db| Ok(read::messages(db, &[id.0]).await?.pop())).await
+        self.read(async |db| Ok(read::messages(db, &[id.0]).await?.pop())).await
     }
 
     async fn messages(&self, ids: &[MessageId]) -> Result<Vec<Message>> {
         let ids: Vec<i64> = ids.iter().map(|id| id.0).collect();
-        self.call(async |db| read::messages(db, &ids).await).await
+        self.read(async |db| read::messages(db, &ids).await).await
     }
 
     async fn search(&self, filter: &Filter, from: Cursor, limit: usize) -> Result<Found> {
-        self.call(async |db| search::search(db, filter, from, limit).await).await
+        self.read(async |db| search::search(db, filter, from, limit).await).await
     }
 
     async fn change(&self, change: Change, ids: &[MessageId], now: Timestamp) -> Result<Vec<MessageId>> {
@@ -400,7 +420,7 @@ impl Store for PostgresStore {
     }
 
     async fn job(&self, id: JobId) -> Result<Option<Job>> {
-        self.call(async |db| operate::job(db, id).await).await
+        self.read(async |db| operate::job(db, id).await).await
     }
 
     async fn idle_jobs(&self, before: Timestamp) -> Result<Vec<JobId>> {
@@ -408,7 +428,7 @@ impl Store for PostgresStore {
     }
 
     async fn dead_reasons(&self) -> Result<Vec<DeadReason>> {
-        self.call(async |db| search::dead_reasons(db).await).await
+        self.read(async |db| search::dead_reasons(db).await).await
     }
 
     async fn set_paused(&self, paused: bool) -> Result<()> {
@@ -416,7 +436,7 @@ impl Store for PostgresStore {
     }
 
     async fn control(&self, now: Timestamp) -> Result<Control> {
-        self.call(async |db| operate::control(db, now).await).await
+        self.read(async |db| operate::control(db, now).await).await
     }
 
     async fn put_key(&self, key: &ApiKey) -> Result<()> {
@@ -424,7 +444,7 @@ impl Store for PostgresStore {
     }
 
     async fn keys(&self) -> Result<Vec<ApiKey>> {
-        self.call(async |db| operate::keys(db).await).await
+        self.read(async |db| operate::keys(db).await).await
     }
 
     async fn revoke_key(&self, id: &str, now: Timestamp) -> Result<bool> {
@@ -436,15 +456,15 @@ impl Store for PostgresStore {
     }
 
     async fn attempts(&self, id: MessageId) -> Result<Vec<Attempt>> {
-        self.call(async |db| read::attempts(db, id).await).await
+        self.read(async |db| read::attempts(db, id).await).await
     }
 
     async fn overview(&self, now: Timestamp) -> Result<Overview> {
-        self.call(async |db| read::overview(db, now).await).await
+        self.read(async |db| read::overview(db, now).await).await
     }
 
     async fn about(&self) -> Result<About> {
-        self.call(async |db| registry::about(db).await).await
+        self.read(async |db| registry::about(db).await).await
     }
 }
 

@@ -127,6 +127,26 @@ async fn even_an_owner_can_not_insert_what_is_ours() {
     }
 }
 
+/// Everybody asks at once and nobody lets go; a heartbeat goes on.
+#[tokio::test]
+async fn readers_keep_no_connection_from_heartbeats_and_work() {
+    let scratch = scratch().await;
+    let store = ready(scratch.url()).await;
+    let now = crate::clock::Clock::system().now();
+    let owner = store.enroll("up", "here", now, now.after(Duration::from_secs(60))).await.unwrap();
+    let mut taken = Vec::new();
+    for _ in 0..READS {
+        taken.push(connection(&store.reads).await.unwrap());
+    }
+    let asking = store.overview(now);
+    tokio::pin!(asking);
+    assert!(futures_util::poll!(&mut asking).is_pending(), "it waits for a connection");
+    assert!(store.renew(owner, now, now.after(Duration::from_secs(60))).await.unwrap());
+    assert_eq!(claim(&store, Urgency::Normal, 10).await.seen, 0);
+    drop(taken);
+    asking.await.unwrap();
+}
+
 const INSERT: &str = "insert into messages (recipient, content) values ('+90', 'Hello')";
 
 /// Claims at most `limit` new messages of a class into a batch of a process that lives.

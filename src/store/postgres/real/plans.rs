@@ -285,7 +285,7 @@ async fn a_search_reads_few_rows_whatever_the_statistics_say() {
     ] {
         db.batch_execute(statement).await.unwrap();
     }
-    let mut db = store.connection().await.unwrap();
+    let mut db = connection(&store.pool).await.unwrap();
     // Counts go on over transactions until the server has published them, so it is asked before and after.
     let read = "select coalesce(sum(seq_tup_read), 0)::bigint, coalesce(sum(idx_tup_fetch), 0)::bigint \
                 from pg_stat_xact_user_tables where relname ~ '^(messages|deliveries|attempts|waiting)'";
