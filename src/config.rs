@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::retry::Lane;
+use crate::lane::Lane;
 use crate::store::Pacing;
 
 pub use parse::duration;

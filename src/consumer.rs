@@ -8,12 +8,14 @@
 
 mod attempts;
 mod begin;
+mod call;
 mod dispatcher;
 mod early;
 mod heartbeat;
 mod recorder;
 mod saturation;
 mod unreadable;
+mod waiting;
 
 use std::time::Duration;
 
@@ -21,8 +23,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::delivery::Delivery;
+use crate::lane::Lane;
 use crate::queue::{QueueError, Subscription};
-use crate::retry::Lane;
 use crate::service::{self, Parts};
 
 use dispatcher::Dispatcher;
@@ -105,7 +107,7 @@ async fn work(
 
 async fn register(parts: &Parts, lane: &Lane) -> Result<(), crate::store::StoreError> {
     // Said first: settings of a group that nobody has heard of would be replaced.
-    heartbeat::say(parts, lane).await?;
+    heartbeat::announce(parts, lane).await?;
     if let Some(before) = parts.store.put_lane(lane, parts.clock.now()).await? {
         tracing::warn!(
             lane = lane.topic,

@@ -133,10 +133,10 @@ pub enum DeliveryError {
 /// Makes deliveries: one per process, shared by all of its lanes.
 pub struct Delivery {
     clock: Clock,
-    way: Way,
+    transport: Transport,
 }
 
-enum Way {
+enum Transport {
     Network(Box<Network>),
     Script(Script),
 }
@@ -176,12 +176,12 @@ impl Delivery {
             prepared: Mutex::default(),
             watch,
         };
-        Delivery { clock, way: Way::Network(Box::new(network)) }
+        Delivery { clock, transport: Transport::Network(Box::new(network)) }
     }
 
     /// Deliveries that `script` makes up. For the simulation.
     pub fn scripted(clock: Clock, script: Script) -> Delivery {
-        Delivery { clock, way: Way::Script(script) }
+        Delivery { clock, transport: Transport::Script(script) }
     }
 
     /// Opens a connection to where `url` points, TLS included, and closes it again: no request is sent.
@@ -189,7 +189,7 @@ impl Delivery {
     /// # Errors
     /// A few words on why there is none after `within`.
     pub async fn reach(&self, url: &str, within: Duration) -> Result<(), String> {
-        let Way::Network(network) = &self.way else { return Ok(()) };
+        let Transport::Network(network) = &self.transport else { return Ok(()) };
         let host = network.pool.host(&Target::parse(url)?.origin);
         let connected = tokio::time::timeout(within, network.pool.connect(&host, within)).await;
         match connected {
@@ -201,7 +201,7 @@ impl Delivery {
     /// Closes idle connections that have grown old or that the other side has closed, every few seconds until
     /// `stop`. One such task for each process is enough.
     pub async fn tend(&self, stop: &CancellationToken) {
-        let Way::Network(network) = &self.way else { return };
+        let Transport::Network(network) = &self.transport else { return };
         let mut tick = tokio::time::interval(SWEEP);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -217,9 +217,9 @@ impl Delivery {
     /// # Errors
     /// [`Shortage`]: this process could not open a connection, nothing was sent, and the receiver has no part in it.
     pub async fn deliver(&self, ticket: &Ticket, endpoint: &Endpoint) -> Tried {
-        match &self.way {
-            Way::Script(script) => script(ticket.clone(), endpoint.clone()).await,
-            Way::Network(network) => network.deliver(ticket, endpoint, &self.clock).await,
+        match &self.transport {
+            Transport::Script(script) => script(ticket.clone(), endpoint.clone()).await,
+            Transport::Network(network) => network.deliver(ticket, endpoint, &self.clock).await,
         }
     }
 }

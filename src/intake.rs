@@ -14,7 +14,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::clock::Clock;
 use crate::message::NewMessage;
-use crate::store::{Inserted, Store, StoreError, Whole};
+use crate::store::{AllOrNone, Inserted, Store, StoreError};
 use crate::telemetry::Metrics;
 
 pub use rules::{BATCH_MAX, Fault, check};
@@ -173,8 +173,8 @@ impl Committer {
         let now = self.clock.now();
         let whole = self.call(submission.messages.len(), self.store.insert_whole(&submission.messages, now));
         let answer = match whole.await {
-            Ok(Whole::Stored(inserted)) => Ok(inserted),
-            Ok(Whole::Conflicts(places)) => Err(IntakeError::Conflicts(places)),
+            Ok(AllOrNone::Stored(inserted)) => Ok(inserted),
+            Ok(AllOrNone::Conflicts(places)) => Err(IntakeError::Conflicts(places)),
             Err(error) => Err(error.into()),
         };
         let _ = submission.answer.send(answer);

@@ -357,20 +357,20 @@ impl Janitor {
         // The store first: a batch that is there was published before the broker is asked.
         let batches = self.parts.store.batches(now, BATCHES).await?;
         let depths = self.depths(&batches).await;
-        let mut counts: BTreeMap<Fate, u64> = BTreeMap::new();
+        let mut counts: BTreeMap<BatchState, u64> = BTreeMap::new();
         for batch in &batches {
             let depth = depths.get(&batch.lane).map(Vec::as_slice);
-            let fate = fate(batch, depth, now);
-            if fate != Fate::UnderWay && (sure || fate != Fate::Orphaned) && self.has_room() {
+            let state = state_of(batch, depth, now);
+            if state != BatchState::UnderWay && (sure || state != BatchState::Orphaned) && self.has_room() {
                 let count = self.reissue(Suspect::Batch(batch.id), owner, now).await?;
-                *counts.entry(fate).or_default() += count;
+                *counts.entry(state).or_default() += count;
             }
         }
-        for (fate, count) in counts {
+        for (state, count) in counts {
             if count > 0 {
-                tracing::warn!("{count} deliveries are queued again: {}", fate.reason());
+                tracing::warn!("{count} deliveries are queued again: {}", state.reason());
             }
-            self.parts.metrics.recovered(fate.word(), count);
+            self.parts.metrics.recovered(state.word(), count);
         }
         Ok(())
     }
@@ -410,7 +410,7 @@ fn micros(age: Duration) -> u64 {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Fate {
+enum BatchState {
     /// Its tickets may still be taken.
     UnderWay,
     /// Its group has come past it: what is still queued was skipped.
@@ -421,36 +421,36 @@ enum Fate {
     Orphaned,
 }
 
-impl Fate {
+impl BatchState {
     fn word(self) -> &'static str {
         match self {
-            Fate::UnderWay | Fate::Passed | Fate::Wiped => LOST,
-            Fate::Orphaned => ORPHANED,
+            BatchState::UnderWay | BatchState::Passed | BatchState::Wiped => LOST,
+            BatchState::Orphaned => ORPHANED,
         }
     }
 
     fn reason(self) -> &'static str {
         match self {
-            Fate::UnderWay => "their tickets are under way",
-            Fate::Passed => "their consumers skipped their tickets",
-            Fate::Wiped => "the broker has lost their tickets",
-            Fate::Orphaned => "their producer died before the broker had their tickets",
+            BatchState::UnderWay => "their tickets are under way",
+            BatchState::Passed => "their consumers skipped their tickets",
+            BatchState::Wiped => "the broker has lost their tickets",
+            BatchState::Orphaned => "their producer died before the broker had their tickets",
         }
     }
 }
 
 /// What became of a batch, by what the broker says of its lane. `None`: the lane could not be asked.
-fn fate(batch: &Batch, depth: Option<&[Depth]>, now: Timestamp) -> Fate {
-    let Some(place) = batch.place else {
+fn state_of(batch: &Batch, depth: Option<&[Depth]>, now: Timestamp) -> BatchState {
+    let Some(at) = batch.log_position else {
         let stuck = now.since(batch.created_at) > UNACKNOWLEDGED_MAX;
-        return if batch.orphaned || stuck { Fate::Orphaned } else { Fate::UnderWay };
+        return if batch.orphaned || stuck { BatchState::Orphaned } else { BatchState::UnderWay };
     };
-    let Some(depth) = depth else { return Fate::UnderWay };
-    match depth.iter().find(|depth| depth.partition == place.partition) {
-        Some(depth) if depth.end <= place.offset => Fate::Wiped,
-        Some(depth) if depth.position > place.offset => Fate::Passed,
-        Some(_) => Fate::UnderWay,
-        None => Fate::Wiped,
+    let Some(depth) = depth else { return BatchState::UnderWay };
+    match depth.iter().find(|depth| depth.partition == at.partition) {
+        Some(depth) if depth.end <= at.offset => BatchState::Wiped,
+        Some(depth) if depth.position > at.offset => BatchState::Passed,
+        Some(_) => BatchState::UnderWay,
+        None => BatchState::Wiped,
     }
 }
 
@@ -460,15 +460,15 @@ mod tests {
     use crate::clock::{Clock, Instant};
     use crate::service::{Directory, Presence};
     use crate::store::sqlite::SqliteStore;
-    use crate::store::{InstanceId, Place, Store};
+    use crate::store::{InstanceId, LogPosition, Store};
 
-    fn batch(place: Option<Place>, orphaned: bool) -> Batch {
+    fn batch(log_position: Option<LogPosition>, orphaned: bool) -> Batch {
         Batch {
             id: BatchId(1),
             lane: "messages".into(),
             owner: InstanceId(1),
             created_at: Timestamp::EPOCH,
-            place,
+            log_position,
             orphaned,
         }
     }
@@ -517,21 +517,21 @@ mod tests {
 
     #[test]
     fn a_batchs_fate_follows_from_what_the_broker_says() {
-        let at = |offset| Some(Place { partition: 2, offset });
+        let at = |offset| Some(LogPosition { partition: 2, offset });
         let depth = |position, end| vec![Depth { partition: 2, position, end }];
         let soon = Timestamp::EPOCH.after(Duration::from_secs(1));
         let late = Timestamp::EPOCH.after(UNACKNOWLEDGED_MAX + Duration::from_secs(1));
         for (batch, depth, now, expected) in [
-            (batch(None, false), None, soon, Fate::UnderWay),
-            (batch(None, false), None, late, Fate::Orphaned),
-            (batch(None, true), None, soon, Fate::Orphaned),
-            (batch(at(9), true), None, late, Fate::UnderWay),
-            (batch(at(9), false), Some(depth(9, 10)), late, Fate::UnderWay),
-            (batch(at(9), false), Some(depth(10, 10)), soon, Fate::Passed),
-            (batch(at(9), false), Some(depth(0, 9)), soon, Fate::Wiped),
-            (batch(at(9), false), Some(Vec::new()), soon, Fate::Wiped),
+            (batch(None, false), None, soon, BatchState::UnderWay),
+            (batch(None, false), None, late, BatchState::Orphaned),
+            (batch(None, true), None, soon, BatchState::Orphaned),
+            (batch(at(9), true), None, late, BatchState::UnderWay),
+            (batch(at(9), false), Some(depth(9, 10)), late, BatchState::UnderWay),
+            (batch(at(9), false), Some(depth(10, 10)), soon, BatchState::Passed),
+            (batch(at(9), false), Some(depth(0, 9)), soon, BatchState::Wiped),
+            (batch(at(9), false), Some(Vec::new()), soon, BatchState::Wiped),
         ] {
-            assert_eq!(fate(&batch, depth.as_deref(), now), expected, "{batch:?} {depth:?}");
+            assert_eq!(state_of(&batch, depth.as_deref(), now), expected, "{batch:?} {depth:?}");
         }
     }
 }

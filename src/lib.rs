@@ -16,6 +16,8 @@
 //! of its own. Dependencies point one way, from the bottom of this list to the top; `tests/tidy.rs` checks it.
 
 pub mod clock;
+pub mod header_rules;
+pub mod lane;
 pub mod message;
 pub mod redact;
 pub mod retry;

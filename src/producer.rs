@@ -390,7 +390,7 @@ impl Producer {
     async fn reissue_unknown(&mut self, owner: InstanceId) -> Result<()> {
         let now = self.parts.clock.now();
         for known in self.parts.store.batches(now, 10_000).await? {
-            if known.owner != owner || known.place.is_some() || self.capacity.is_under_way(known.id) {
+            if known.owner != owner || known.log_position.is_some() || self.capacity.is_under_way(known.id) {
                 continue;
             }
             let batch = BatchId::random();

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::clock::Timestamp;
-use crate::store::Place;
+use crate::store::LogPosition;
 
 pub use watermark::Watermark;
 
@@ -133,7 +133,7 @@ pub trait Queue: Send + Sync + 'static {
 
     /// Publishes a batch to one partition of a lane and waits for the broker's acknowledgement of all
     /// of it. Batches rotate over the partitions. An empty batch is a mistake of the caller's.
-    async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<Place>;
+    async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<LogPosition>;
 
     /// Joins a group of consumers on a lane. At most `window` records are out (taken and not done)
     /// before the subscription stops giving more.

@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cache::Cache;
 use crate::clock::Clock;
+use crate::lane::Lane;
 use crate::queue::{Depth, Queue, furthest};
-use crate::retry::Lane;
 use crate::store::Store;
 use crate::telemetry::Metrics;
 

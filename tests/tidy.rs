@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 /// Rooms in the order in which they may use each other: a room may import those of earlier ranks,
 /// and nothing of its own rank but itself.
 const RANKS: &[&[&str]] = &[
-    &["clock", "redact"],
-    &["message", "shortage"],
+    &["clock", "header_rules", "redact"],
+    &["lane", "message", "shortage"],
     &["retry", "ticket"],
     &["telemetry"],
     &["store"],

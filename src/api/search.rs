@@ -16,7 +16,7 @@ use super::messages::MessageView;
 use super::problem::{Code, Problem};
 use crate::clock::Timestamp;
 use crate::message::{MessageId, Status};
-use crate::store::operate::{Cursor, Filter, Found};
+use crate::store::operate::{Cursor, Filter, Page};
 
 /// Messages on a page, at most, and when nobody says.
 const PAGE_MAX: usize = 100;
@@ -161,8 +161,8 @@ pub(super) fn refuse_nul(filter: &Filter) -> Result<(), Problem> {
 }
 
 /// Searches until the page is full, or has cost enough.
-async fn page(state: &ApiState, filter: &Filter, from: Cursor, limit: usize) -> Result<Found, Problem> {
-    let mut page = Found { ids: Vec::new(), next: Some(from) };
+async fn page(state: &ApiState, filter: &Filter, from: Cursor, limit: usize) -> Result<Page, Problem> {
+    let mut page = Page { ids: Vec::new(), next: Some(from) };
     let watch = state.parts.clock.stopwatch();
     for search in 0..SEARCHES {
         if search > 0 && watch.elapsed() >= SEARCHING {

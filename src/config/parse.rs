@@ -11,7 +11,7 @@ use crate::delivery;
 /// The levels of the log; `off` writes nothing.
 const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
 /// The rooms of this program, which a filter of the log may name: a misspelt one would be silent.
-const ROOMS: [&str; 24] = [
+const ROOMS: [&str; 26] = [
     "api",
     "app",
     "bench",
@@ -22,9 +22,11 @@ const ROOMS: [&str; 24] = [
     "consumer",
     "dead_letter",
     "delivery",
+    "header_rules",
     "intake",
     "janitor",
     "keys",
+    "lane",
     "message",
     "producer",
     "queue",

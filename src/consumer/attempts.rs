@@ -6,13 +6,13 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::begin::Job;
+use super::begin::BegunDelivery;
 use crate::delivery::{Delivery, Tried};
 use crate::service::Parts;
 
 /// A try that ended, or did not take place: `None` when the message is not ours to try any more.
 pub(super) struct Finished {
-    pub(super) job: Job,
+    pub(super) begun: BegunDelivery,
     pub(super) tried: Option<Tried>,
     pub(super) took: Duration,
 }
@@ -37,18 +37,18 @@ impl Attempts {
     }
 
     /// Makes an attempt beside everything else, if the message is still ours and its time not over.
-    pub(super) fn start(self: &Arc<Attempts>, job: Job) {
+    pub(super) fn start(self: &Arc<Attempts>, begun: BegunDelivery) {
         let attempts = Arc::clone(self);
         tokio::spawn(async move {
             let Attempts { parts, delivery, stop, finished } = &*attempts;
             let watch = parts.clock.stopwatch();
-            let ours = parts.presence.holds(job.instance) && !stop.is_cancelled();
-            let tried = match ours && !job.ticket.is_expired(parts.clock.now()) {
-                true => Some(delivery.deliver(&job.ticket, &job.endpoint).await),
+            let ours = parts.presence.holds(begun.instance) && !stop.is_cancelled();
+            let tried = match ours && !begun.ticket.is_expired(parts.clock.now()) {
+                true => Some(delivery.deliver(&begun.ticket, &begun.endpoint).await),
                 false => None,
             };
             // Ignored: the dispatcher is gone only when a stop has run out of patience.
-            let _ = finished.send(Finished { job, tried, took: watch.elapsed() });
+            let _ = finished.send(Finished { begun, tried, took: watch.elapsed() });
         });
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::clock::Timestamp;
+use crate::clock::{Instant, Timestamp};
 use crate::message::Held;
 use crate::queue::{RECORD_MAX, Receipt, Taken};
 use crate::service::{self, Parts};
@@ -22,6 +22,8 @@ pub(super) struct Arrivals {
     pub(super) admitted: Vec<Admitted>,
     /// The records they came from.
     pub(super) receipts: Vec<Receipt>,
+    /// When they are begun however few they are.
+    pub(super) begin_at: Instant,
 }
 
 impl Arrivals {
@@ -48,11 +50,13 @@ pub(super) struct Refused {
     pub(super) tickets: Vec<(Ticket, Held)>,
     /// The records they came from.
     pub(super) receipts: Vec<Receipt>,
+    /// When their rows are held however few they are.
+    pub(super) hold_at: Instant,
 }
 
 /// A message that this process is to try.
 #[derive(Debug)]
-pub(super) struct Job {
+pub(super) struct BegunDelivery {
     pub(super) ticket: Ticket,
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) instance: InstanceId,
@@ -68,7 +72,7 @@ pub(super) struct Job {
 /// What a begin call came to.
 #[derive(Debug, Default)]
 pub(super) struct Started {
-    pub(super) jobs: Vec<Job>,
+    pub(super) begun: Vec<BegunDelivery>,
     /// Endpoints of admitted tickets that were stale: they leave the window again.
     pub(super) stale: Vec<Arc<Endpoint>>,
     /// Bytes of those tickets.
@@ -95,8 +99,8 @@ pub(super) async fn start(parts: Parts, arrivals: Arrivals, stop: CancellationTo
         return Started { stale, stale_bytes, ..Started::default() };
     };
     let mut started = sort(arrivals.admitted, instance, begun);
-    if !started.jobs.is_empty() {
-        parts.metrics.batch("begin", started.jobs.len(), watch.elapsed());
+    if !started.begun.is_empty() {
+        parts.metrics.batch("begin", started.begun.len(), watch.elapsed());
     }
     parts.metrics.stale("begin", started.stale.len());
     started.receipts = arrivals.receipts;
@@ -113,7 +117,15 @@ fn sort(admitted: Vec<Admitted>, instance: InstanceId, begun: Vec<Begun>) -> Sta
             Some(begun) => {
                 begun.positions.clear(position);
                 let (lease, root) = (begun.lease, begun.root);
-                started.jobs.push(Job { ticket, endpoint, instance, lease, root, ready_at, turn: 0 });
+                started.begun.push(BegunDelivery {
+                    ticket,
+                    endpoint,
+                    instance,
+                    lease,
+                    root,
+                    ready_at,
+                    turn: 0,
+                });
             }
             None => {
                 started.stale_bytes += ticket.bytes();
@@ -212,8 +224,11 @@ mod tests {
         let positions = [3].into_iter().collect();
         let begun = vec![Begun { lease: LeaseId(1), batch: BatchId(7), root: BatchId(6), positions }];
         let started = sort(all, InstanceId(1), begun);
-        let jobs: Vec<_> =
-            started.jobs.iter().map(|job| (job.ticket.batch.0, job.ticket.position, job.root.0)).collect();
-        assert_eq!((jobs, started.stale.len(), started.stale_bytes), (vec![(7, 3, 6)], 3, 3 * "Hi".len()));
+        let begun: Vec<_> = started
+            .begun
+            .iter()
+            .map(|begun| (begun.ticket.batch.0, begun.ticket.position, begun.root.0))
+            .collect();
+        assert_eq!((begun, started.stale.len(), started.stale_bytes), (vec![(7, 3, 6)], 3, 3 * "Hi".len()));
     }
 }

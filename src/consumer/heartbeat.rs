@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::retry::{Lane, LaneGroup};
+use crate::lane::{Lane, LaneGroup};
 use crate::service::{self, LEASE, Parts, Service, Step};
 use crate::store::StoreError;
 
@@ -45,7 +45,7 @@ impl Service for Heartbeat {
     type Error = StoreError;
 
     async fn step(&mut self) -> Result<Step, StoreError> {
-        say(&self.parts, &self.lane).await?;
+        announce(&self.parts, &self.lane).await?;
         let now = self.parts.clock.now();
         if self.abandoned() && self.parts.store.put_lane(&self.lane, now).await?.is_some() {
             tracing::info!(
@@ -59,11 +59,11 @@ impl Service for Heartbeat {
     }
 }
 
-/// Says that a consumer of this lane's group is there.
+/// Announces that a consumer of this lane's group is there.
 ///
 /// # Errors
 /// Those of the store.
-pub(super) async fn say(parts: &Parts, lane: &Lane) -> Result<(), StoreError> {
+pub(super) async fn announce(parts: &Parts, lane: &Lane) -> Result<(), StoreError> {
     let (topic, group) = (lane.topic.clone(), lane.group.clone());
     parts.store.put_lane_group(&LaneGroup { topic, group, seen_at: parts.clock.now() }).await
 }

@@ -1,34 +1,204 @@
-//! An endpoint with held rows: how many of them are made due at a time.
+//! Saturated endpoints, whose rows are held: which they are, who is told, and how many rows are made due at a time.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::begin::BATCH;
-use crate::clock::Instant;
+use super::call::{Call, under_way};
+use crate::clock::{Clock, Instant};
+use crate::delivery::limits::Limits;
+use crate::message::Held;
+use crate::service::Parts;
+use crate::store::InstanceId;
+
+/// How often the store is asked which endpoints have held rows that we don't know of.
+const HELD: Duration = Duration::from_secs(1);
+
+/// How long an endpoint counts as saturated after it was last seen to be slow: one that hangs answers nothing
+/// for the whole of its deadline, then all of its attempts end at once.
+const SLOW_FOR: Duration = Duration::from_millis(300);
+
+/// Endpoints that are reported, at most.
+const REPORTED_MAX: usize = 1_000;
 
 /// After this, rows that were made due and did not come here are believed to have gone to another consumer.
 const EXPECTED: Duration = Duration::from_secs(2);
 /// So many held rows are made due at first; one more for each that comes. Those of another lane never come here:
 /// its own consumer knows whether it has room for them.
-pub(super) const TRIAL: usize = 32;
+const TRIAL: usize = 32;
 
+/// Which endpoints an instance has reported.
+type Report = (InstanceId, Vec<String>);
+
+/// What a call to free held rows came to: which endpoints have such rows, and how many were made due.
+#[derive(Default)]
+struct Freed {
+    found: Vec<String>,
+    freed: Vec<(String, usize, usize)>,
+}
+
+/// Endpoints with rows held because they were saturated.
+#[derive(Default)]
+pub(super) struct Saturated {
+    endpoints: BTreeMap<String, Saturation>,
+    freeing: Option<Call<Freed>>,
+    /// When the store is asked for further ones.
+    look_at: Instant,
+    reporting: Option<Call<Option<Report>>>,
+    /// What was reported last, and by whom.
+    reported: Option<Report>,
+}
+
+impl Saturated {
+    /// Waits until one of the calls under way has come back, and notes what it came to.
+    pub(super) async fn progress(&mut self, clock: &Clock) {
+        tokio::select! {
+            biased;
+            freed = under_way(&mut self.freeing) => self.freed(freed, clock.instant()),
+            report = under_way(&mut self.reporting) => {
+                self.reporting = None;
+                self.reported = report.or(self.reported.take());
+            }
+        }
+    }
+
+    /// Notes that a ticket came.
+    pub(super) fn came(&mut self, endpoint: &str) {
+        if let Some(saturation) = self.endpoints.get_mut(endpoint) {
+            saturation.came();
+        }
+    }
+
+    /// Notes that a ticket was refused. Whether its endpoint has just become saturated.
+    pub(super) fn refused(&mut self, endpoint: &str, now: Instant) -> bool {
+        if let Some(saturation) = self.endpoints.get_mut(endpoint) {
+            saturation.slow_at = now;
+            return false;
+        }
+        self.endpoints.insert(endpoint.to_owned(), Saturation::new(now, now));
+        true
+    }
+
+    /// Reports which endpoints are saturated, when that has changed.
+    pub(super) fn report(&mut self, parts: &Parts, now: Instant) {
+        let Some(instance) = parts.presence.instance() else { return };
+        if self.reporting.is_some() {
+            return;
+        }
+        let slow = self.endpoints.iter().filter(|(_, saturation)| now.since(saturation.slow_at) < SLOW_FOR);
+        let report = (instance, slow.map(|(name, _)| name.clone()).take(REPORTED_MAX).collect::<Vec<_>>());
+        if self.reported.as_ref() == Some(&report) || self.reported.is_none() && report.1.is_empty() {
+            return;
+        }
+        let store = Arc::clone(&parts.store);
+        self.reporting = Some(Box::pin(async move {
+            // It is a hint: without it the rows come here and are held then. The next tick reports again.
+            let reported = store.report_saturated(report.0, &report.1).await;
+            reported
+                .inspect_err(|error| tracing::debug!("saturated endpoints could not be reported: {error}"))
+                .ok()?;
+            Some(report)
+        }));
+    }
+
+    /// Whether held rows are just being freed.
+    pub(super) fn is_freeing(&self) -> bool {
+        self.freeing.is_some()
+    }
+
+    /// How many held rows of which endpoints there is room for.
+    pub(super) fn wanted(&mut self, parts: &Parts, limits: &Limits, now: Instant) -> Vec<(String, usize)> {
+        let directory = parts.directory.snapshot();
+        let mut wanted = Vec::new();
+        for (name, saturation) in &mut self.endpoints {
+            let Some(endpoint) = directory.open_endpoint(name) else {
+                continue;
+            };
+            if limits.is_slow(name, endpoint.in_flight_max, now) {
+                saturation.slow_at = now;
+            }
+            let rows = saturation.wanted(limits.room(name, endpoint.in_flight_max, now), now);
+            // Not one by one: a write for each row that ends would cost what holding saves.
+            if rows >= (endpoint.in_flight_max as usize).min(TRIAL) {
+                wanted.push((name.clone(), rows));
+            }
+        }
+        wanted
+    }
+
+    /// Frees these rows, and looks for further endpoints when it is time for that.
+    pub(super) fn free(&mut self, parts: &Parts, wanted: Vec<(String, usize)>, now: Instant) {
+        let look = now >= self.look_at;
+        if look {
+            self.look_at = now.after(HELD);
+        }
+        if look || !wanted.is_empty() {
+            self.freeing = Some(Box::pin(free(parts.clone(), wanted, look)));
+        }
+    }
+
+    fn freed(&mut self, freed: Freed, now: Instant) {
+        self.freeing = None;
+        for (name, asked, got) in freed.freed {
+            if got < asked {
+                self.endpoints.remove(&name);
+            } else if let Some(saturation) = self.endpoints.get_mut(&name) {
+                saturation.expected += got;
+                saturation.since = now;
+            }
+        }
+        for name in freed.found {
+            self.endpoints.entry(name).or_insert(Saturation::new(now, Instant::START));
+        }
+    }
+}
+
+async fn free(parts: Parts, wanted: Vec<(String, usize)>, look: bool) -> Freed {
+    let mut freed = Freed::default();
+    let now = parts.clock.now();
+    for (name, asked) in wanted {
+        let watch = parts.clock.stopwatch();
+        match parts.store.unhold(&name, Held::EndpointBusy, asked, now).await {
+            Ok(got) => {
+                let got = usize::try_from(got).unwrap_or(asked);
+                parts.metrics.batch("unhold", got, watch.elapsed());
+                freed.freed.push((name, asked, got));
+            }
+            // The next tick tries again.
+            Err(error) => tracing::debug!("held rows of {name} could not be freed: {error}"),
+        }
+    }
+    if look {
+        match parts.store.held().await {
+            Ok(held) => {
+                freed.found.extend(held.into_iter().filter(|h| h.1 == Held::EndpointBusy).map(|h| h.0))
+            }
+            Err(error) => tracing::debug!("held rows could not be looked for: {error}"),
+        }
+    }
+    freed
+}
+
+/// One endpoint.
 #[derive(Debug)]
-pub(super) struct Saturation {
+struct Saturation {
     /// Rows made due that have not come back as tickets.
-    pub(super) expected: usize,
-    pub(super) since: Instant,
+    expected: usize,
+    since: Instant,
     /// How many of those there may be.
     trial: usize,
     /// When it was last seen to be slow.
-    pub(super) slow_at: Instant,
+    slow_at: Instant,
 }
 
 impl Saturation {
-    pub(super) fn new(now: Instant, slow_at: Instant) -> Saturation {
+    fn new(now: Instant, slow_at: Instant) -> Saturation {
         Saturation { expected: 0, since: now, trial: TRIAL, slow_at }
     }
 
     /// Notes that a ticket came.
-    pub(super) fn came(&mut self) {
+    fn came(&mut self) {
         if self.expected > 0 {
             self.expected -= 1;
             self.trial = (self.trial + 1).min(BATCH);
@@ -36,7 +206,7 @@ impl Saturation {
     }
 
     /// Rows to make due now, when there is room for this many more.
-    pub(super) fn wanted(&mut self, room: usize, now: Instant) -> usize {
+    fn wanted(&mut self, room: usize, now: Instant) -> usize {
         if self.expected > 0 && now.since(self.since) > EXPECTED {
             self.expected = 0;
             self.trial = TRIAL;

@@ -259,7 +259,7 @@ impl crate::queue::Queue for EndingQueue {
         &self,
         lane: &str,
         records: Vec<crate::queue::LaneRecord>,
-    ) -> crate::queue::Result<crate::store::Place> {
+    ) -> crate::queue::Result<crate::store::LogPosition> {
         self.0.publish(lane, records).await
     }
 

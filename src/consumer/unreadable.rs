@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::dispatcher::{Call, under_way};
+use super::call::{Call, under_way};
+use crate::lane::dead_letter_of;
 use crate::queue::{LaneRecord, QueueError, RECORD_CUT, Receipt, Taken};
-use crate::retry::dead_letter_of;
 use crate::service::{Backoff, Parts};
 use crate::telemetry::Metrics;
 

@@ -19,13 +19,13 @@ pub(super) struct Budget {
 
 /// The part of the budget that one connection has, from before it is opened until after it is closed.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Permit {
     budget: Arc<Budget>,
-    /// Counts the places of one origin.
+    /// Counts the permits of one origin.
     of_origin: Arc<AtomicUsize>,
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.of_origin.fetch_sub(1, Ordering::Relaxed);
         self.budget.open.fetch_sub(1, Ordering::Relaxed);
@@ -56,12 +56,12 @@ impl Budget {
         own < self.max.saturating_sub(self.in_use())
     }
 
-    /// Takes a place, unless all are taken.
-    pub(super) fn take(self: &Arc<Self>, of_origin: &Arc<AtomicUsize>) -> Option<Arc<Place>> {
+    /// Takes a permit, unless all are taken.
+    pub(super) fn take(self: &Arc<Self>, of_origin: &Arc<AtomicUsize>) -> Option<Arc<Permit>> {
         let one_more = |open| (open < self.max).then_some(open + 1);
         self.open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
         of_origin.fetch_add(1, Ordering::Relaxed);
-        Some(Arc::new(Place { budget: Arc::clone(self), of_origin: Arc::clone(of_origin) }))
+        Some(Arc::new(Permit { budget: Arc::clone(self), of_origin: Arc::clone(of_origin) }))
     }
 
     /// Notes that a connection is idle from now on.
@@ -80,13 +80,13 @@ mod tests {
     use super::*;
 
     /// Takes all that one origin may use.
-    fn fill(budget: &Arc<Budget>) -> Vec<Arc<Place>> {
+    fn fill(budget: &Arc<Budget>) -> Vec<Arc<Permit>> {
         let origin = Arc::default();
-        let mut places = Vec::new();
-        while budget.has_share(places.len()) {
-            places.push(budget.take(&origin).expect("what is left is more than its own"));
+        let mut permits = Vec::new();
+        while budget.has_share(permits.len()) {
+            permits.push(budget.take(&origin).expect("what is left is more than its own"));
         }
-        places
+        permits
     }
 
     #[test]
@@ -106,14 +106,14 @@ mod tests {
     fn the_bound_is_never_passed() {
         let budget = Budget::new(3);
         let origin = Arc::default();
-        let places: Vec<_> = (0..5).filter_map(|_| budget.take(&origin)).collect();
-        assert_eq!((places.len(), origin.load(Ordering::Relaxed)), (3, 3));
+        let permits: Vec<_> = (0..5).filter_map(|_| budget.take(&origin)).collect();
+        assert_eq!((permits.len(), origin.load(Ordering::Relaxed)), (3, 3));
         assert!(!budget.has_share(0));
-        // Idle ones can be closed for another origin, and still have their places until they are.
+        // Idle ones can be closed for another origin, and still have their permits until they are.
         budget.rests();
         assert!(budget.has_share(0) && budget.take(&origin).is_none());
         budget.leave_rest(1);
-        drop(places);
+        drop(permits);
         assert_eq!((budget.in_use(), origin.load(Ordering::Relaxed)), (0, 0));
         assert!(Budget::new(0).take(&origin).is_some(), "a bound of none is one");
     }

@@ -15,7 +15,7 @@ use tokio_rustls::TlsConnector;
 use url::Host;
 
 use super::DeliveryError;
-use super::budget::Place;
+use super::budget::Permit;
 use super::connection::{Connection, Stream};
 use super::target::{AddressRule, Origin};
 use crate::clock::Stopwatch;
@@ -100,21 +100,21 @@ impl Connector {
 
     /// Opens a connection to one of the origin's addresses, tried in turn. The caller has a deadline,
     /// `within` from the start of the try; of it each address but the last gets an equal share.
-    /// `place` is the connection's part of what may be open.
+    /// `permit` is the connection's part of what may be open.
     ///
     /// # Errors
     /// Why none could be opened. An address that could not be tried counts for more than one that refused.
     pub(super) async fn connect(
         &self,
         origin: &Origin,
-        names: &Arc<Names>,
-        place: Arc<Place>,
+        names: &Arc<AddressCache>,
+        permit: Arc<Permit>,
         within: Duration,
     ) -> Result<Connection, NotConnected> {
         let addresses = match &origin.host {
             Host::Ipv4(v4) => vec![SocketAddr::new(IpAddr::V4(*v4), origin.port)],
             Host::Ipv6(v6) => vec![SocketAddr::new(IpAddr::V6(*v6), origin.port)],
-            Host::Domain(name) => names.resolve(name, origin.port, &self.watch, &place).await?,
+            Host::Domain(name) => names.resolve(name, origin.port, &self.watch, &permit).await?,
         };
         let share = within / u32::try_from(addresses.len()).unwrap_or(1).max(1);
         let last = addresses.len().saturating_sub(1);
@@ -128,7 +128,7 @@ impl Connector {
                 })
             };
             match opened {
-                Ok(stream) => return self.greet(stream, origin, place).await,
+                Ok(stream) => return self.handshake(stream, origin, permit).await,
                 Err(_) if matches!(why, NotConnected::Short(_)) => {}
                 Err(error) => why = error,
             }
@@ -149,11 +149,11 @@ impl Connector {
         Ok(stream)
     }
 
-    async fn greet(
+    async fn handshake(
         &self,
         stream: TcpStream,
         origin: &Origin,
-        place: Arc<Place>,
+        permit: Arc<Permit>,
     ) -> Result<Connection, NotConnected> {
         let stream = if origin.tls {
             let name = match &origin.host {
@@ -168,7 +168,7 @@ impl Connector {
         } else {
             Stream::Plain(stream)
         };
-        let opened = Connection::open(stream, place).await;
+        let opened = Connection::open(stream, permit).await;
         opened.map_err(|error| NotConnected::Refused(error.to_string()))
     }
 }
@@ -216,7 +216,7 @@ pub(super) fn words(error: &io::Error) -> String {
 
 /// The addresses of one origin's name.
 #[derive(Debug, Default)]
-pub(super) struct Names {
+pub(super) struct AddressCache {
     known: Mutex<Option<Known>>,
     /// Held during a look-up. A look-up occupies a thread until the system gives up on it, so there
     /// is never more than one for a name, however many tries have given up waiting for it.
@@ -229,13 +229,13 @@ struct Known {
     addresses: Result<Vec<SocketAddr>, String>,
 }
 
-impl Names {
+impl AddressCache {
     async fn resolve(
         self: &Arc<Self>,
         name: &str,
         port: u16,
         watch: &Stopwatch,
-        place: &Arc<Place>,
+        permit: &Arc<Permit>,
     ) -> Result<Vec<SocketAddr>, NotConnected> {
         if let Some(addresses) = self.fresh(watch) {
             return addresses.map_err(NotConnected::Refused);
@@ -246,14 +246,14 @@ impl Names {
         }
         let (names, name, watch) = (Arc::clone(self), name.to_owned(), watch.clone());
         // The look-up has a descriptor open for as long as it takes, also when the try has given up.
-        let place = Arc::clone(place);
+        let permit = Arc::clone(permit);
         let look_up = tokio::spawn(async move {
             let addresses = match tokio::net::lookup_host((name.as_str(), port)).await {
                 Ok(found) => Ok(found.take(ADDRESSES_MAX).collect()),
                 Err(error) => Err(unresolved(&name, &error)),
             };
             names.learn(&addresses, &watch);
-            drop((turn, place));
+            drop((turn, permit));
             addresses
         });
         // Only a runtime that has no thread for it, or that ends, stops a look-up.

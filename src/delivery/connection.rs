@@ -18,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 
-use super::budget::Place;
+use super::budget::Permit;
 
 /// The body of a request.
 pub(super) type Body = Full<Bytes>;
@@ -33,14 +33,14 @@ pub(super) struct Connection {
     /// `None` once the connection has ended.
     driver: Option<Box<http1::Connection<TokioIo<Stream>, Body>>>,
     /// After the socket, so that it is given back only once that is closed.
-    _place: Arc<Place>,
+    _permit: Arc<Permit>,
 }
 
 impl Connection {
-    pub(super) async fn open(stream: Stream, place: Arc<Place>) -> Result<Connection, hyper::Error> {
+    pub(super) async fn open(stream: Stream, permit: Arc<Permit>) -> Result<Connection, hyper::Error> {
         let (sender, driver) =
             http1::Builder::new().max_buf_size(HEAD_MAX).handshake(TokioIo::new(stream)).await?;
-        Ok(Connection { sender, driver: Some(Box::new(driver)), _place: place })
+        Ok(Connection { sender, driver: Some(Box::new(driver)), _permit: permit })
     }
 
     /// Lets the connection do what it can now.

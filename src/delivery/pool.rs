@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::budget::{Budget, Place};
-use super::connect::{Connector, Names, NotConnected};
+use super::budget::{Budget, Permit};
+use super::connect::{AddressCache, Connector, NotConnected};
 use super::connection::Connection;
 use super::target::Origin;
 use crate::shortage::Shortage;
@@ -47,7 +47,7 @@ pub(super) struct Pool {
 /// One origin's connections that are not in use.
 pub(super) struct Host {
     origin: Origin,
-    names: Arc<Names>,
+    names: Arc<AddressCache>,
     /// Open ones, in use and idle.
     open: Arc<AtomicUsize>,
     idle: Mutex<Vec<Idle>>,
@@ -71,7 +71,7 @@ impl Pool {
         Pool { connector, bounds, budget: Budget::new(bounds.open), hosts: Mutex::default() }
     }
 
-    /// The place of an origin's connections.
+    /// What is kept of an origin: its idle connections and addresses.
     pub(super) fn host(&self, origin: &Origin) -> Arc<Host> {
         let mut hosts = lock(&self.hosts);
         if let Some(host) = hosts.get(origin) {
@@ -119,18 +119,18 @@ impl Pool {
     /// # Errors
     /// [`NotConnected`]: this process is short of something, or the receiver can't be reached.
     pub(super) async fn connect(&self, host: &Host, within: Duration) -> Result<Connection, NotConnected> {
-        let place = self.place(host).map_err(NotConnected::Short)?;
-        self.connector.connect(&host.origin, &host.names, place, within).await
+        let permit = self.permit(host).map_err(NotConnected::Short)?;
+        self.connector.connect(&host.origin, &host.names, permit, within).await
     }
 
-    /// A place for a new connection; when all are taken, the oldest idle connections make room.
-    fn place(&self, host: &Host) -> Result<Arc<Place>, Shortage> {
+    /// A permit for a new connection; when all are taken, the oldest idle connections make room.
+    fn permit(&self, host: &Host) -> Result<Arc<Permit>, Shortage> {
         let short = || Shortage::of_budget(self.budget.max());
         if !self.budget.has_share(host.in_use()) {
             return Err(short());
         }
-        if let Some(place) = self.budget.take(&host.open) {
-            return Ok(place);
+        if let Some(permit) = self.budget.take(&host.open) {
+            return Ok(permit);
         }
         self.close_oldest();
         self.budget.take(&host.open).ok_or_else(short)

@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::signature::Key;
 use super::target::Target;
 use crate::clock::Timestamp;
+use crate::header_rules::{HEADERS_BYTES_MAX, HEADERS_MAX, is_reserved};
 use crate::message::MessageId;
 use crate::ticket::Ticket;
 
@@ -22,29 +23,6 @@ const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp
 const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const AMS_ATTEMPT: HeaderName = HeaderName::from_static("ams-attempt");
-
-/// A message's own headers, at most.
-const EXTRA_MAX: usize = 64;
-
-/// Bytes of a message's own headers, names and values together, at most.
-const EXTRA_BYTES_MAX: usize = 16 * 1024;
-
-/// Headers that a message may not set: ours, and those that decide how a request is framed.
-const RESERVED: &[&str] = &[
-    "connection",
-    "content-length",
-    "content-type",
-    "expect",
-    "host",
-    "idempotency-key",
-    "keep-alive",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "user-agent",
-];
-const RESERVED_PREFIXES: &[&str] = &["ams-", "proxy-", "webhook-"];
 
 #[derive(Serialize)]
 struct Envelope<'a> {
@@ -137,17 +115,17 @@ fn content_type(ticket: &Ticket) -> Result<HeaderValue, String> {
 fn add(headers: &mut HeaderMap, extra: &RawValue) -> Result<(), String> {
     let Extra(pairs) = serde_json::from_str(extra.get())
         .map_err(|_| "its headers are not a JSON object of strings".to_owned())?;
-    if pairs.len() > EXTRA_MAX {
-        return Err(format!("it has more than {EXTRA_MAX} headers"));
+    if pairs.len() > HEADERS_MAX {
+        return Err(format!("it has more than {HEADERS_MAX} headers"));
     }
-    if pairs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() > EXTRA_BYTES_MAX {
-        return Err(format!("its headers are larger than {EXTRA_BYTES_MAX} bytes"));
+    if pairs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() > HEADERS_BYTES_MAX {
+        return Err(format!("its headers are larger than {HEADERS_BYTES_MAX} bytes"));
     }
     for (name, value) in pairs {
         let key = HeaderName::try_from(&name)
             .map_err(|_| format!("`{}` is no header name", name.escape_debug()))?;
         let lower = key.as_str();
-        if RESERVED.contains(&lower) || RESERVED_PREFIXES.iter().any(|prefix| lower.starts_with(prefix)) {
+        if is_reserved(lower) {
             return Err(format!("the header `{lower}` can't be set by a message"));
         }
         let value = HeaderValue::try_from(value)
@@ -271,8 +249,8 @@ mod tests {
 
     #[test]
     fn a_messages_headers_are_bounded() {
-        let many: Vec<_> = (0..=EXTRA_MAX).map(|i| format!(r#""x-{i}":"""#)).collect();
-        let large = format!(r#"{{"x":"{}"}}"#, "y".repeat(EXTRA_BYTES_MAX));
+        let many: Vec<_> = (0..=HEADERS_MAX).map(|i| format!(r#""x-{i}":"""#)).collect();
+        let large = format!(r#"{{"x":"{}"}}"#, "y".repeat(HEADERS_BYTES_MAX));
         for json in [format!("{{{}}}", many.join(",")), large] {
             let error = write(&with_headers(&json)).unwrap_err();
             assert!(error.contains("than"), "{error}");

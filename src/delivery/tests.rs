@@ -61,9 +61,9 @@ async fn deliver_soon(delivery: &Delivery, url: &str) -> Outcome {
 }
 
 fn network(delivery: &Delivery) -> &Network {
-    match &delivery.way {
-        Way::Network(network) => network,
-        Way::Script(_) => panic!("a script has no network"),
+    match &delivery.transport {
+        Transport::Network(network) => network,
+        Transport::Script(_) => panic!("a script has no network"),
     }
 }
 

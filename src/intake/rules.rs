@@ -1,6 +1,7 @@
 //! What a message must be like. Pure; the store's own checks say the same for those who insert by SQL.
 
 use crate::clock::Timestamp;
+use crate::header_rules::{HEADERS_BYTES_MAX, HEADERS_MAX, is_reserved};
 use crate::message::NewMessage;
 
 /// Messages in one batch call.
@@ -10,26 +11,6 @@ const RECIPIENT_MAX: usize = 1_024;
 const CONTENT_BYTES_MAX: usize = 1 << 20;
 const WORD_MAX: usize = 255;
 const TAGS_BYTES_MAX: usize = 16 << 10;
-
-// What a delivery would refuse must not be accepted first: these are its bounds too.
-const HEADERS_MAX: usize = 64;
-const HEADERS_BYTES_MAX: usize = 16 << 10;
-
-/// Request headers that are ours to set.
-const RESERVED: &[&str] = &[
-    "host",
-    "content-length",
-    "content-type",
-    "transfer-encoding",
-    "connection",
-    "keep-alive",
-    "upgrade",
-    "te",
-    "trailer",
-    "expect",
-    "user-agent",
-    "idempotency-key",
-];
 
 /// What is wrong with one field, in a sentence that says how to mend it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,8 +80,7 @@ fn headers_fault(headers: &serde_json::Value) -> Option<String> {
     }
     for (name, value) in headers {
         let lower = name.to_ascii_lowercase();
-        let ours = ["webhook-", "ams-", "proxy-"].iter().any(|start| lower.starts_with(start));
-        if ours || RESERVED.contains(&lower.as_str()) {
+        if is_reserved(&lower) {
             return Some(format!("`{name}` is set by AMS; leave it out"));
         }
         if hyper::header::HeaderName::from_bytes(name.as_bytes()).is_err() {

@@ -8,13 +8,13 @@ use async_trait::async_trait;
 use super::*;
 use crate::cache::memory::MemoryCache;
 use crate::clock::Clock;
+use crate::lane::tests::lane;
 use crate::message::{MessageId, NewMessage, Status};
 use crate::queue::embedded::EmbeddedQueue;
 use crate::queue::{self, Depth, LaneRecord, Queue, QueueError, Subscription};
-use crate::retry::tests::lane;
 use crate::service::{Directory, Presence};
 use crate::store::sqlite::SqliteStore;
-use crate::store::{Endpoint, Place, Store};
+use crate::store::{Endpoint, LogPosition, Store};
 use crate::telemetry::Metrics;
 
 struct Bench {
@@ -144,7 +144,7 @@ async fn a_claim_that_comes_to_be_after_its_answer_was_lost_is_found() {
     let claim = Claim { due, limit: 10, lane: "messages", batch, saturated: &[], owner, now: clock.now() };
     assert_eq!(store.claim(&claim).await.unwrap().tickets.len(), 1);
     let lost = clock.instant();
-    while store.batches(clock.now(), 10).await.unwrap().iter().any(|known| known.place.is_none()) {
+    while store.batches(clock.now(), 10).await.unwrap().iter().any(|known| known.log_position.is_none()) {
         bench.step().await;
         assert!(clock.instant().since(lost) < 2 * UNSURE_LOOK, "its batch is not published");
     }
@@ -245,7 +245,7 @@ impl Queue for AwayQueue {
         away()
     }
 
-    async fn publish(&self, _lane: &str, _records: Vec<LaneRecord>) -> queue::Result<Place> {
+    async fn publish(&self, _lane: &str, _records: Vec<LaneRecord>) -> queue::Result<LogPosition> {
         away()
     }
 

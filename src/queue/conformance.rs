@@ -67,9 +67,9 @@ async fn batches_come_whole_and_in_order(queue: &dyn Queue) {
     let mut places = BTreeSet::new();
     let before = Clock::system().now();
     for i in 0..4 {
-        let place = queue.publish(&lane, records(i * 100..(i + 1) * 100)).await.unwrap();
-        assert_eq!(place.offset % 100, 99, "one batch goes to one partition whole");
-        places.insert((place.partition, place.offset));
+        let at = queue.publish(&lane, records(i * 100..(i + 1) * 100)).await.unwrap();
+        assert_eq!(at.offset % 100, 99, "one batch goes to one partition whole");
+        places.insert((at.partition, at.offset));
     }
     assert_eq!(places.len(), 4);
     let taken = take(&mut subscription, 400).await;
@@ -136,7 +136,7 @@ async fn groups_are_independent_and_depth_tells(queue: &dyn Queue) {
     let lane = lane();
     assert!(queue.depth(&lane, "nobody").await.unwrap().iter().all(|depth| depth.end == 0));
     queue.ensure(std::slice::from_ref(&lane)).await.unwrap();
-    let place = queue.publish(&lane, records(0..50)).await.unwrap();
+    let at = queue.publish(&lane, records(0..50)).await.unwrap();
     let (one, other) = (format!("{lane}-one"), format!("{lane}-other"));
     // A queue in memory keeps records for the groups that it knows.
     queue.subscribe(&lane, &other, 100).await.unwrap().close().await;
@@ -145,7 +145,7 @@ async fn groups_are_independent_and_depth_tells(queue: &dyn Queue) {
     first.done.send(receipts(&taken)).unwrap();
     first.close().await;
     let at = |depth: Vec<super::Depth>| {
-        let depth = depth.into_iter().find(|depth| depth.partition == place.partition).unwrap();
+        let depth = depth.into_iter().find(|depth| depth.partition == at.partition).unwrap();
         (depth.position, depth.end)
     };
     assert_eq!(at(queue.depth(&lane, &one).await.unwrap()), (50, 50));

@@ -11,8 +11,8 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::{Depth, LaneRecord, Queue, Receipt, Result, Subscription, Taken, Watermark};
 use crate::clock::{Clock, Timestamp};
-use crate::retry::Lane as LaneSettings;
-use crate::store::Place;
+use crate::lane::Lane as LaneSettings;
+use crate::store::LogPosition;
 
 /// Records that are given to a member at once.
 const BATCH: usize = 1_000;
@@ -266,7 +266,7 @@ impl Queue for EmbeddedQueue {
         Ok(())
     }
 
-    async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<Place> {
+    async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<LogPosition> {
         let now = self.clock.now();
         let mut lanes = self.lock();
         let is_terminal = LaneSettings::is_terminal(lane);
@@ -277,11 +277,11 @@ impl Queue for EmbeddedQueue {
         let partition = &mut lane.partitions[at];
         records.into_iter().for_each(|record| partition.push(now, record));
         while unread && partition.bytes > UNREAD_BYTES && partition.records.len() > 1 && partition.pop() {}
-        let place = Place { partition: at as i32, offset: partition.end() - 1 };
+        let published = LogPosition { partition: at as i32, offset: partition.end() - 1 };
         for group in lane.groups.values() {
             group.members.values().for_each(|member| member.notify_one());
         }
-        Ok(place)
+        Ok(published)
     }
 
     async fn subscribe(&self, lane: &str, group: &str, window: usize) -> Result<Subscription> {

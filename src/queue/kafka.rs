@@ -23,7 +23,7 @@ use rdkafka::producer::Producer;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use super::{Depth, LaneRecord, Queue, QueueError, RECORD_MAX, Result, Subscription};
-use crate::store::Place;
+use crate::store::LogPosition;
 
 use log::LogContext;
 use publisher::Publisher;
@@ -47,7 +47,7 @@ pub struct KafkaQueue {
     config: ClientConfig,
     publisher: Publisher,
     /// Clients that ask for positions, one for each group. A plain lock, held for a look-up only.
-    askers: Mutex<BTreeMap<String, Arc<BaseConsumer<LogContext>>>>,
+    offset_clients: Mutex<BTreeMap<String, Arc<BaseConsumer<LogContext>>>>,
 }
 
 impl KafkaQueue {
@@ -70,34 +70,34 @@ impl KafkaQueue {
             config.set(key, value);
         }
         let publisher = Publisher::new(&config).map_err(refused)?;
-        Ok(KafkaQueue { config, publisher, askers: Mutex::default() })
+        Ok(KafkaQueue { config, publisher, offset_clients: Mutex::default() })
     }
 
     /// The client that asks for `group`'s positions; it never joins the group.
-    fn asker(&self, group: &str) -> Result<Arc<BaseConsumer<LogContext>>> {
-        let mut askers = self.askers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(asker) = askers.get(group) {
-            return Ok(Arc::clone(asker));
+    fn offset_client(&self, group: &str) -> Result<Arc<BaseConsumer<LogContext>>> {
+        let mut offset_clients = self.offset_clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(offset_client) = offset_clients.get(group) {
+            return Ok(Arc::clone(offset_client));
         }
         let mut config = self.config.clone();
         config
             .set("group.id", group)
             .set("enable.auto.commit", "false")
             .set("allow.auto.create.topics", "false");
-        let asker: BaseConsumer<LogContext> =
+        let offset_client: BaseConsumer<LogContext> =
             config.create_with_context(LogContext::default()).map_err(refused)?;
-        let asker = Arc::new(asker);
-        askers.insert(group.to_owned(), Arc::clone(&asker));
-        Ok(asker)
+        let offset_client = Arc::new(offset_client);
+        offset_clients.insert(group.to_owned(), Arc::clone(&offset_client));
+        Ok(offset_client)
     }
 
     /// The lanes among `names` that do not exist.
     async fn missing(&self, names: &[String]) -> Result<Vec<String>> {
-        let (asker, names) = (self.asker("ams")?, names.to_vec());
+        let (offset_client, names) = (self.offset_client("ams")?, names.to_vec());
         blocking(move || {
             let mut missing = Vec::new();
             for name in names {
-                if partitions(&asker, &name)? == 0 {
+                if partitions(&offset_client, &name)? == 0 {
                     missing.push(name);
                 }
             }
@@ -160,12 +160,12 @@ impl Queue for KafkaQueue {
         Err(QueueError::Unavailable(format!("the lanes {} are not there yet", missing.join(", "))))
     }
 
-    async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<Place> {
+    async fn publish(&self, lane: &str, records: Vec<LaneRecord>) -> Result<LogPosition> {
         let count = match self.publisher.known_partitions(lane) {
             Some(count) => count,
             None => {
-                let (asker, name) = (self.asker("ams")?, lane.to_owned());
-                let mut count = blocking(move || partitions(&asker, &name)).await?;
+                let (offset_client, name) = (self.offset_client("ams")?, lane.to_owned());
+                let mut count = blocking(move || partitions(&offset_client, &name)).await?;
                 if count == 0 {
                     self.ensure(&[lane.to_owned()]).await?;
                     count = PARTITIONS;
@@ -182,12 +182,12 @@ impl Queue for KafkaQueue {
     }
 
     async fn subscribe(&self, lane: &str, group: &str, window: usize) -> Result<Subscription> {
-        poller::subscribe(&self.config, lane, group, window, self.asker(group)?)
+        poller::subscribe(&self.config, lane, group, window, self.offset_client(group)?)
     }
 
     async fn depth(&self, lane: &str, group: &str) -> Result<Vec<Depth>> {
-        let (asker, name) = (self.asker(group)?, lane.to_owned());
-        let depth = blocking(move || depth(&asker, &name)).await?;
+        let (offset_client, name) = (self.offset_client(group)?, lane.to_owned());
+        let depth = blocking(move || depth(&offset_client, &name)).await?;
         if !depth.is_empty() && self.publisher.known_partitions(lane).is_none() {
             // Whoever asks for a lane's depth will publish there: the first batch must not wait for this.
             let (client, name) = (self.publisher.client(), lane.to_owned());
@@ -198,20 +198,24 @@ impl Queue for KafkaQueue {
     }
 
     async fn ping(&self) -> Result<()> {
-        let asker = self.asker("ams")?;
-        blocking(move || asker.fetch_metadata(Some("ams-ping"), Duration::from_secs(1)).map(drop)).await
+        let offset_client = self.offset_client("ams")?;
+        blocking(move || offset_client.fetch_metadata(Some("ams-ping"), Duration::from_secs(1)).map(drop))
+            .await
     }
 }
 
 /// How many partitions a lane has; none when it does not exist.
-fn partitions(asker: &BaseConsumer<LogContext>, lane: &str) -> std::result::Result<i32, KafkaError> {
-    let metadata = asker.fetch_metadata(Some(lane), ANSWER)?;
+fn partitions(offset_client: &BaseConsumer<LogContext>, lane: &str) -> std::result::Result<i32, KafkaError> {
+    let metadata = offset_client.fetch_metadata(Some(lane), ANSWER)?;
     let topic = metadata.topics().iter().find(|topic| topic.name() == lane && topic.error().is_none());
     Ok(topic.map_or(0, |topic| i32::try_from(topic.partitions().len()).unwrap_or(i32::MAX)))
 }
 
-fn depth(asker: &BaseConsumer<LogContext>, lane: &str) -> std::result::Result<Vec<Depth>, KafkaError> {
-    let count = partitions(asker, lane)?;
+fn depth(
+    offset_client: &BaseConsumer<LogContext>,
+    lane: &str,
+) -> std::result::Result<Vec<Depth>, KafkaError> {
+    let count = partitions(offset_client, lane)?;
     if count == 0 {
         return Ok(Vec::new());
     }
@@ -222,11 +226,11 @@ fn depth(asker: &BaseConsumer<LogContext>, lane: &str) -> std::result::Result<Ve
         }
         Ok::<_, KafkaError>(list)
     };
-    let committed = asker.committed_offsets(all(Offset::Invalid)?, ANSWER)?;
+    let committed = offset_client.committed_offsets(all(Offset::Invalid)?, ANSWER)?;
     // To the question "which offset has this time?" the end and the beginning are legal times; one
     // answer covers all partitions.
-    let ends = asker.offsets_for_times(all(Offset::End)?, ANSWER)?;
-    let firsts = asker.offsets_for_times(all(Offset::Beginning)?, ANSWER)?;
+    let ends = offset_client.offsets_for_times(all(Offset::End)?, ANSWER)?;
+    let firsts = offset_client.offsets_for_times(all(Offset::Beginning)?, ANSWER)?;
     depths(lane, count, [&committed, &firsts, &ends])
 }
 

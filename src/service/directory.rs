@@ -9,7 +9,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{LEASE, Service, Step};
 use crate::delivery::fault_of;
-use crate::retry::{Lane, LaneGroup, Policy, dead_letter_of};
+use crate::lane::{Lane, LaneGroup, dead_letter_of};
+use crate::retry::Policy;
 use crate::store::{Endpoint, Result, Store, StoreError};
 
 const REFRESH: Duration = Duration::from_secs(1);
@@ -115,7 +116,7 @@ impl Service for &Directory {
 mod tests {
     use super::*;
     use crate::clock::Timestamp;
-    use crate::retry::tests::lane;
+    use crate::lane::tests::lane;
 
     #[tokio::test]
     async fn an_endpoint_with_broken_settings_takes_nothing_until_it_is_mended() {

@@ -1,10 +1,12 @@
 //! What a consumer asks of the store: to begin deliveries, and to record what their attempts came to.
 
-use super::{InstanceId, Mask};
-use crate::clock::Timestamp;
-use crate::message::{Outcome, Verdict};
+use async_trait::async_trait;
+
 #[cfg(doc)]
-use crate::store::Store;
+use super::Scheduling;
+use super::{InstanceId, Mask, Result};
+use crate::clock::Timestamp;
+use crate::message::{Held, MessageId, Outcome, Verdict};
 use crate::ticket::{BatchId, Ticket};
 
 /// A lease's number, chosen at random by the consumer.
@@ -27,7 +29,7 @@ pub struct Wanted {
     pub positions: Mask,
 }
 
-/// One call of [`Store::begin`].
+/// One call of [`Execution::begin`].
 #[derive(Clone, Debug)]
 pub struct Begin<'a> {
     /// Each batch at most once.
@@ -87,4 +89,26 @@ pub struct DeadLetter {
     pub last_status: Option<u16>,
     pub last_error: Option<String>,
     pub dead_at: Timestamp,
+}
+
+/// What consumers begin, record and hold, and the dead letters that come of it.
+#[async_trait]
+pub trait Execution: Send + Sync {
+    /// Begins deliveries: those whose bits are still in their batch come into leases. Answers in any order, and
+    /// nothing for a batch of which nothing was begun.
+    async fn begin(&self, begin: &Begin<'_>) -> Result<Vec<Begun>>;
+
+    /// Writes what attempts came to, and the dead letters with them, in one transaction. Returns the ids whose verdict
+    /// was refused: failures of deliveries that no longer stand in their lease. A success is never refused.
+    async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>>;
+
+    /// Holds deliveries that still stand in their batch on this lane: they are not claimed again until
+    /// [`Scheduling::unhold`]. Returns how many those were.
+    async fn hold(&self, lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> Result<u64>;
+
+    /// Dead letters written before `before` that are not marked as published, oldest first.
+    async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>>;
+
+    /// Marks dead letters as published.
+    async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()>;
 }

@@ -1,13 +1,15 @@
 //! What operators ask of the store: looking for messages, changing many of them, keys and the pause.
 
+use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
+use super::{Overview, Result};
 use crate::clock::Timestamp;
-use crate::message::{MessageId, Status};
+use crate::message::{Attempt, Message, MessageId, Status};
 
 /// Rows that one search looks at, at most. A page may therefore be short although more follow; in
 /// return no page is slow, whatever the filter and however many rows there are.
-pub const WALK: usize = 2_000;
+pub const SCAN: usize = 2_000;
 
 /// Which messages somebody looks for. Everything that is set must hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,7 +43,7 @@ pub struct Cursor {
 impl Cursor {
     /// Before the newest message, for a search of this filter.
     pub fn start(filter: &Filter) -> Cursor {
-        match filter.created_before.filter(|_| filter.walk() == Walk::Created) {
+        match filter.created_before.filter(|_| filter.scan() == Scan::Created) {
             Some(at) => Cursor { at, id: MessageId(0) },
             None => Cursor { at: Timestamp::from_micros(i64::MAX), id: MessageId(i64::MAX) },
         }
@@ -50,15 +52,15 @@ impl Cursor {
 
 /// What one search found, newest first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Found {
+pub struct Page {
     pub ids: Vec<MessageId>,
     /// `None`: there is nothing more.
     pub next: Option<Cursor>,
 }
 
-/// Which index a search walks.
+/// Which index a search scans.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Walk<'a> {
+pub(super) enum Scan<'a> {
     All,
     Recipient(&'a str),
     Endpoint(&'a str),
@@ -80,20 +82,20 @@ pub(super) enum Walk<'a> {
 
 impl Filter {
     /// The index that leads to few rows besides the ones wanted.
-    pub(super) fn walk(&self) -> Walk<'_> {
+    pub(super) fn scan(&self) -> Scan<'_> {
         if let Some(recipient) = &self.recipient {
-            return Walk::Recipient(recipient);
+            return Scan::Recipient(recipient);
         }
         match (self.status, &self.endpoint) {
-            (Some(status @ (Status::Dead | Status::Cancelled | Status::Expired)), _) => Walk::Unsent(status),
-            (Some(Status::Queued), _) => Walk::Queued,
-            (Some(Status::Processing), _) => Walk::Processing,
-            (Some(Status::Retrying), _) => Walk::Waiting,
-            (_, Some(endpoint)) => Walk::Endpoint(endpoint),
-            (Some(Status::Pending), _) => Walk::Pending,
-            _ if self.created_after.is_some() || self.created_before.is_some() => Walk::Created,
-            (Some(Status::Sent), _) => Walk::Tried,
-            (None | Some(Status::Unknown), None) => Walk::All,
+            (Some(status @ (Status::Dead | Status::Cancelled | Status::Expired)), _) => Scan::Unsent(status),
+            (Some(Status::Queued), _) => Scan::Queued,
+            (Some(Status::Processing), _) => Scan::Processing,
+            (Some(Status::Retrying), _) => Scan::Waiting,
+            (_, Some(endpoint)) => Scan::Endpoint(endpoint),
+            (Some(Status::Pending), _) => Scan::Pending,
+            _ if self.created_after.is_some() || self.created_before.is_some() => Scan::Created,
+            (Some(Status::Sent), _) => Scan::Tried,
+            (None | Some(Status::Unknown), None) => Scan::All,
         }
     }
 }
@@ -195,6 +197,61 @@ pub struct ApiKey {
     pub revoked_at: Option<Timestamp>,
 }
 
+/// What people and programs look at and change.
+#[async_trait]
+pub trait Operations: Send + Sync {
+    /// One message.
+    async fn message(&self, id: MessageId) -> Result<Option<Message>>;
+
+    /// The messages with these ids, in no order; those that do not exist are left out.
+    async fn messages(&self, ids: &[MessageId]) -> Result<Vec<Message>>;
+
+    /// The ids of at most `limit` matching messages, newest first, from `from` on.
+    async fn search(&self, filter: &Filter, from: Cursor, limit: usize) -> Result<Page>;
+
+    /// Changes those of these messages whose status allows it, and says which.
+    async fn change(&self, change: Change, ids: &[MessageId], now: Timestamp) -> Result<Vec<MessageId>>;
+
+    /// Notes a change of all messages that match and exist now.
+    async fn open_job(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Job>;
+
+    /// Works at most `limit` messages of a job off, unless somebody else is at it, and says how it stands.
+    async fn work_job(&self, id: JobId, limit: usize, now: Timestamp) -> Result<Option<Job>>;
+
+    /// A job.
+    async fn job(&self, id: JobId) -> Result<Option<Job>>;
+
+    /// Unfinished jobs at which nobody has worked since `before`.
+    async fn idle_jobs(&self, before: Timestamp) -> Result<Vec<JobId>>;
+
+    /// Why the newest 10,000 dead messages are dead, the most frequent reason first.
+    async fn dead_reasons(&self) -> Result<Vec<DeadReason>>;
+
+    /// Pauses all producers, or lets them go on; it holds over restarts.
+    async fn set_paused(&self, paused: bool) -> Result<()>;
+
+    /// Whether producers are paused, and what the active one says.
+    async fn control(&self, now: Timestamp) -> Result<Control>;
+
+    /// Stores a new key of the API.
+    async fn put_key(&self, key: &ApiKey) -> Result<()>;
+
+    /// All keys of the API, oldest first.
+    async fn keys(&self) -> Result<Vec<ApiKey>>;
+
+    /// Revokes a key. `false`: there is none, or it is revoked already.
+    async fn revoke_key(&self, id: &str, now: Timestamp) -> Result<bool>;
+
+    /// Notes that these keys have just been used.
+    async fn keys_used(&self, ids: &[String], now: Timestamp) -> Result<()>;
+
+    /// A message's attempts, oldest first.
+    async fn attempts(&self, id: MessageId) -> Result<Vec<Attempt>>;
+
+    /// Counts, ages and instances. Counting stops at 10,000 a status.
+    async fn overview(&self, now: Timestamp) -> Result<Overview>;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -209,19 +266,19 @@ mod tests {
             ..Filter::default()
         };
         let at = Some(Timestamp::EPOCH);
-        for (filter, walk) in [
-            (filter(None, None, None, None), Walk::All),
-            (filter(Some(Status::Dead), Some("sms"), Some("+90"), at), Walk::Recipient("+90")),
-            (filter(Some(Status::Dead), Some("sms"), None, at), Walk::Unsent(Status::Dead)),
-            (filter(Some(Status::Retrying), Some("sms"), None, None), Walk::Waiting),
-            (filter(Some(Status::Sent), Some("sms"), None, at), Walk::Endpoint("sms")),
-            (filter(Some(Status::Pending), None, None, at), Walk::Pending),
-            (filter(Some(Status::Sent), None, None, at), Walk::Created),
-            (filter(Some(Status::Sent), None, None, None), Walk::Tried),
-            (filter(Some(Status::Queued), None, None, None), Walk::Queued),
-            (filter(Some(Status::Processing), None, None, None), Walk::Processing),
+        for (filter, scan) in [
+            (filter(None, None, None, None), Scan::All),
+            (filter(Some(Status::Dead), Some("sms"), Some("+90"), at), Scan::Recipient("+90")),
+            (filter(Some(Status::Dead), Some("sms"), None, at), Scan::Unsent(Status::Dead)),
+            (filter(Some(Status::Retrying), Some("sms"), None, None), Scan::Waiting),
+            (filter(Some(Status::Sent), Some("sms"), None, at), Scan::Endpoint("sms")),
+            (filter(Some(Status::Pending), None, None, at), Scan::Pending),
+            (filter(Some(Status::Sent), None, None, at), Scan::Created),
+            (filter(Some(Status::Sent), None, None, None), Scan::Tried),
+            (filter(Some(Status::Queued), None, None, None), Scan::Queued),
+            (filter(Some(Status::Processing), None, None, None), Scan::Processing),
         ] {
-            assert_eq!(filter.walk(), walk, "{filter:?}");
+            assert_eq!(filter.scan(), scan, "{filter:?}");
         }
     }
 

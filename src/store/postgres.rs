@@ -32,7 +32,17 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Config, Row};
 use uuid::Uuid;
 
-use super::*;
+use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Job, JobId, Page};
+use super::{
+    About, AllOrNone, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint,
+    Execution, Inserted, InstanceId, Leadership, LogPosition, Operations, Overview, Reconciled,
+    Reconciliation, Records, Recovered, Recovery, Registry, Reissue, Reissued, Removal, Removed, Result,
+    Scheduling, SchemaVersion, Store, StoreError, Upkeep,
+};
+use crate::clock::Timestamp;
+use crate::lane::{Lane, LaneGroup};
+use crate::message::{Attempt, Held, Message, MessageId, NewMessage};
+use crate::ticket::Ticket;
 
 pub use scratch::Scratch;
 
@@ -250,10 +260,17 @@ impl Store for PostgresStore {
         self.call(async |db| insert::insert(db, messages, now).await).await
     }
 
-    async fn insert_whole(&self, messages: &[NewMessage], now: Timestamp) -> Result<Whole> {
+    async fn insert_whole(&self, messages: &[NewMessage], now: Timestamp) -> Result<AllOrNone> {
         self.call(async |db| insert::insert_whole(db, messages, now).await).await
     }
 
+    async fn about(&self) -> Result<About> {
+        self.read(async |db| registry::about(db).await).await
+    }
+}
+
+#[async_trait]
+impl Registry for PostgresStore {
     async fn enroll(
         &self,
         service: &str,
@@ -284,82 +301,6 @@ impl Store for PostgresStore {
         self.call(async |db| registry::lead(db, bid).await).await
     }
 
-    async fn due(&self, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
-        self.call(async |db| claim::due(db, &self.feeds, lanes, by).await).await
-    }
-
-    async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {
-        self.call(async |db| claim::claim(db, &self.feeds, claim).await).await
-    }
-
-    async fn acknowledge(&self, batch: BatchId, place: Place) -> Result<()> {
-        self.call(async |db| claim::acknowledge(db, batch, place).await).await
-    }
-
-    async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
-        self.call(async |db| claim::batches(db, now, limit).await).await
-    }
-
-    async fn reissue(&self, reissue: &Reissue) -> Result<Option<Reissued>> {
-        self.call(async |db| begin::reissue(db, reissue).await).await
-    }
-
-    async fn begin(&self, begin: &Begin<'_>) -> Result<Vec<Begun>> {
-        self.call(async |db| begin::begin(db, begin).await).await
-    }
-
-    async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>> {
-        self.call(async |db| record::record(db, records).await).await
-    }
-
-    async fn hold(&self, lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> Result<u64> {
-        self.call(async |db| hold::hold(db, lane, tickets, held, now).await).await
-    }
-
-    async fn held(&self) -> Result<Vec<(String, Held)>> {
-        self.call(async |db| hold::held(db).await).await
-    }
-
-    async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
-        self.call(async |db| hold::unhold(db, endpoint, held, limit, now).await).await
-    }
-
-    async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {
-        self.call(async |db| hold::expire(db, now, limit).await).await
-    }
-
-    async fn recover(&self, recovery: &Recovery<'_>) -> Result<Recovered> {
-        self.call(async |db| begin::recover(db, recovery).await).await
-    }
-
-    async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>> {
-        self.call(async |db| read::dead_letters(db, before, limit).await).await
-    }
-
-    async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()> {
-        self.call(async |db| record::dead_lettered(db, ids).await).await
-    }
-
-    async fn remove_old(&self, removal: &Removal) -> Result<Removed> {
-        self.call(async |db| retention::remove_old(db, removal).await).await
-    }
-
-    async fn check_feeds(&self, now: Timestamp) -> Result<bool> {
-        self.call(async |db| reconcile::check_feeds(db, now).await).await
-    }
-
-    async fn reconcile(&self, now: Timestamp, limit: usize) -> Result<Reconciled> {
-        self.call(async |db| reconcile::reconcile(db, now, limit).await).await
-    }
-
-    async fn reconciliation(&self) -> Result<Reconciliation> {
-        self.read(async |db| reconcile::reconciliation(db).await).await
-    }
-
-    async fn make_partitions(&self) -> Result<()> {
-        self.call(async |db| registry::make_partitions(db).await).await
-    }
-
     async fn endpoints(&self) -> Result<Vec<Endpoint>> {
         self.call(async |db| registry::endpoints(db).await).await
     }
@@ -387,7 +328,95 @@ impl Store for PostgresStore {
     async fn put_lane_group(&self, group: &LaneGroup) -> Result<()> {
         self.call(async |db| registry::put_lane_group(db, group).await).await
     }
+}
 
+#[async_trait]
+impl Scheduling for PostgresStore {
+    async fn due(&self, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
+        self.call(async |db| claim::due(db, &self.feeds, lanes, by).await).await
+    }
+
+    async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {
+        self.call(async |db| claim::claim(db, &self.feeds, claim).await).await
+    }
+
+    async fn acknowledge(&self, batch: BatchId, at: LogPosition) -> Result<()> {
+        self.call(async |db| claim::acknowledge(db, batch, at).await).await
+    }
+
+    async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
+        self.call(async |db| claim::batches(db, now, limit).await).await
+    }
+
+    async fn reissue(&self, reissue: &Reissue) -> Result<Option<Reissued>> {
+        self.call(async |db| begin::reissue(db, reissue).await).await
+    }
+
+    async fn held(&self) -> Result<Vec<(String, Held)>> {
+        self.call(async |db| hold::held(db).await).await
+    }
+
+    async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
+        self.call(async |db| hold::unhold(db, endpoint, held, limit, now).await).await
+    }
+
+    async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {
+        self.call(async |db| hold::expire(db, now, limit).await).await
+    }
+}
+
+#[async_trait]
+impl Execution for PostgresStore {
+    async fn begin(&self, begin: &Begin<'_>) -> Result<Vec<Begun>> {
+        self.call(async |db| begin::begin(db, begin).await).await
+    }
+
+    async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>> {
+        self.call(async |db| record::record(db, records).await).await
+    }
+
+    async fn hold(&self, lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> Result<u64> {
+        self.call(async |db| hold::hold(db, lane, tickets, held, now).await).await
+    }
+
+    async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>> {
+        self.call(async |db| read::dead_letters(db, before, limit).await).await
+    }
+
+    async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()> {
+        self.call(async |db| record::dead_lettered(db, ids).await).await
+    }
+}
+
+#[async_trait]
+impl Upkeep for PostgresStore {
+    async fn recover(&self, recovery: &Recovery<'_>) -> Result<Recovered> {
+        self.call(async |db| begin::recover(db, recovery).await).await
+    }
+
+    async fn remove_old(&self, removal: &Removal) -> Result<Removed> {
+        self.call(async |db| retention::remove_old(db, removal).await).await
+    }
+
+    async fn check_feeds(&self, now: Timestamp) -> Result<bool> {
+        self.call(async |db| reconcile::check_feeds(db, now).await).await
+    }
+
+    async fn reconcile(&self, now: Timestamp, limit: usize) -> Result<Reconciled> {
+        self.call(async |db| reconcile::reconcile(db, now, limit).await).await
+    }
+
+    async fn reconciliation(&self) -> Result<Reconciliation> {
+        self.read(async |db| reconcile::reconciliation(db).await).await
+    }
+
+    async fn make_partitions(&self) -> Result<()> {
+        self.call(async |db| registry::make_partitions(db).await).await
+    }
+}
+
+#[async_trait]
+impl Operations for PostgresStore {
     async fn message(&self, id: MessageId) -> Result<Option<Message>> {
         self.read(async |db| Ok(read::messages(db, &[id.0]).await?.pop())).await
     }
@@ -397,7 +426,7 @@ impl Store for PostgresStore {
         self.read(async |db| read::messages(db, &ids).await).await
     }
 
-    async fn search(&self, filter: &Filter, from: Cursor, limit: usize) -> Result<Found> {
+    async fn search(&self, filter: &Filter, from: Cursor, limit: usize) -> Result<Page> {
         self.read(async |db| search::search(db, filter, from, limit).await).await
     }
 
@@ -461,10 +490,6 @@ impl Store for PostgresStore {
 
     async fn overview(&self, now: Timestamp) -> Result<Overview> {
         self.read(async |db| read::overview(db, now).await).await
-    }
-
-    async fn about(&self) -> Result<About> {
-        self.read(async |db| registry::about(db).await).await
     }
 }
 

@@ -1,12 +1,10 @@
 //! What a producer asks of the store: what is due, claims, batches, and issuing them again.
 
-use super::{InstanceId, LeaseId};
+use async_trait::async_trait;
+
+use super::{InstanceId, LeaseId, Result};
 use crate::clock::Timestamp;
-#[cfg(doc)]
-use crate::message::Held;
-use crate::message::MessageId;
-#[cfg(doc)]
-use crate::store::Store;
+use crate::message::{Held, MessageId};
 use crate::ticket::{BatchId, Ticket};
 
 /// Deliveries in a batch, at most. A claim of a thousand costs no more per message than a larger one (measured
@@ -53,7 +51,7 @@ impl Urgency {
     }
 }
 
-/// What may be due: see [`Store::due`].
+/// What may be due: see [`Scheduling::due`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DueNow {
     /// Whether there are new messages.
@@ -96,7 +94,7 @@ pub struct Claimed {
 
 /// Where the broker put a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct LogPosition {
     pub partition: i32,
     /// The offset of its last record.
     pub offset: i64,
@@ -110,7 +108,7 @@ pub struct Batch {
     pub owner: InstanceId,
     pub created_at: Timestamp,
     /// Where the broker acknowledged it; `None` while it has not.
-    pub place: Option<Place>,
+    pub log_position: Option<LogPosition>,
     /// Whether the owner's lease has run out.
     pub orphaned: bool,
 }
@@ -124,7 +122,7 @@ pub enum Suspect {
     Lease(LeaseId),
 }
 
-/// One call of [`Store::reissue`].
+/// One call of [`Scheduling::reissue`].
 #[derive(Clone, Copy, Debug)]
 pub struct Reissue {
     pub suspect: Suspect,
@@ -140,4 +138,35 @@ pub struct Reissued {
     /// The lane that its tickets go to.
     pub lane: String,
     pub tickets: Vec<Ticket>,
+}
+
+/// What is due, claimed, held and freed.
+#[async_trait]
+pub trait Scheduling: Send + Sync {
+    /// Cheaply tells whether any new row, and which of these lanes' timed rows, may be due by then. May say
+    /// yes in vain, never no.
+    async fn due(&self, lanes: &[&str], by: Timestamp) -> Result<DueNow>;
+
+    /// Takes what is due, see [`Claim`].
+    async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed>;
+
+    /// Notes that the broker has acknowledged a batch.
+    async fn acknowledge(&self, batch: BatchId, at: LogPosition) -> Result<()>;
+
+    /// The oldest batches, at most `limit`.
+    async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>>;
+
+    /// Makes a new batch of what is left in another, or in a lease without a living owner. `None`: nothing is left,
+    /// or the owner of the lease lives.
+    async fn reissue(&self, reissue: &Reissue) -> Result<Option<Reissued>>;
+
+    /// Which endpoints have deliveries held, and why.
+    async fn held(&self) -> Result<Vec<(String, Held)>>;
+
+    /// Frees at most `limit` held deliveries of an endpoint, urgent first, then oldest: due at once, or when they
+    /// were due if that is still to come.
+    async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64>;
+
+    /// Ends at most `limit` waiting deliveries whose time is over, and returns how many.
+    async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64>;
 }

@@ -12,6 +12,7 @@ mod batch;
 mod begin;
 mod change;
 mod claim;
+mod column;
 mod endpoint;
 mod hold;
 mod insert;
@@ -33,20 +34,21 @@ use std::time::Duration;
 use async_trait::async_trait;
 use rusqlite::Connection;
 use rusqlite::config::DbConfig;
-use rusqlite::types::ValueRef;
 use uuid::Uuid;
 
-use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Found, Job, JobId};
+use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Job, JobId, Page};
 use super::{
-    About, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint, Inserted,
-    InstanceId, Leadership, Overview, Place, Reconciled, Reconciliation, Records, Recovered, Recovery,
-    Reissue, Reissued, Removal, Removed, Result, SchemaVersion, Store, StoreError, Whole,
+    About, AllOrNone, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint,
+    Execution, Inserted, InstanceId, Leadership, LogPosition, Operations, Overview, Reconciled,
+    Reconciliation, Records, Recovered, Recovery, Registry, Reissue, Reissued, Removal, Removed, Result,
+    Scheduling, SchemaVersion, Store, StoreError, Upkeep,
 };
 use crate::clock::Timestamp;
+use crate::lane::{Lane, LaneGroup};
 use crate::message::{Attempt, Held, Message, MessageId, NewMessage};
-use crate::retry::{Lane, LaneGroup};
 use crate::ticket::Ticket;
 
+use column::{bytes, json, list, optional_text, our_optional_time, our_time, text, writers_time};
 use worker::{Call, Worker};
 
 /// How long another program's lock is waited for.
@@ -126,54 +128,54 @@ impl SqliteStore {
         SqliteStore::inline(connection)
     }
 
-    /// Runs `job` in a transaction and answers after its commit.
+    /// Runs `work` in a transaction and answers after its commit.
     async fn write<T: Send + 'static>(
         &self,
-        job: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         match &*self.backend {
             Backend::Threads { writer, .. } => {
-                let (call, told) = Call::with_answer(job);
-                writer.send(worker::Job::Write(call))?;
+                let (call, told) = Call::with_answer(work);
+                writer.send(worker::Command::Write(call))?;
                 told.await.map_err(|_| worker::gone())?
             }
             Backend::Inline(connection) => {
                 let connection = lock(connection);
                 connection.execute_batch("begin immediate")?;
-                let done = job(&connection);
+                let done = work(&connection);
                 connection.execute_batch(if done.is_ok() { "commit" } else { "rollback" })?;
                 done
             }
         }
     }
 
-    /// Runs `job` on the reading connection, where it sees everything committed. All of its statements see the same,
+    /// Runs `work` on the reading connection, where it sees everything committed. All of its statements see the same,
     /// because between two of them a delivery could go from one place to another and stand in none.
     async fn read<T: Send + 'static>(
         &self,
-        job: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         match &*self.backend {
             Backend::Threads { reader, .. } => {
                 let in_one_view = |connection: &mut Connection| {
                     // It ends with the block.
                     let _view = connection.unchecked_transaction()?;
-                    job(connection)
+                    work(connection)
                 };
                 reader.alone(in_one_view).await
             }
-            Backend::Inline(connection) => job(&lock(connection)),
+            Backend::Inline(connection) => work(&lock(connection)),
         }
     }
 
-    /// Runs `job` on the writing connection, outside of any transaction.
+    /// Runs `work` on the writing connection, outside of any transaction.
     async fn alone<T: Send + 'static>(
         &self,
-        job: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         match &*self.backend {
-            Backend::Threads { writer, .. } => writer.alone(job).await,
-            Backend::Inline(connection) => job(&mut lock(connection)),
+            Backend::Threads { writer, .. } => writer.alone(work).await,
+            Backend::Inline(connection) => work(&mut lock(connection)),
         }
     }
 }
@@ -204,14 +206,21 @@ impl Store for SqliteStore {
         self.write(move |db| insert::insert(db, &messages, now)).await
     }
 
-    async fn insert_whole(&self, messages: &[NewMessage], now: Timestamp) -> Result<Whole> {
+    async fn insert_whole(&self, messages: &[NewMessage], now: Timestamp) -> Result<AllOrNone> {
         if messages.is_empty() {
-            return Ok(Whole::Stored(Vec::new()));
+            return Ok(AllOrNone::Stored(Vec::new()));
         }
         let messages = messages.to_vec();
         self.write(move |db| insert::insert_whole(db, &messages, now)).await
     }
 
+    async fn about(&self) -> Result<About> {
+        self.read(registry::about).await
+    }
+}
+
+#[async_trait]
+impl Registry for SqliteStore {
     async fn enroll(
         &self,
         service: &str,
@@ -245,114 +254,6 @@ impl Store for SqliteStore {
         self.write(move |db| registry::lead(db, &bid)).await
     }
 
-    async fn due(&self, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
-        let looked = match &*self.backend {
-            Backend::Threads { lookout, .. } => claim::due(&lock(lookout), lanes, by),
-            Backend::Inline(connection) => claim::due(&lock(connection), lanes, by),
-        };
-        match looked {
-            Err(StoreError::Unavailable(_)) => {
-                Ok(DueNow { new: true, lanes: lanes.iter().map(|&lane| lane.to_owned()).collect() })
-            }
-            looked => looked,
-        }
-    }
-
-    async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {
-        let owned = claim::Owned::from(claim);
-        self.write(move |db| claim::claim(db, &owned)).await
-    }
-
-    async fn acknowledge(&self, batch: BatchId, place: Place) -> Result<()> {
-        self.write(move |db| batch::acknowledge(db, batch, place)).await
-    }
-
-    async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
-        self.read(move |db| batch::batches(db, now, limit)).await
-    }
-
-    async fn reissue(&self, reissue: &Reissue) -> Result<Option<Reissued>> {
-        let reissue = *reissue;
-        self.write(move |db| batch::reissue(db, &reissue)).await
-    }
-
-    async fn begin(&self, begin: &Begin<'_>) -> Result<Vec<Begun>> {
-        let wanted = begin.wanted.to_vec();
-        let (repeated, owner) = (begin.repeated, begin.owner);
-        self.write(move |db| begin::begin(db, &Begin { wanted: &wanted, repeated, owner })).await
-    }
-
-    async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>> {
-        if records.records.is_empty() {
-            return Ok(Vec::new());
-        }
-        let (written, now) = (records.records.to_vec(), records.now);
-        self.write(move |db| record::record(db, &Records { records: &written, now })).await
-    }
-
-    async fn hold(&self, lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> Result<u64> {
-        let (lane, tickets) = (lane.to_owned(), tickets.to_vec());
-        self.write(move |db| hold::hold(db, &lane, &tickets, held, now)).await
-    }
-
-    async fn held(&self) -> Result<Vec<(String, Held)>> {
-        self.read(hold::held).await
-    }
-
-    async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
-        let endpoint = endpoint.to_owned();
-        self.write(move |db| hold::unhold(db, &endpoint, held, limit, now)).await
-    }
-
-    async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {
-        self.write(move |db| hold::expire(db, now, limit)).await
-    }
-
-    async fn recover(&self, recovery: &Recovery<'_>) -> Result<Recovered> {
-        let (now, latest, silent) =
-            (recovery.now, recovery.latest, Arc::<[InstanceId]>::from(recovery.silent));
-        let look = Arc::clone(&silent);
-        let looked =
-            self.read(move |db| begin::look_for_dead(db, &Recovery { now, latest, silent: &look })).await?;
-        if !looked.dead {
-            return Ok(Recovered { instances: 0, leases: looked.leases, ahead: looked.ahead });
-        }
-        let recovered =
-            self.write(move |db| begin::recover(db, &Recovery { now, latest, silent: &silent })).await?;
-        Ok(Recovered { ahead: looked.ahead, ..recovered })
-    }
-
-    async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>> {
-        self.read(move |db| read::dead_letters(db, before, limit)).await
-    }
-
-    async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()> {
-        let ids = ids.to_vec();
-        self.write(move |db| record::dead_lettered(db, &ids)).await
-    }
-
-    async fn remove_old(&self, removal: &Removal) -> Result<Removed> {
-        let removal = *removal;
-        self.write(move |db| retention::remove_old(db, &removal)).await
-    }
-
-    async fn check_feeds(&self, _now: Timestamp) -> Result<bool> {
-        // Ids are in the order of their commits wherever the file is.
-        Ok(false)
-    }
-
-    async fn reconcile(&self, now: Timestamp, limit: usize) -> Result<Reconciled> {
-        self.write(move |db| reconcile::reconcile(db, now, limit)).await
-    }
-
-    async fn reconciliation(&self) -> Result<Reconciliation> {
-        self.read(reconcile::reconciliation).await
-    }
-
-    async fn make_partitions(&self) -> Result<()> {
-        Ok(())
-    }
-
     async fn endpoints(&self) -> Result<Vec<Endpoint>> {
         self.read(endpoint::endpoints).await
     }
@@ -384,7 +285,127 @@ impl Store for SqliteStore {
         let group = group.clone();
         self.write(move |db| registry::put_lane_group(db, &group)).await
     }
+}
 
+#[async_trait]
+impl Scheduling for SqliteStore {
+    async fn due(&self, lanes: &[&str], by: Timestamp) -> Result<DueNow> {
+        let looked = match &*self.backend {
+            Backend::Threads { lookout, .. } => claim::due(&lock(lookout), lanes, by),
+            Backend::Inline(connection) => claim::due(&lock(connection), lanes, by),
+        };
+        match looked {
+            Err(StoreError::Unavailable(_)) => {
+                Ok(DueNow { new: true, lanes: lanes.iter().map(|&lane| lane.to_owned()).collect() })
+            }
+            looked => looked,
+        }
+    }
+
+    async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {
+        let owned = claim::Owned::from(claim);
+        self.write(move |db| claim::claim(db, &owned)).await
+    }
+
+    async fn acknowledge(&self, batch: BatchId, at: LogPosition) -> Result<()> {
+        self.write(move |db| batch::acknowledge(db, batch, at)).await
+    }
+
+    async fn batches(&self, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
+        self.read(move |db| batch::batches(db, now, limit)).await
+    }
+
+    async fn reissue(&self, reissue: &Reissue) -> Result<Option<Reissued>> {
+        let reissue = *reissue;
+        self.write(move |db| batch::reissue(db, &reissue)).await
+    }
+
+    async fn held(&self) -> Result<Vec<(String, Held)>> {
+        self.read(hold::held).await
+    }
+
+    async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
+        let endpoint = endpoint.to_owned();
+        self.write(move |db| hold::unhold(db, &endpoint, held, limit, now)).await
+    }
+
+    async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {
+        self.write(move |db| hold::expire(db, now, limit)).await
+    }
+}
+
+#[async_trait]
+impl Execution for SqliteStore {
+    async fn begin(&self, begin: &Begin<'_>) -> Result<Vec<Begun>> {
+        let wanted = begin.wanted.to_vec();
+        let (repeated, owner) = (begin.repeated, begin.owner);
+        self.write(move |db| begin::begin(db, &Begin { wanted: &wanted, repeated, owner })).await
+    }
+
+    async fn record(&self, records: &Records<'_>) -> Result<Vec<MessageId>> {
+        if records.records.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (written, now) = (records.records.to_vec(), records.now);
+        self.write(move |db| record::record(db, &Records { records: &written, now })).await
+    }
+
+    async fn hold(&self, lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> Result<u64> {
+        let (lane, tickets) = (lane.to_owned(), tickets.to_vec());
+        self.write(move |db| hold::hold(db, &lane, &tickets, held, now)).await
+    }
+
+    async fn dead_letters(&self, before: Timestamp, limit: usize) -> Result<Vec<DeadLetter>> {
+        self.read(move |db| read::dead_letters(db, before, limit)).await
+    }
+
+    async fn dead_lettered(&self, ids: &[MessageId]) -> Result<()> {
+        let ids = ids.to_vec();
+        self.write(move |db| record::dead_lettered(db, &ids)).await
+    }
+}
+
+#[async_trait]
+impl Upkeep for SqliteStore {
+    async fn recover(&self, recovery: &Recovery<'_>) -> Result<Recovered> {
+        let (now, latest, silent) =
+            (recovery.now, recovery.latest, Arc::<[InstanceId]>::from(recovery.silent));
+        let look = Arc::clone(&silent);
+        let looked =
+            self.read(move |db| begin::look_for_dead(db, &Recovery { now, latest, silent: &look })).await?;
+        if !looked.dead {
+            return Ok(Recovered { instances: 0, leases: looked.leases, ahead: looked.ahead });
+        }
+        let recovered =
+            self.write(move |db| begin::recover(db, &Recovery { now, latest, silent: &silent })).await?;
+        Ok(Recovered { ahead: looked.ahead, ..recovered })
+    }
+
+    async fn remove_old(&self, removal: &Removal) -> Result<Removed> {
+        let removal = *removal;
+        self.write(move |db| retention::remove_old(db, &removal)).await
+    }
+
+    async fn check_feeds(&self, _now: Timestamp) -> Result<bool> {
+        // Ids are in the order of their commits wherever the file is.
+        Ok(false)
+    }
+
+    async fn reconcile(&self, now: Timestamp, limit: usize) -> Result<Reconciled> {
+        self.write(move |db| reconcile::reconcile(db, now, limit)).await
+    }
+
+    async fn reconciliation(&self) -> Result<Reconciliation> {
+        self.read(reconcile::reconciliation).await
+    }
+
+    async fn make_partitions(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Operations for SqliteStore {
     async fn message(&self, id: MessageId) -> Result<Option<Message>> {
         Ok(self.messages(&[id]).await?.pop())
     }
@@ -394,7 +415,7 @@ impl Store for SqliteStore {
         self.read(move |db| read::messages(db, &ids)).await
     }
 
-    async fn search(&self, filter: &Filter, from: Cursor, limit: usize) -> Result<Found> {
+    async fn search(&self, filter: &Filter, from: Cursor, limit: usize) -> Result<Page> {
         let filter = filter.clone();
         self.read(move |db| search::search(db, &filter, from, limit)).await
     }
@@ -459,10 +480,6 @@ impl Store for SqliteStore {
     async fn overview(&self, now: Timestamp) -> Result<Overview> {
         self.read(move |db| read::overview(db, now)).await
     }
-
-    async fn about(&self) -> Result<About> {
-        self.read(registry::about).await
-    }
 }
 
 impl From<rusqlite::Error> for StoreError {
@@ -512,63 +529,6 @@ fn prepare_file(connection: &Connection) -> rusqlite::Result<()> {
 
 fn lock(connection: &Mutex<Connection>) -> std::sync::MutexGuard<'_, Connection> {
     connection.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A text column as text, whatever bytes a writer has put there: a row that can't be read would stop the claim.
-fn text(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<String> {
-    Ok(optional_text(row, column)?.unwrap_or_default())
-}
-
-fn optional_text(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Option<String>> {
-    Ok(match row.get_ref(column)? {
-        ValueRef::Text(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
-        _ => None,
-    })
-}
-
-/// The bytes of a text column, whatever they are.
-fn bytes(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Vec<u8>> {
-    Ok(match row.get_ref(column)? {
-        ValueRef::Text(bytes) | ValueRef::Blob(bytes) => bytes.to_vec(),
-        _ => Vec::new(),
-    })
-}
-
-/// A writer's time: RFC 3339 as we write it, or another form that `julianday` understands.
-fn writers_time(
-    connection: &Connection,
-    row: &rusqlite::Row<'_>,
-    column: usize,
-) -> rusqlite::Result<Option<Timestamp>> {
-    let Some(written) = optional_text(row, column)? else {
-        return Ok(None);
-    };
-    if let Ok(time) = Timestamp::parse(&written) {
-        return Ok(Some(time));
-    }
-    let mut statement = connection.prepare_cached(
-        "/* ams:time */ select cast(round((julianday(?1) - 2440587.5) * 86400000.0) as integer) * 1000",
-    )?;
-    statement.query_row([written], |row| our_optional_time(row, 0))
-}
-
-/// One of our own times.
-fn our_time(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Timestamp> {
-    row.get(column).map(Timestamp::from_micros)
-}
-
-fn our_optional_time(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Option<Timestamp>> {
-    Ok(row.get::<_, Option<i64>>(column)?.map(Timestamp::from_micros))
-}
-
-/// A JSON list, as batches and leases keep them.
-fn list<T: serde::de::DeserializeOwned>(json: &str) -> Result<Vec<T>> {
-    serde_json::from_str(json)
-        .map_err(|error| StoreError::Internal(format!("`{json:.60}` is not a list: {error}")))
-}
-
-fn json<T: serde::Serialize>(values: &T) -> Result<String> {
-    serde_json::to_string(values).map_err(|error| StoreError::Internal(error.to_string()))
 }
 
 #[cfg(test)]

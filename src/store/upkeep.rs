@@ -1,10 +1,10 @@
 //! What a janitor asks of the store: recovery, the reconciliation, and the retention.
 
-use super::{InstanceId, LeaseId};
+use async_trait::async_trait;
+
+use super::{InstanceId, LeaseId, Result};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
-#[cfg(doc)]
-use crate::store::Store;
 
 /// What a recovery looks at.
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +28,7 @@ pub struct Recovered {
     pub ahead: Vec<(InstanceId, Timestamp)>,
 }
 
-/// One call of [`Store::remove_old`].
+/// One call of [`Upkeep::remove_old`].
 #[derive(Clone, Copy, Debug)]
 pub struct Removal {
     /// What became final before this time goes.
@@ -77,4 +77,30 @@ pub struct Reconciliation {
     pub finished_at: Option<Timestamp>,
     /// When the feeds were last made anew, because the database had come from another server.
     pub feeds_made_at: Option<Timestamp>,
+}
+
+/// The janitor's part.
+#[async_trait]
+pub trait Upkeep: Send + Sync {
+    /// Takes away the instances whose lease has run out or that are silent, and lists what they, and instances
+    /// that have retired, had begun and not recorded.
+    async fn recover(&self, recovery: &Recovery<'_>) -> Result<Recovered>;
+
+    /// Removes final messages that are old, with their deliveries and attempts; and what else is as old: idempotency keys,
+    /// statistics, and bulk changes that have ended.
+    async fn remove_old(&self, removal: &Removal) -> Result<Removed>;
+
+    /// Makes the feeds anew when what they remember means nothing here: the database has come from another server, whose
+    /// transactions had other numbers. Whether it did. Messages that have no place are then found by the reconciliation.
+    async fn check_feeds(&self, now: Timestamp) -> Result<bool>;
+
+    /// Looks at the next `limit` messages that the feeds have passed: each must have a place. One that has none comes to
+    /// wait, due at once.
+    async fn reconcile(&self, now: Timestamp, limit: usize) -> Result<Reconciled>;
+
+    /// How the reconciliation stands.
+    async fn reconciliation(&self) -> Result<Reconciliation>;
+
+    /// Makes partitions ahead of the ids in use. Does nothing where tables are not partitioned.
+    async fn make_partitions(&self) -> Result<()>;
 }

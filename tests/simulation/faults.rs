@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use ams::clock::{Clock, Timestamp};
+use ams::lane::{Lane, LaneGroup};
 use ams::message::{Attempt, Held, Message, MessageId, NewMessage};
-use ams::retry::{Lane, LaneGroup};
 use ams::store::operate::*;
 use ams::store::*;
 use ams::ticket::{BatchId, Ticket};
@@ -107,12 +107,10 @@ pub struct FaultyStore {
 }
 
 macro_rules! faulty {
-    ($($name:ident($($argument:ident: $type:ty),*) -> $answer:ty;)*) => {
+    ($trait:ident { $($as_is:tt)* } $($name:ident($($argument:ident: $type:ty),*) -> $answer:ty;)*) => {
         #[async_trait]
-        impl Store for FaultyStore {
-            fn kind(&self) -> &'static str {
-                self.inner.kind()
-            }
+        impl $trait for FaultyStore {
+            $($as_is)*
             $(async fn $name(&self, $($argument: $type),*) -> Result<$answer> {
                 self.faults.call(&self.clock, self.inner.$name($($argument),*)).await
             })*
@@ -121,36 +119,27 @@ macro_rules! faulty {
 }
 
 faulty! {
+    Store {
+        fn kind(&self) -> &'static str {
+            self.inner.kind()
+        }
+    }
     migrate() -> Vec<String>;
     schema_version() -> SchemaVersion;
     installation() -> Uuid;
     insert(messages: &[NewMessage], now: Timestamp) -> Vec<Inserted>;
-    insert_whole(messages: &[NewMessage], now: Timestamp) -> Whole;
+    insert_whole(messages: &[NewMessage], now: Timestamp) -> AllOrNone;
+    about() -> About;
+}
+
+faulty! {
+    Registry {}
     enroll(service: &str, host: &str, now: Timestamp, lease_until: Timestamp) -> InstanceId;
     renew(instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> bool;
     report_saturated(instance: InstanceId, endpoints: &[String]) -> ();
     saturated() -> Vec<String>;
     retire(instance: InstanceId) -> ();
     lead(bid: &Bid) -> Option<Leadership>;
-    due(lanes: &[&str], by: Timestamp) -> DueNow;
-    claim(claim: &Claim<'_>) -> Claimed;
-    acknowledge(batch: BatchId, place: Place) -> ();
-    batches(now: Timestamp, limit: usize) -> Vec<Batch>;
-    reissue(reissue: &Reissue) -> Option<Reissued>;
-    begin(begin: &Begin<'_>) -> Vec<Begun>;
-    record(records: &Records<'_>) -> Vec<MessageId>;
-    hold(lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> u64;
-    held() -> Vec<(String, Held)>;
-    unhold(endpoint: &str, held: Held, limit: usize, now: Timestamp) -> u64;
-    expire(now: Timestamp, limit: usize) -> u64;
-    recover(recovery: &Recovery<'_>) -> Recovered;
-    dead_letters(before: Timestamp, limit: usize) -> Vec<DeadLetter>;
-    dead_lettered(ids: &[MessageId]) -> ();
-    remove_old(removal: &Removal) -> Removed;
-    check_feeds(now: Timestamp) -> bool;
-    reconcile(now: Timestamp, limit: usize) -> Reconciled;
-    reconciliation() -> Reconciliation;
-    make_partitions() -> ();
     endpoints() -> Vec<Endpoint>;
     put_endpoint(endpoint: &Endpoint) -> ();
     delete_endpoint(name: &str) -> Deletion;
@@ -158,9 +147,44 @@ faulty! {
     put_lane(lane: &Lane, now: Timestamp) -> Option<Lane>;
     lane_groups() -> Vec<LaneGroup>;
     put_lane_group(group: &LaneGroup) -> ();
+}
+
+faulty! {
+    Scheduling {}
+    due(lanes: &[&str], by: Timestamp) -> DueNow;
+    claim(claim: &Claim<'_>) -> Claimed;
+    acknowledge(batch: BatchId, at: LogPosition) -> ();
+    batches(now: Timestamp, limit: usize) -> Vec<Batch>;
+    reissue(reissue: &Reissue) -> Option<Reissued>;
+    held() -> Vec<(String, Held)>;
+    unhold(endpoint: &str, held: Held, limit: usize, now: Timestamp) -> u64;
+    expire(now: Timestamp, limit: usize) -> u64;
+}
+
+faulty! {
+    Execution {}
+    begin(begin: &Begin<'_>) -> Vec<Begun>;
+    record(records: &Records<'_>) -> Vec<MessageId>;
+    hold(lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> u64;
+    dead_letters(before: Timestamp, limit: usize) -> Vec<DeadLetter>;
+    dead_lettered(ids: &[MessageId]) -> ();
+}
+
+faulty! {
+    Upkeep {}
+    recover(recovery: &Recovery<'_>) -> Recovered;
+    remove_old(removal: &Removal) -> Removed;
+    check_feeds(now: Timestamp) -> bool;
+    reconcile(now: Timestamp, limit: usize) -> Reconciled;
+    reconciliation() -> Reconciliation;
+    make_partitions() -> ();
+}
+
+faulty! {
+    Operations {}
     message(id: MessageId) -> Option<Message>;
     messages(ids: &[MessageId]) -> Vec<Message>;
-    search(filter: &Filter, from: Cursor, limit: usize) -> Found;
+    search(filter: &Filter, from: Cursor, limit: usize) -> Page;
     change(change: Change, ids: &[MessageId], now: Timestamp) -> Vec<MessageId>;
     open_job(change: Change, filter: &Filter, now: Timestamp) -> Job;
     work_job(id: JobId, limit: usize, now: Timestamp) -> Option<Job>;
@@ -175,5 +199,4 @@ faulty! {
     keys_used(ids: &[String], now: Timestamp) -> ();
     attempts(id: MessageId) -> Vec<Attempt>;
     overview(now: Timestamp) -> Overview;
-    about() -> About;
 }

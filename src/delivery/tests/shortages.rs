@@ -71,10 +71,10 @@ async fn deliveries_go_on_when_the_shortage_is_over() {
 /// Of several addresses the one that could not be tried may be the one that works.
 #[tokio::test]
 async fn an_address_that_could_not_be_tried_counts_for_more_than_one_that_refuses() {
-    use connect::{Names, NotConnected};
+    use connect::{AddressCache, NotConnected};
     let clock = Clock::manual(Timestamp::EPOCH);
     let origin = Target::parse("http://two.example/").unwrap().origin;
-    let names = Arc::new(Names::default());
+    let names = Arc::new(AddressCache::default());
     names.learn(&Ok(vec![([127, 0, 0, 1], 1).into(), ([127, 0, 0, 1], 2).into()]), &clock.stopwatch());
     for (codes, of) in
         [([24, 111], Some(Resource::Descriptors)), ([111, 99], Some(Resource::Ports)), ([111, 113], None)]
@@ -84,8 +84,8 @@ async fn an_address_that_could_not_be_tried_counts_for_more_than_one_that_refuse
             let code = codes[usize::from(address.port()) - 1];
             std::future::ready(Err(io::Error::from_raw_os_error(code))).boxed()
         }));
-        let place = budget::Budget::new(1).take(&Arc::default()).unwrap();
-        let why = connector.connect(&origin, &names, place, SLACK).await.err().unwrap();
+        let permit = budget::Budget::new(1).take(&Arc::default()).unwrap();
+        let why = connector.connect(&origin, &names, permit, SLACK).await.err().unwrap();
         let short = match why {
             NotConnected::Short(shortage) => Some(shortage.of),
             NotConnected::Refused(_) => None,

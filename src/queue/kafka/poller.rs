@@ -63,7 +63,7 @@ pub(super) fn subscribe(
     lane: &str,
     group: &str,
     window: usize,
-    asker: Arc<BaseConsumer<LogContext>>,
+    offset_client: Arc<BaseConsumer<LogContext>>,
 ) -> Result<Subscription> {
     let mut config = config.clone();
     config
@@ -86,7 +86,7 @@ pub(super) fn subscribe(
     let client = connect(&config, lane)?;
     let clock = Clock::system();
     let (tell, told) = mpsc::channel(1);
-    tokio::spawn(watch(asker, lane.to_owned(), tell));
+    tokio::spawn(watch(offset_client, lane.to_owned(), tell));
     let poller = Poller {
         lane: lane.to_owned(),
         config,
@@ -121,14 +121,14 @@ fn connect(config: &ClientConfig, lane: &str) -> Result<Client> {
 }
 
 /// Asks how far the group has come, for as long as anybody wants to know.
-async fn watch(asker: Arc<BaseConsumer<LogContext>>, lane: String, tell: mpsc::Sender<Vec<Depth>>) {
+async fn watch(offset_client: Arc<BaseConsumer<LogContext>>, lane: String, tell: mpsc::Sender<Vec<Depth>>) {
     loop {
         tokio::select! {
             () = tell.closed() => return,
             () = tokio::time::sleep(WATCH) => {}
         }
-        let (asker, name) = (Arc::clone(&asker), lane.clone());
-        match blocking(move || depth(&asker, &name)).await {
+        let (offset_client, name) = (Arc::clone(&offset_client), lane.clone());
+        match blocking(move || depth(&offset_client, &name)).await {
             // When the poller has gone the next turn ends this.
             Ok(depths) => drop(tell.send(depths).await),
             Err(error) => tracing::debug!(target: "kafka", "how far {lane} was read is unknown: {error}"),

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use super::log::LogContext;
 use super::{unavailable, unpublished};
 use crate::queue::{LaneRecord, Result};
-use crate::store::Place;
+use crate::store::LogPosition;
 
 /// The rest between two tries to put a record into a full client buffer.
 const FULL: Duration = Duration::from_millis(5);
@@ -84,7 +84,7 @@ impl Publisher {
         lane: &str,
         partitions: i32,
         records: Vec<LaneRecord>,
-    ) -> Result<Place> {
+    ) -> Result<LogPosition> {
         let turn = self.rotation.fetch_add(1, Ordering::Relaxed);
         let partition = i32::try_from(turn % usize::try_from(partitions).unwrap_or(1).max(1)).unwrap_or(0);
         let client = self.client.load_full();
@@ -102,7 +102,7 @@ impl Publisher {
                 self.replace(&client, error)?;
             }
         }
-        published.map(|offset| Place { partition, offset }).map_err(unpublished)
+        published.map(|offset| LogPosition { partition, offset }).map_err(unpublished)
     }
 
     /// Makes a new client in the place of a dead one, unless somebody else has.

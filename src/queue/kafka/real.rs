@@ -22,8 +22,8 @@ async fn conforms() {
 async fn publishing_to_a_missing_lane_creates_it() {
     let (queue, lane) = (queue(), conformance::lane());
     assert_eq!(queue.depth(&lane, "group").await.unwrap(), []);
-    let place = queue.publish(&lane, records(0..10)).await.unwrap();
-    assert_eq!(place.offset, 9);
+    let at = queue.publish(&lane, records(0..10)).await.unwrap();
+    assert_eq!(at.offset, 9);
     assert_eq!(queue.depth(&lane, "group").await.unwrap().len(), 12);
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Bench, new_id, text};
 use crate::message::{NewMessage, Status};
-use crate::store::{Inserted, Store, StoreError, Whole};
+use crate::store::{AllOrNone, Inserted, Store, StoreError};
 
 pub(crate) async fn a_fresh_store_is_empty_and_of_this_version(store: Arc<dyn Store>) {
     assert_eq!(store.missing_migrations().await.unwrap(), Vec::<String>::new());
@@ -140,11 +140,11 @@ pub(crate) async fn one_conflict_keeps_a_whole_batch_out(store: Arc<dyn Store>) 
     let without = NewMessage { content: "y".to_owned(), ..within.clone() };
     let batch = [text("a"), other, within.clone(), without, keyed.clone()];
     let kept_out = bench.store.insert_whole(&batch, bench.now()).await.unwrap();
-    assert_eq!(kept_out, Whole::Conflicts(vec![1, 3]));
+    assert_eq!(kept_out, AllOrNone::Conflicts(vec![1, 3]));
     // Nothing of it is stored, and its keys are free.
     assert_eq!(super::ids(&bench.claim_fresh().await), [id]);
     let stored = bench.store.insert_whole(&[keyed, within.clone(), within], bench.now()).await.unwrap();
-    let Whole::Stored(inserted) = stored else { panic!("{stored:?}") };
+    let AllOrNone::Stored(inserted) = stored else { panic!("{stored:?}") };
     let new = new_id(&inserted[1]);
     assert_eq!((&inserted[0], &inserted[2]), (&Inserted::Existing(id), &Inserted::Existing(new)));
     assert_eq!(super::ids(&bench.claim_fresh().await), [new]);

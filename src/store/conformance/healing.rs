@@ -6,9 +6,11 @@ use std::time::Duration;
 use super::{Bench, FRESH, LEASE, RETRY, batch, recovery};
 use crate::clock::Timestamp;
 use crate::message::Status;
-use crate::store::{BatchId, Bid, Due, InstanceId, Leadership, Place, Recovered, Store, Suspect, Urgency};
+use crate::store::{
+    BatchId, Bid, Due, InstanceId, Leadership, LogPosition, Recovered, Store, Suspect, Urgency,
+};
 
-const PLACE: Place = Place { partition: 3, offset: 41 };
+const LOG_POSITION: LogPosition = LogPosition { partition: 3, offset: 41 };
 const NOTHING: Recovered = Recovered { instances: 0, leases: Vec::new(), ahead: Vec::new() };
 
 pub(crate) async fn batches_and_their_places_are_remembered(store: Arc<dyn Store>) {
@@ -18,12 +20,15 @@ pub(crate) async fn batches_and_their_places_are_remembered(store: Arc<dyn Store
     let batches = bench.store.batches(bench.now(), 10).await.unwrap();
     assert_eq!(batches.len(), 1);
     assert_eq!((batches[0].id, batches[0].lane.as_str(), batches[0].owner), (id, FRESH, bench.owner));
-    assert_eq!((batches[0].created_at, batches[0].place, batches[0].orphaned), (bench.now(), None, false));
+    assert_eq!(
+        (batches[0].created_at, batches[0].log_position, batches[0].orphaned),
+        (bench.now(), None, false)
+    );
     for _ in 0..2 {
-        bench.store.acknowledge(id, PLACE).await.unwrap();
-        assert_eq!(bench.store.batches(bench.now(), 10).await.unwrap()[0].place, Some(PLACE));
+        bench.store.acknowledge(id, LOG_POSITION).await.unwrap();
+        assert_eq!(bench.store.batches(bench.now(), 10).await.unwrap()[0].log_position, Some(LOG_POSITION));
     }
-    bench.store.acknowledge(BatchId::random(), PLACE).await.unwrap();
+    bench.store.acknowledge(BatchId::random(), LOG_POSITION).await.unwrap();
     assert_eq!(bench.store.batches(bench.now(), 10).await.unwrap().len(), 1);
 }
 

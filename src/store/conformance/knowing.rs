@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::{Bench, RETRY, text};
 use crate::clock::{Clock, Timestamp};
+use crate::lane::{Lane, LaneGroup};
 use crate::message::{Class, MessageId, NewMessage, Status};
-use crate::retry::{Lane, LaneGroup};
 use crate::store::{Endpoint, Store};
 
 pub(crate) async fn an_endpoint_is_created_and_replaced(store: Arc<dyn Store>) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{Bench, RETRY, text};
 use crate::clock::Timestamp;
 use crate::message::{Held, MessageId, NewMessage, Status};
-use crate::store::operate::{ApiKey, Change, Cursor, Deletion, Filter, Found, WALK};
+use crate::store::operate::{ApiKey, Change, Cursor, Deletion, Filter, Page, SCAN};
 use crate::store::{Bid, Due, Endpoint, Pacing, Store, Urgency};
 
 impl Bench {
@@ -21,7 +21,7 @@ impl Bench {
     }
 
     /// Makes new messages dead.
-    async fn bury(&self, count: usize) -> Vec<MessageId> {
+    async fn make_dead(&self, count: usize) -> Vec<MessageId> {
         let jobs = self.processing(count).await;
         let records: Vec<_> = jobs.iter().map(|job| self.dead(job)).collect();
         self.record(&records).await;
@@ -36,7 +36,7 @@ fn status(status: Status) -> Filter {
 pub(crate) async fn a_search_gives_newest_first_page_by_page(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let all = Filter::default();
-    assert_eq!(bench.store.search(&all, Cursor::start(&all), 3).await.unwrap(), Found::default());
+    assert_eq!(bench.store.search(&all, Cursor::start(&all), 3).await.unwrap(), Page::default());
     let mut ids = bench.fill(7).await;
     ids.reverse();
     for filter in [all, Filter { created_before: Some(bench.in_seconds(3600)), ..Filter::default() }] {
@@ -121,7 +121,7 @@ pub(crate) async fn a_search_goes_on_where_its_walk_met_its_bound(store: Arc<dyn
     let wanted = NewMessage { recipient: "+1".to_owned(), ..text("first") };
     let wanted = bench.insert(&[wanted]).await[0];
     let other = NewMessage { recipient: "+2".to_owned(), ..text("other") };
-    bench.insert(&vec![other; WALK]).await;
+    bench.insert(&vec![other; SCAN]).await;
     let by_age = Some(bench.in_seconds(3600));
     let walks = [
         Filter { endpoint: Some("default".to_owned()), status: Some(Status::Pending), ..Filter::default() },
@@ -135,7 +135,7 @@ pub(crate) async fn a_search_goes_on_where_its_walk_met_its_bound(store: Arc<dyn
         assert_eq!(first.ids, []);
         let next = first.next.expect("there is one more row to look at");
         let second = bench.store.search(&filter, next, 10).await.unwrap();
-        assert_eq!(second, Found::default());
+        assert_eq!(second, Page::default());
     }
     let filter = Filter { recipient: Some("+1".to_owned()), ..Filter::default() };
     assert_eq!(bench.find(&filter).await, [wanted]);
@@ -183,7 +183,7 @@ pub(crate) async fn a_cancelled_try_that_succeeds_is_sent(store: Arc<dyn Store>)
 
 pub(crate) async fn a_redriven_message_begins_anew(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let dead = bench.bury(1).await[0];
+    let dead = bench.make_dead(1).await[0];
     bench.pass(5);
     assert_eq!(bench.change(Change::Redrive, &[dead]).await, [dead]);
     let message = bench.message(dead).await;
@@ -233,11 +233,11 @@ pub(crate) async fn only_what_a_status_allows_is_changed(store: Arc<dyn Store>) 
 
 pub(crate) async fn a_job_changes_what_matched_when_it_was_opened(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let dead = bench.bury(5).await;
+    let dead = bench.make_dead(5).await;
     let job = bench.store.open_job(Change::Redrive, &status(Status::Dead), bench.now()).await.unwrap();
     assert_eq!((job.matched, job.changed, job.finished_at), (0, 0, None));
     // It came later.
-    let later = bench.bury(1).await[0];
+    let later = bench.make_dead(1).await[0];
     let mut worked = job.clone();
     while worked.finished_at.is_none() {
         worked = bench.store.work_job(job.id, 2, bench.now()).await.unwrap().expect("the job is there");
@@ -270,7 +270,7 @@ pub(crate) async fn a_job_goes_on_after_a_break(store: Arc<dyn Store>) {
 pub(crate) async fn dead_messages_are_counted_by_reason(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     assert!(bench.store.dead_reasons().await.unwrap().is_empty());
-    let dead = bench.bury(3).await;
+    let dead = bench.make_dead(3).await;
     let reasons = bench.store.dead_reasons().await.unwrap();
     assert_eq!(reasons.len(), 1);
     assert_eq!((reasons[0].reason.as_str(), reasons[0].count), ("all tries failed", 3));

@@ -74,12 +74,12 @@ pub(super) async fn recover(db: &mut Object, recovery: &Recovery<'_>) -> Result<
         return Ok(Recovered { ahead, ..Recovered::default() });
     }
     let transaction = db.transaction().await?;
-    let bury = "/* ams:bury */ delete from instances \
+    let remove = "/* ams:remove_expired */ delete from instances \
                 where lease_until <= $1 or id = any($3) and lease_until > $2";
-    let instances = transaction.execute(bury, &[now, latest, &silent]).await?;
-    let dethrone = "/* ams:dethrone */ update leader set owner = null \
+    let instances = transaction.execute(remove, &[now, latest, &silent]).await?;
+    let clear = "/* ams:clear_leader */ update leader set owner = null \
                     where owner is not null and not exists (select 1 from instances i where i.id = leader.owner)";
-    transaction.execute(dethrone, &[]).await?;
+    transaction.execute(clear, &[]).await?;
     let left = "/* ams:recover */ select id from leases \
                 where not exists (select 1 from instances i where i.id = leases.owner) order by id limit 1000";
     let rows = transaction.query(left, &[]).await?;

@@ -11,7 +11,7 @@ use super::{limit, read, read_all};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
 use crate::store::{
-    BATCH_BYTES, BATCH_MAX, Batch, BatchId, Claim, Claimed, Due, DueNow, EndpointId, InstanceId, Place,
+    BATCH_BYTES, BATCH_MAX, Batch, BatchId, Claim, Claimed, Due, DueNow, EndpointId, InstanceId, LogPosition,
     Result, StoreError, Urgency, unreadable_reason,
 };
 use crate::ticket::Ticket;
@@ -410,13 +410,13 @@ fn next_of(urgency: Urgency) -> String {
 }
 
 /// Notes where the broker put a batch.
-pub(super) async fn acknowledge(db: &Object, batch: BatchId, place: Place) -> Result<()> {
+pub(super) async fn acknowledge(db: &Object, batch: BatchId, at: LogPosition) -> Result<()> {
     let statement = db
         .prepare_cached(
             "/* ams:acknowledge */ update batches set partition = $2, last_offset = $3 where id = $1",
         )
         .await?;
-    db.execute(&statement, &[&batch.0, &place.partition, &place.offset]).await?;
+    db.execute(&statement, &[&batch.0, &at.partition, &at.offset]).await?;
     Ok(())
 }
 
@@ -437,7 +437,7 @@ pub(super) async fn batches(db: &Object, now: Timestamp, count: usize) -> Result
             lane: row.try_get(1)?,
             owner: InstanceId(row.try_get(2)?),
             created_at: row.try_get(3)?,
-            place: partition.zip(offset).map(|(partition, offset)| Place { partition, offset }),
+            log_position: partition.zip(offset).map(|(partition, offset)| LogPosition { partition, offset }),
             orphaned: row.try_get(6)?,
         })
     })

@@ -8,7 +8,7 @@ use tokio_postgres::error::SqlState;
 use super::{read, read_all};
 use crate::clock::Timestamp;
 use crate::message::{Message, MessageId, NewMessage};
-use crate::store::{Inserted, Result, Whole};
+use crate::store::{AllOrNone, Inserted, Result};
 
 /// How often an insert is tried again because another program used one of its keys meanwhile.
 const RACES: usize = 5;
@@ -20,13 +20,19 @@ pub(super) async fn insert(
     now: Timestamp,
 ) -> Result<Vec<Inserted>> {
     match insert_racing(db, messages, now, Conflicting::IsLeftOut).await? {
-        Whole::Stored(inserted) => Ok(inserted),
-        Whole::Conflicts(_) => Err(crate::store::StoreError::Internal("an insert gave up whole".to_owned())),
+        AllOrNone::Stored(inserted) => Ok(inserted),
+        AllOrNone::Conflicts(_) => {
+            Err(crate::store::StoreError::Internal("an insert gave up whole".to_owned()))
+        }
     }
 }
 
 /// Inserts all messages, or none when one of them has the key of another message.
-pub(super) async fn insert_whole(db: &mut Object, messages: &[NewMessage], now: Timestamp) -> Result<Whole> {
+pub(super) async fn insert_whole(
+    db: &mut Object,
+    messages: &[NewMessage],
+    now: Timestamp,
+) -> Result<AllOrNone> {
     insert_racing(db, messages, now, Conflicting::KeepsAllOut).await
 }
 
@@ -42,7 +48,7 @@ async fn insert_racing(
     messages: &[NewMessage],
     now: Timestamp,
     conflicting: Conflicting,
-) -> Result<Whole> {
+) -> Result<AllOrNone> {
     for _ in 0..RACES {
         let transaction = db.transaction().await?;
         match insert_in(&transaction, messages, now, conflicting).await {
@@ -83,54 +89,52 @@ async fn insert_in(
     messages: &[NewMessage],
     now: Timestamp,
     conflicting: Conflicting,
-) -> std::result::Result<Whole, Failed> {
+) -> std::result::Result<AllOrNone, Failed> {
     let stored = stored(db, messages).await?;
     // Where a key stands for the first time in this batch, and what each message comes to.
     let mut first: HashMap<&str, usize> = HashMap::new();
     let mut new: Vec<&NewMessage> = Vec::with_capacity(messages.len());
-    let mut places: Vec<Place> = Vec::with_capacity(messages.len());
+    let mut slots: Vec<Slot> = Vec::with_capacity(messages.len());
     for message in messages {
         let key = message.idempotency_key.as_deref();
         if let Some(before) = key.and_then(|key| stored.get(key)) {
-            places.push(Place::Known(answer(
-                before.0,
-                before.1.as_ref().is_some_and(|m| is_equal(m, message)),
-            )));
+            slots
+                .push(Slot::Known(answer(before.0, before.1.as_ref().is_some_and(|m| is_equal(m, message)))));
         } else if let Some(at) = key.and_then(|key| first.get(key)) {
-            places.push(Place::Same { at: *at, equal: *new[*at] == *message });
+            slots.push(Slot::Same { at: *at, equal: *new[*at] == *message });
         } else {
             if let Some(key) = key {
                 first.insert(key, new.len());
             }
-            places.push(Place::New(new.len()));
+            slots.push(Slot::New(new.len()));
             new.push(message);
         }
     }
     if conflicting == Conflicting::KeepsAllOut {
         let conflicts: Vec<usize> =
-            places.iter().enumerate().filter(|(_, place)| place.conflicts()).map(|(at, _)| at).collect();
+            slots.iter().enumerate().filter(|(_, slot)| slot.conflicts()).map(|(at, _)| at).collect();
         if !conflicts.is_empty() {
-            return Ok(Whole::Conflicts(conflicts));
+            return Ok(AllOrNone::Conflicts(conflicts));
         }
     }
     let ids = if new.is_empty() { Vec::new() } else { insert_new(db, &new, now).await? };
-    let inserted = places.into_iter().map(|place| match place {
-        Place::Known(inserted) => inserted,
-        Place::New(at) => Inserted::New { id: ids[at], created_at: now },
-        Place::Same { at, equal } => answer(ids[at], equal),
+    let inserted = slots.into_iter().map(|slot| match slot {
+        Slot::Known(inserted) => inserted,
+        Slot::New(at) => Inserted::New { id: ids[at], created_at: now },
+        Slot::Same { at, equal } => answer(ids[at], equal),
     });
-    Ok(Whole::Stored(inserted.collect()))
+    Ok(AllOrNone::Stored(inserted.collect()))
 }
 
-enum Place {
+enum Slot {
     Known(Inserted),
     New(usize),
     Same { at: usize, equal: bool },
 }
 
-impl Place {
+impl Slot {
     fn conflicts(&self) -> bool {
-        matches!(self, Place::Known(Inserted::Conflict(_)) | Place::Same { equal: false, .. })
+        matches!(self, Slot::Known(Inserted::Conflict(_)) | Slot::Same { equal: false, .. })
     }
 }
 

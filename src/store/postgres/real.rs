@@ -7,8 +7,10 @@ mod restored;
 use std::sync::Arc;
 
 use super::*;
+use crate::message::Status;
 use crate::message::{Class, Verdict};
 use crate::store::conformance::{newer, store_conformance};
+use crate::store::{Due, LeaseId, Mask, Record, Urgency, Wanted};
 
 #[expect(clippy::disallowed_methods, reason = "tests are told by the environment where PostgreSQL is")]
 fn server() -> String {

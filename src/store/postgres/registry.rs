@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::schema::make_partition;
 use super::{first_column, read_all};
 use crate::clock::Timestamp;
-use crate::retry::{Lane, LaneGroup};
+use crate::lane::{Lane, LaneGroup};
 use crate::store::{
     About, Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError, latest_present,
 };
@@ -92,8 +92,8 @@ pub(super) async fn saturated(db: &Object) -> Result<Vec<String>> {
 pub(super) async fn retire(db: &mut Object, instance: InstanceId) -> Result<()> {
     let transaction = db.transaction().await?;
     transaction.execute("/* ams:retire */ delete from instances where id = $1", &[&instance.0]).await?;
-    let abdicate = "/* ams:abdicate */ update leader set owner = null where owner = $1";
-    transaction.execute(abdicate, &[&instance.0]).await?;
+    let step_down = "/* ams:step_down */ update leader set owner = null where owner = $1";
+    transaction.execute(step_down, &[&instance.0]).await?;
     Ok(transaction.commit().await?)
 }
 

@@ -1,7 +1,7 @@
-//! Looking for messages: each filter walks the index that leads to few other rows.
+//! Looking for messages: each filter scans the index that leads to few other rows.
 //!
-//! The rows of a walk are bounded before they are filtered, so no search reads more than
-//! [`WALK`](crate::store::operate::WALK) of them.
+//! The rows of a scan are bounded before they are filtered, so no search reads more than
+//! [`SCAN`](crate::store::operate::SCAN) of them.
 
 use deadpool_postgres::GenericClient;
 use tokio_postgres::Row;
@@ -12,7 +12,7 @@ use super::{limit, read_all};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
 use crate::store::Result;
-use crate::store::operate::{Cursor, DeadReason, Filter, Found, WALK, Walk};
+use crate::store::operate::{Cursor, DeadReason, Filter, Page, SCAN, Scan};
 
 /// The columns that a filter may ask for.
 const COLUMNS: &str = "id, endpoint, recipient, created_at";
@@ -41,21 +41,21 @@ pub(super) async fn search(
     filter: &Filter,
     from: Cursor,
     count: usize,
-) -> Result<Found> {
-    let by_age = filter.walk() == Walk::Created;
+) -> Result<Page> {
+    let by_age = filter.scan() == Scan::Created;
     let mut sql = Sql::default();
-    let walk = walk(&mut sql, filter, from);
-    // The order of the walk, column by column, so that no more of it is read than the page needs.
-    let order = match filter.walk() {
-        Walk::Created => "created_at desc, id desc",
-        Walk::Recipient(_) => "recipient desc, id desc",
-        Walk::Endpoint(_) => "endpoint desc, id desc",
+    let scan = scan(&mut sql, filter, from);
+    // The order of the scan, column by column, so that no more of it is read than the page needs.
+    let order = match filter.scan() {
+        Scan::Created => "created_at desc, id desc",
+        Scan::Recipient(_) => "recipient desc, id desc",
+        Scan::Endpoint(_) => "endpoint desc, id desc",
         _ => "id desc",
     };
     let wanted = wanted(&mut sql, filter);
     let most = sql.value(limit(count + 1));
     let text = format!(
-        "/* ams:search */ select id, created_at from ({walk}) w \
+        "/* ams:search */ select id, created_at from ({scan}) w \
              cross join lateral (select status, reason from places where message_id = w.id limit 1) p \
          where {wanted} order by {order} limit {most}"
     );
@@ -63,16 +63,16 @@ pub(super) async fn search(
     let cursors = read_all(&rows, cursor)?;
     let ids = cursors.iter().take(count).map(|cursor| cursor.id).collect();
     if cursors.len() > count {
-        return Ok(Found { ids, next: cursors.get(count.saturating_sub(1)).copied() });
+        return Ok(Page { ids, next: cursors.get(count.saturating_sub(1)).copied() });
     }
-    Ok(Found { ids, next: end_of_walk(db, filter, from, by_age).await? })
+    Ok(Page { ids, next: end_of_walk(db, filter, from, by_age).await? })
 }
 
 fn cursor(row: &Row) -> Result<Cursor> {
     Ok(Cursor { at: row.try_get(1)?, id: MessageId(row.try_get(0)?) })
 }
 
-/// Where a walk ended that met its bound; `None` when it came to its end.
+/// Where a scan ended that met its bound; `None` when it came to its end.
 async fn end_of_walk(
     db: &impl GenericClient,
     filter: &Filter,
@@ -80,82 +80,82 @@ async fn end_of_walk(
     by_age: bool,
 ) -> Result<Option<Cursor>> {
     let mut sql = Sql::default();
-    let walk = walk(&mut sql, filter, from);
+    let scan = scan(&mut sql, filter, from);
     let order = if by_age { "created_at, id" } else { "id" };
     let text = format!(
-        "/* ams:search_end */ select id, created_at, count(*) over () from ({walk}) w order by {order} limit 1"
+        "/* ams:search_end */ select id, created_at, count(*) over () from ({scan}) w order by {order} limit 1"
     );
     let last = db.query_opt(&db.prepare_cached(&text).await?, &sql.values()).await?;
     let Some(last) = last else { return Ok(None) };
     let walked: i64 = last.try_get(2)?;
-    (walked >= limit(WALK)).then(|| cursor(&last)).transpose()
+    (walked >= limit(SCAN)).then(|| cursor(&last)).transpose()
 }
 
-fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
+fn scan(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
     let id = sql.value(from.id.0);
     let rows = |condition: String| {
-        format!("select {COLUMNS} from messages where {condition}id < {id} order by id desc limit {WALK}")
+        format!("select {COLUMNS} from messages where {condition}id < {id} order by id desc limit {SCAN}")
     };
     // Not `column = value order by id`: the planner may then read all messages by id until it has found
     // enough, which for a rare value is all of them. This order only the index of the column has.
     let among = |column: &str, value: String| {
         format!(
             "select {COLUMNS} from messages where ({column}, id) < ({value}, {id}) and {column} >= {value} \
-             order by {column} desc, id desc limit {WALK}"
+             order by {column} desc, id desc limit {SCAN}"
         )
     };
     // Each row is looked up by its id: a join would let the planner read all messages for the order.
     let listed = |ids: String| {
         format!(
-            "select l.id, m.* from ({ids} order by id desc limit {WALK}) l cross join lateral \
+            "select l.id, m.* from ({ids} order by id desc limit {SCAN}) l cross join lateral \
              (select {} from messages where messages.id = l.id limit 1) m",
             COLUMNS.trim_start_matches("id, ")
         )
     };
-    match filter.walk() {
-        Walk::All => rows(String::new()),
-        Walk::Recipient(recipient) => {
+    match filter.scan() {
+        Scan::All => rows(String::new()),
+        Scan::Recipient(recipient) => {
             among("recipient", format!("{}::text", sql.value(recipient.to_owned())))
         }
-        Walk::Endpoint(endpoint) => among("endpoint", format!("{}::text", sql.value(endpoint.to_owned()))),
-        Walk::Unsent(status) => {
+        Scan::Endpoint(endpoint) => among("endpoint", format!("{}::text", sql.value(endpoint.to_owned()))),
+        Scan::Unsent(status) => {
             let status = format!("{}::text::message_state", sql.value(status.as_str()));
             listed(format!(
                 "select id from (select message_id as id from deliveries where status <> 'sent' \
                      and (status, message_id) < ({status}, {id}) and status >= {status} \
-                 order by status desc, message_id desc limit {WALK}) d"
+                 order by status desc, message_id desc limit {SCAN}) d"
             ))
         }
-        Walk::Waiting => listed(format!("select message_id as id from waiting where message_id < {id}")),
-        Walk::Pending => {
+        Scan::Waiting => listed(format!("select message_id as id from waiting where message_id < {id}")),
+        Scan::Pending => {
             let waiting = listed(format!("select message_id as id from waiting where message_id < {id}"));
             // A feed's index is in the order of the transactions, not of the ids: it gives all that is new or nothing. Where
-            // more is new than a walk is long, most of the newest messages are among it.
-            let (wanted, order) = (format!("and id < {id}"), format!("order by tx, id limit {}", WALK + 1));
+            // more is new than a scan is long, most of the newest messages are among it.
+            let (wanted, order) = (format!("and id < {id}"), format!("order by tx, id limit {}", SCAN + 1));
             let new: Vec<String> = CLASSES
                 .into_iter()
                 .map(|class| format!("({})", unclaimed_of(class, COLUMNS, &wanted, &order)))
                 .collect();
             let (new, newest) =
-                (new.join(" union all "), rows(format!("(select count(*) from new) > {WALK} and ")));
+                (new.join(" union all "), rows(format!("(select count(*) from new) > {SCAN} and ")));
             format!(
                 "with new as materialized ({new}) select {COLUMNS} from ( \
-                     (select {COLUMNS} from new where (select count(*) from new) <= {WALK}) \
-                     union ({newest}) union ({waiting})) u order by id desc limit {WALK}"
+                     (select {COLUMNS} from new where (select count(*) from new) <= {SCAN}) \
+                     union ({newest}) union ({waiting})) u order by id desc limit {SCAN}"
             )
         }
-        Walk::Queued => listed(left("batches", &id)),
-        Walk::Processing => listed(left("leases", &id)),
-        Walk::Tried => listed(format!(
+        Scan::Queued => listed(left("batches", &id)),
+        Scan::Processing => listed(left("leases", &id)),
+        Scan::Tried => listed(format!(
             "select id from (select message_id as id from deliveries where message_id < {id} \
-             order by message_id desc limit {WALK}) d"
+             order by message_id desc limit {SCAN}) d"
         )),
-        Walk::Created => {
+        Scan::Created => {
             let at = sql.value(from.at);
             let after = sql.value(filter.created_after.unwrap_or(Timestamp::MIN));
             format!(
                 "select {COLUMNS} from messages where (created_at, id) < ({at}, {id}) and created_at >= {after} \
-                 order by created_at desc, id desc limit {WALK}"
+                 order by created_at desc, id desc limit {SCAN}"
             )
         }
     }

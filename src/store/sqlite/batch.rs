@@ -11,7 +11,7 @@ use super::{json, list, optional_text, our_time, text};
 use crate::clock::Timestamp;
 use crate::message::{MessageId, Status};
 use crate::store::{
-    Batch, BatchId, EndpointId, InstanceId, Mask, Place, Reissue, Reissued, Result, Suspect,
+    Batch, BatchId, EndpointId, InstanceId, LogPosition, Mask, Reissue, Reissued, Result, Suspect,
     unreadable_reason,
 };
 use crate::ticket::Ticket;
@@ -93,11 +93,11 @@ pub(super) fn write(
 }
 
 /// Notes where the broker put a batch.
-pub(super) fn acknowledge(db: &Connection, batch: BatchId, place: Place) -> Result<()> {
+pub(super) fn acknowledge(db: &Connection, batch: BatchId, at: LogPosition) -> Result<()> {
     db.prepare_cached(
         "/* ams:acknowledge */ update batches set partition = ?2, last_offset = ?3 where id = ?1",
     )?
-    .execute(params![batch.0, place.partition, place.offset])?;
+    .execute(params![batch.0, at.partition, at.offset])?;
     Ok(())
 }
 
@@ -117,7 +117,7 @@ pub(super) fn batches(db: &Connection, now: Timestamp, limit: usize) -> Result<V
             lane: text(row, 1)?,
             owner: InstanceId(row.get(2)?),
             created_at: our_time(row, 3)?,
-            place: partition.zip(offset).map(|(partition, offset)| Place { partition, offset }),
+            log_position: partition.zip(offset).map(|(partition, offset)| LogPosition { partition, offset }),
             orphaned: row.get(6)?,
         })
     })?;

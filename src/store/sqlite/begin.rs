@@ -102,12 +102,12 @@ pub(super) fn recover(db: &Connection, recovery: &Recovery<'_>) -> Result<Recove
     let (now, latest) = (recovery.now, recovery.latest.as_micros());
     let instances = db
         .prepare_cached(
-            "/* ams:bury */ delete from instances where lease_until <= ?1 \
+            "/* ams:remove_expired */ delete from instances where lease_until <= ?1 \
              or lease_until > ?2 and id in (select value from json_each(?3))",
         )?
         .execute(params![now.as_micros(), latest, silent(recovery)?])?;
     db.prepare_cached(
-        "/* ams:dethrone */ update leader set owner = null where owner not in (select id from instances)",
+        "/* ams:clear_leader */ update leader set owner = null where owner not in (select id from instances)",
     )?
     .execute([])?;
     Ok(Recovered { instances: instances as u64, leases: ownerless(db)?, ahead: Vec::new() })

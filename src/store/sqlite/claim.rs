@@ -300,7 +300,7 @@ impl Waiting {
 }
 
 /// What became of a due row's message.
-enum Found {
+enum DueMessage {
     /// It has ended meanwhile, or is gone.
     Over,
     Unreadable(String),
@@ -318,8 +318,8 @@ fn claim_timed(db: &Connection, claim: &Owned, lane: &str, by: Timestamp) -> Res
     let rows = statement
         .query_map(params![lane, by.as_micros(), claim.limit], |row| timed(db, row, claim.now, lane))?;
     let rows = within_bytes(rows, |(_, found)| match found {
-        Found::Ticket(ticket, ..) => ticket.bytes(),
-        Found::Over | Found::Unreadable(_) => 0,
+        DueMessage::Ticket(ticket, ..) => ticket.bytes(),
+        DueMessage::Over | DueMessage::Unreadable(_) => 0,
     })?;
     let mut claimed =
         Claimed { tickets: Vec::with_capacity(rows.len()), seen: rows.len(), unreadable: Vec::new() };
@@ -327,12 +327,12 @@ fn claim_timed(db: &Connection, claim: &Owned, lane: &str, by: Timestamp) -> Res
     let (mut expiries, mut differ) = (Vec::with_capacity(rows.len()), false);
     for (row, found) in rows {
         let (ticket, said, reason) = match found {
-            Found::Ticket(ticket, said, reason) => (*ticket, said, reason),
-            Found::Over => {
+            DueMessage::Ticket(ticket, said, reason) => (*ticket, said, reason),
+            DueMessage::Over => {
                 wait_no_more(db, row.id, row.endpoint)?;
                 continue;
             }
-            Found::Unreadable(why) => {
+            DueMessage::Unreadable(why) => {
                 wait_no_more(db, row.id, row.endpoint)?;
                 claim.end(db, &row, Status::Dead, Some(&unreadable_reason(&why)))?;
                 claimed.unreadable.push(row.id);
@@ -358,12 +358,17 @@ fn claim_timed(db: &Connection, claim: &Owned, lane: &str, by: Timestamp) -> Res
 }
 
 /// Reads a due row.
-fn timed(db: &Connection, row: &Row<'_>, now: Timestamp, lane: &str) -> rusqlite::Result<(Waiting, Found)> {
+fn timed(
+    db: &Connection,
+    row: &Row<'_>,
+    now: Timestamp,
+    lane: &str,
+) -> rusqlite::Result<(Waiting, DueMessage)> {
     let id = MessageId(row.get(10)?);
     let endpoint = EndpointId(row.get(11).unwrap_or(0));
     let waiting = Waiting { id, endpoint, attempts: row.get(12).unwrap_or(0), lane: lane.to_owned() };
     if row.get(17)? || row.get_ref(0)?.data_type() == Type::Null {
-        return Ok((waiting, Found::Over));
+        return Ok((waiting, DueMessage::Over));
     }
     let read = || {
         let written = ticket(db, row)?;
@@ -377,9 +382,9 @@ fn timed(db: &Connection, row: &Row<'_>, now: Timestamp, lane: &str) -> rusqlite
             expires_at: our_optional_time(row, 15)?,
             ..written
         };
-        Ok(Found::Ticket(Box::new(ticket), said, optional_text(row, 16)?))
+        Ok(DueMessage::Ticket(Box::new(ticket), said, optional_text(row, 16)?))
     };
-    let found = read().unwrap_or_else(|error| Found::Unreadable(unreadable(row, &error)));
+    let found = read().unwrap_or_else(|error| DueMessage::Unreadable(unreadable(row, &error)));
     Ok((waiting, found))
 }
 

@@ -7,7 +7,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::read;
 use crate::clock::Timestamp;
 use crate::message::{Message, MessageId, NewMessage};
-use crate::store::{Inserted, Result, Whole};
+use crate::store::{AllOrNone, Inserted, Result};
 
 /// Inserts all messages or none.
 pub(super) fn insert(db: &Connection, messages: &[NewMessage], now: Timestamp) -> Result<Vec<Inserted>> {
@@ -44,7 +44,7 @@ pub(super) fn insert(db: &Connection, messages: &[NewMessage], now: Timestamp) -
 }
 
 /// Inserts all messages, or none when one of them has the key of another message.
-pub(super) fn insert_whole(db: &Connection, messages: &[NewMessage], now: Timestamp) -> Result<Whole> {
+pub(super) fn insert_whole(db: &Connection, messages: &[NewMessage], now: Timestamp) -> Result<AllOrNone> {
     let mut first: HashMap<&str, &NewMessage> = HashMap::new();
     let mut conflicts = Vec::new();
     for (place, message) in messages.iter().enumerate() {
@@ -60,9 +60,9 @@ pub(super) fn insert_whole(db: &Connection, messages: &[NewMessage], now: Timest
         }
     }
     if conflicts.is_empty() {
-        insert(db, messages, now).map(Whole::Stored)
+        insert(db, messages, now).map(AllOrNone::Stored)
     } else {
-        Ok(Whole::Conflicts(conflicts))
+        Ok(AllOrNone::Conflicts(conflicts))
     }
 }
 

@@ -8,7 +8,7 @@ use super::place::{self, Whereabouts};
 use super::{bytes, optional_text, our_time, text, writers_time};
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Class, Message, MessageId, Status, Times};
-use crate::store::operate::WALK;
+use crate::store::operate::SCAN;
 use crate::store::{
     Count, DeadLetter, EndpointId, Instance, InstanceId, Overview, Result, json_or_text, latest_present,
 };
@@ -229,7 +229,7 @@ fn oldest_due(db: &Connection, now: Timestamp) -> Result<Option<Timestamp>> {
     for source in UNCLAIMED {
         // Of messages without end that were cancelled, only the first are passed over.
         let statement = format!(
-            "/* ams:oldest_new */ select created_at from (select m.id, m.created_at{source} order by m.id limit {WALK}) \
+            "/* ams:oldest_new */ select created_at from (select m.id, m.created_at{source} order by m.id limit {SCAN}) \
              new where not exists (select 1 from cancels where message_id = new.id) limit 1"
         );
         let created =

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{json, list, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
-use crate::retry::{Lane, LaneGroup};
+use crate::lane::{Lane, LaneGroup};
 use crate::store::{About, Bid, InstanceId, Leadership, Pacing, Result, StoreError, latest_present};
 
 /// The random number of this store.
@@ -84,7 +84,7 @@ pub(super) fn saturated(db: &Connection) -> Result<Vec<String>> {
 /// Takes an instance and its leadership away.
 pub(super) fn retire(db: &Connection, instance: InstanceId) -> Result<()> {
     db.prepare_cached("/* ams:retire */ delete from instances where id = ?1")?.execute([instance.0])?;
-    db.prepare_cached("/* ams:abdicate */ update leader set owner = null where owner = ?1")?
+    db.prepare_cached("/* ams:step_down */ update leader set owner = null where owner = ?1")?
         .execute([instance.0])?;
     Ok(())
 }

@@ -1,7 +1,7 @@
-//! Looking for messages: each filter walks the index that leads to few other rows.
+//! Looking for messages: each filter scans the index that leads to few other rows.
 //!
-//! The rows of a walk are bounded before they are filtered, so no search reads more than
-//! [`WALK`](crate::store::operate::WALK) of them.
+//! The rows of a scan are bounded before they are filtered, so no search reads more than
+//! [`SCAN`](crate::store::operate::SCAN) of them.
 
 use rusqlite::types::Value;
 use rusqlite::{Connection, params_from_iter};
@@ -12,7 +12,7 @@ use super::text;
 use crate::clock::Timestamp;
 use crate::message::MessageId;
 use crate::store::Result;
-use crate::store::operate::{Cursor, DeadReason, Filter, Found, WALK, Walk};
+use crate::store::operate::{Cursor, DeadReason, Filter, Page, SCAN, Scan};
 
 /// The columns that a filter may ask for; the age as the index of ages has it. Status and reason are the place's.
 const COLUMNS: &str = "id, endpoint, recipient, \
@@ -40,7 +40,7 @@ fn age(time: Timestamp) -> i64 {
     time.as_micros().div_euclid(1_000) + i64::from(time.as_micros().rem_euclid(1_000) > 0)
 }
 
-/// A message of a walk.
+/// A message of a scan.
 struct Walked {
     cursor: Cursor,
     /// Whether its columns are those that the filter wants.
@@ -48,14 +48,14 @@ struct Walked {
 }
 
 /// The ids of matching messages, newest first.
-pub(super) fn search(db: &Connection, filter: &Filter, from: Cursor, count: usize) -> Result<Found> {
+pub(super) fn search(db: &Connection, filter: &Filter, from: Cursor, count: usize) -> Result<Page> {
     let mut sql = Sql::default();
-    let walk = walk(&mut sql, filter, from);
-    let order = if filter.walk() == Walk::Created { "age desc, id desc" } else { "id desc" };
+    let scan = scan(&mut sql, filter, from);
+    let order = if filter.scan() == Scan::Created { "age desc, id desc" } else { "id desc" };
     let wanted = wanted(&mut sql, filter);
     let walked = db
         .prepare_cached(&format!(
-            "/* ams:search */ select id, age, {wanted} from ({walk}) w order by {order}"
+            "/* ams:search */ select id, age, {wanted} from ({scan}) w order by {order}"
         ))?
         .query_map(params_from_iter(&sql.values), |row| {
             let age: Option<i64> = row.get(1)?;
@@ -74,11 +74,11 @@ pub(super) fn search(db: &Connection, filter: &Filter, from: Cursor, count: usiz
     let next = if found.len() > count {
         found.get(count.saturating_sub(1)).copied()
     } else {
-        // The walk has met its bound, or its end.
-        walked.last().filter(|_| walked.len() >= WALK).map(|row| row.cursor)
+        // The scan has met its bound, or its end.
+        walked.last().filter(|_| walked.len() >= SCAN).map(|row| row.cursor)
     };
     found.truncate(count);
-    Ok(Found { ids: found.into_iter().map(|cursor| cursor.id).collect(), next })
+    Ok(Page { ids: found.into_iter().map(|cursor| cursor.id).collect(), next })
 }
 
 /// Those of these messages that stand where the filter wants them.
@@ -97,68 +97,68 @@ fn with_status(db: &Connection, filter: &Filter, some: &[Cursor]) -> Result<Vec<
     Ok(some.iter().copied().filter(stands).collect())
 }
 
-fn walk(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
+fn scan(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
     let id = sql.value(from.id.0);
     let rows = |index: &str, condition: String| {
         format!(
-            "select {COLUMNS} from messages {index} where {condition}id < {id} order by id desc limit {WALK}"
+            "select {COLUMNS} from messages {index} where {condition}id < {id} order by id desc limit {SCAN}"
         )
     };
     // Cross join: the list leads, and each message is looked up by its id.
     let listed = |ids: String| {
         format!(
-            "select {} from (select id from ({ids}) order by id desc limit {WALK}) l cross join messages on messages.id = l.id",
+            "select {} from (select id from ({ids}) order by id desc limit {SCAN}) l cross join messages on messages.id = l.id",
             COLUMNS.replacen("id,", "messages.id as id,", 1)
         )
     };
     // Also those that have been tried or not: to tell them apart here would read all of the others.
     let waiting = |limit| format!("select message_id as id from waiting where message_id < {id} {limit}");
-    let newest = format!("order by message_id desc limit {WALK}");
-    match filter.walk() {
-        Walk::All => rows("", String::new()),
-        Walk::Recipient(recipient) => {
+    let newest = format!("order by message_id desc limit {SCAN}");
+    match filter.scan() {
+        Scan::All => rows("", String::new()),
+        Scan::Recipient(recipient) => {
             let recipient = sql.value(recipient.to_owned());
             rows("indexed by messages_by_recipient", format!("recipient = {recipient} and "))
         }
-        Walk::Endpoint(endpoint) => {
+        Scan::Endpoint(endpoint) => {
             let endpoint = sql.value(endpoint.to_owned());
             rows("indexed by messages_by_endpoint", format!("endpoint = {endpoint} and "))
         }
         // A literal: SQLite uses a partial index only when it can see that the condition implies it.
-        Walk::Unsent(status) => listed(format!(
+        Scan::Unsent(status) => listed(format!(
             "select message_id as id from deliveries indexed by deliveries_unsent \
              where status <> 'sent' and status = '{status}' and message_id < {id} {newest}"
         )),
-        Walk::Waiting => listed(waiting(newest.as_str())),
-        Walk::Pending => {
+        Scan::Waiting => listed(waiting(newest.as_str())),
+        Scan::Pending => {
             let new = UNCLAIMED.map(|source| {
                 format!(
-                    "select id from (select m.id{source} and m.id < {id} order by m.id desc limit {WALK})"
+                    "select id from (select m.id{source} and m.id < {id} order by m.id desc limit {SCAN})"
                 )
             });
             let waiting = format!("select id from ({})", waiting(newest.as_str()));
             listed(format!("select id from ({} union all {waiting})", new.join(" union all ")))
         }
-        Walk::Queued => listed(left("batches", &id)),
-        Walk::Processing => listed(left("leases", &id)),
-        Walk::Tried => listed(format!(
+        Scan::Queued => listed(left("batches", &id)),
+        Scan::Processing => listed(left("leases", &id)),
+        Scan::Tried => listed(format!(
             "select distinct message_id as id from deliveries where message_id < {id} {newest}"
         )),
-        Walk::Created => {
+        Scan::Created => {
             let at = sql.value(age(from.at));
             let after = sql.value(filter.created_after.map_or(i64::MIN, age));
             let age = "cast(round((julianday(created_at) - 2440587.5) * 86400000.0) as integer)";
             let rows = |condition: String| {
                 format!(
                     "select {COLUMNS} from messages indexed by messages_by_created_at \
-                     where {condition} and {age} >= {after} order by {age} desc, id desc limit {WALK}"
+                     where {condition} and {age} >= {after} order by {age} desc, id desc limit {SCAN}"
                 )
             };
-            // Two walks, because a comparison of pairs does not lead SQLite to its place in an index of an expression.
+            // Two scans, because a comparison of pairs does not lead SQLite to its place in an index of an expression.
             let (same, older) = (rows(format!("{age} = {at} and id < {id}")), rows(format!("{age} < {at}")));
             format!(
                 "select * from (select * from ({same}) union all select * from ({older})) \
-                 order by age desc, id desc limit {WALK}"
+                 order by age desc, id desc limit {SCAN}"
             )
         }
     }
@@ -212,11 +212,11 @@ mod tests {
     use crate::message::Status;
     use crate::store::sqlite::{Backend, SqliteStore, lock};
 
-    /// Steps of SQLite's machine for one walk from its start: what it reads, whatever it gives back.
+    /// Steps of SQLite's machine for one scan from its start: what it reads, whatever it gives back.
     fn steps(db: &Connection, filter: &Filter) -> i32 {
         let mut sql = Sql::default();
-        let walk = walk(&mut sql, filter, Cursor::start(filter));
-        let mut statement = db.prepare(&format!("select count(*) from ({walk})")).unwrap();
+        let scan = scan(&mut sql, filter, Cursor::start(filter));
+        let mut statement = db.prepare(&format!("select count(*) from ({scan})")).unwrap();
         statement.query_row(params_from_iter(&sql.values), |row| row.get::<_, i64>(0)).unwrap();
         statement.get_status(rusqlite::StatementStatus::VmStep)
     }
@@ -253,7 +253,7 @@ mod tests {
         filters.extend(Status::ALL.map(|status| Filter { status: Some(status), ..filter() }));
         for filter in filters {
             let steps = steps(&db, &filter);
-            assert!(steps < 80 * WALK as i32, "{steps} steps for {filter:?}");
+            assert!(steps < 80 * SCAN as i32, "{steps} steps for {filter:?}");
         }
     }
 }

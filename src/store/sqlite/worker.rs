@@ -12,7 +12,7 @@ use crate::store::{Result, StoreError};
 const GROUP: usize = 64;
 
 /// What a worker's thread is given to do.
-pub(super) enum Job {
+pub(super) enum Command {
     /// Runs in the transaction that the waiting calls share.
     Write(Box<dyn Grouped>),
     /// Runs outside of any transaction.
@@ -27,7 +27,7 @@ pub(super) trait Grouped: Send {
 
 /// A call and the way to its caller.
 pub(super) struct Call<T, F> {
-    job: Option<F>,
+    work: Option<F>,
     done: Option<Result<T>>,
     tell: oneshot::Sender<Result<T>>,
 }
@@ -37,10 +37,10 @@ where
     T: Send + 'static,
     F: FnOnce(&Connection) -> Result<T> + Send + 'static,
 {
-    /// A call of `job`, and where its answer comes.
-    pub(super) fn with_answer(job: F) -> (Box<dyn Grouped>, oneshot::Receiver<Result<T>>) {
+    /// A call of `work`, and where its answer comes.
+    pub(super) fn with_answer(work: F) -> (Box<dyn Grouped>, oneshot::Receiver<Result<T>>) {
         let (tell, told) = oneshot::channel();
-        let call = Call { job: Some(job), done: None, tell };
+        let call = Call { work: Some(work), done: None, tell };
         (Box::new(call), told)
     }
 }
@@ -51,7 +51,7 @@ where
     F: FnOnce(&Connection) -> Result<T> + Send + 'static,
 {
     fn run(&mut self, connection: &Connection) {
-        self.done = self.job.take().map(|job| in_savepoint(connection, job));
+        self.done = self.work.take().map(|work| in_savepoint(connection, work));
     }
 
     fn answer(self: Box<Self>, committed: Result<()>) {
@@ -61,10 +61,10 @@ where
     }
 }
 
-/// Runs `job` so that its failure undoes what it did and nothing else.
-fn in_savepoint<T>(connection: &Connection, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+/// Runs `work` so that its failure undoes what it did and nothing else.
+fn in_savepoint<T>(connection: &Connection, work: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
     connection.prepare_cached("savepoint call")?.execute([])?;
-    let done = job(connection);
+    let done = work(connection);
     if done.is_err() {
         connection.prepare_cached("rollback to call")?.execute([])?;
     }
@@ -74,42 +74,42 @@ fn in_savepoint<T>(connection: &Connection, job: impl FnOnce(&Connection) -> Res
 
 /// The thread and the way to it. Dropping it waits for what was sent, and closes the connection.
 pub(super) struct Worker {
-    jobs: Option<mpsc::Sender<Job>>,
+    commands: Option<mpsc::Sender<Command>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Worker {
     /// Starts the thread.
     pub(super) fn start(name: &str, connection: Connection) -> std::io::Result<Worker> {
-        let (jobs, given) = mpsc::channel();
+        let (commands, given) = mpsc::channel();
         let thread =
             std::thread::Builder::new().name(name.to_owned()).spawn(move || run(connection, &given))?;
-        Ok(Worker { jobs: Some(jobs), thread: Some(thread) })
+        Ok(Worker { commands: Some(commands), thread: Some(thread) })
     }
 
-    pub(super) fn send(&self, job: Job) -> Result<()> {
-        let jobs = self.jobs.as_ref().ok_or_else(gone)?;
-        jobs.send(job).map_err(|_| gone())
+    pub(super) fn send(&self, command: Command) -> Result<()> {
+        let commands = self.commands.as_ref().ok_or_else(gone)?;
+        commands.send(command).map_err(|_| gone())
     }
 
-    /// Runs `job` outside of any transaction.
+    /// Runs `work` outside of any transaction.
     pub(super) async fn alone<T: Send + 'static>(
         &self,
-        job: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (tell, told) = oneshot::channel();
-        let job = move |connection: &mut Connection| {
+        let work = move |connection: &mut Connection| {
             // A caller that has gone wants no answer.
-            let _ = tell.send(job(connection));
+            let _ = tell.send(work(connection));
         };
-        self.send(Job::Alone(Box::new(job)))?;
+        self.send(Command::Alone(Box::new(work)))?;
         told.await.map_err(|_| gone())?
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.jobs = None;
+        self.commands = None;
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -123,18 +123,22 @@ pub(super) fn gone() -> StoreError {
     StoreError::Internal("the thread of the store has ended".to_owned())
 }
 
-fn run(mut connection: Connection, jobs: &mpsc::Receiver<Job>) {
+fn run(mut connection: Connection, commands: &mpsc::Receiver<Command>) {
     let mut next = None;
-    while let Some(job) = next.take().or_else(|| jobs.recv().ok()) {
-        match job {
-            Job::Alone(job) => job(&mut connection),
-            Job::Write(call) => next = group(&connection, call, jobs),
+    while let Some(command) = next.take().or_else(|| commands.recv().ok()) {
+        match command {
+            Command::Alone(work) => work(&mut connection),
+            Command::Write(call) => next = group(&connection, call, commands),
         }
     }
 }
 
-/// Runs `first` and the calls that wait behind it in one transaction; returns a job that does not belong to it.
-fn group(connection: &Connection, first: Box<dyn Grouped>, jobs: &mpsc::Receiver<Job>) -> Option<Job> {
+/// Runs `first` and the calls that wait behind it in one transaction; returns a command that does not belong to it.
+fn group(
+    connection: &Connection,
+    first: Box<dyn Grouped>,
+    commands: &mpsc::Receiver<Command>,
+) -> Option<Command> {
     if let Err(error) = connection.execute_batch("begin immediate") {
         first.answer(Err(error.into()));
         return None;
@@ -146,8 +150,8 @@ fn group(connection: &Connection, first: Box<dyn Grouped>, jobs: &mpsc::Receiver
         call.run(connection);
         at += 1;
         if at < GROUP {
-            match jobs.try_recv() {
-                Ok(Job::Write(call)) => calls.push(call),
+            match commands.try_recv() {
+                Ok(Command::Write(call)) => calls.push(call),
                 Ok(other) => next = Some(other),
                 Err(_) => {}
             }

@@ -4,7 +4,8 @@
 use tokio_postgres::Client;
 
 use super::*;
-use crate::store::operate::WALK;
+use crate::store::BATCH_MAX;
+use crate::store::operate::SCAN;
 
 /// The statements of the hot path and of repairs, by the names under which the tests prepare them.
 const STATEMENTS: [(&str, &str); 14] = [
@@ -298,7 +299,7 @@ async fn a_search_reads_few_rows_whatever_the_statistics_say() {
         assert_eq!(scanned, 0, "{filter:?} reads a table from its start");
         // Each message of the walk, where it stands, and what led to it; once more the walk, to see where it ended. When
         // the page is full, hardly more than the page and, where ids are sorted, what led to them.
-        let most = if found.ids.len() == 20 { limit(WALK) + 200 } else { 6 * limit(WALK) + 200 };
+        let most = if found.ids.len() == 20 { limit(SCAN) + 200 } else { 6 * limit(SCAN) + 200 };
         assert!(fetched <= most, "{filter:?} reads {fetched} rows for {}", found.ids.len());
     }
 }
