@@ -50,7 +50,7 @@ pub type Result<T> = std::result::Result<T, AppError>;
 /// Rows a claim takes at most.
 const CLAIM: usize = 1_000;
 /// Tickets that may be on a lane and not taken up: half a second's worth at full speed, held in memory when embedded.
-const ROOM: usize = 16_000;
+const LANE_CAPACITY: usize = 16_000;
 /// Messages begun and not recorded, per consumer.
 const WINDOW: usize = 8_000;
 
@@ -130,10 +130,10 @@ impl App {
     async fn begin_service(&self) -> std::result::Result<(), StoreError> {
         let endpoints = self.parts.store.endpoints().await?;
         let default = endpoints.into_iter().find(|endpoint| endpoint.name == "default");
-        let url = &self.config.request_url;
+        let url = &self.config.request.url;
         match default {
             None => self.parts.store.put_endpoint(&Endpoint::new("default", url)).await?,
-            Some(old) if self.config.request_url_set && old.url != *url => {
+            Some(old) if self.config.request.is_set && old.url != *url => {
                 let (new, old_one) = (origin_of(url), origin_of(&old.url));
                 tracing::info!("the endpoint default now points to {new}; it was {old_one}");
                 self.parts.store.put_endpoint(&Endpoint { url: url.clone(), ..old }).await?;
@@ -186,12 +186,12 @@ impl App {
         let shares = Shares::now();
         let role = self.config.role;
         if matches!(role, Role::Api | Role::Up) {
-            let listener = listen(&self.config.host, self.config.port, "PORT").await?;
+            let listener = listen(&self.config.listen.host, self.config.listen.port, "PORT").await?;
             let state = self.api_state(address(&listener)?);
             let (router, parts) = (api::router(state), self.parts.clone());
             services.push(Box::pin(api::serve(listener, router, parts, shares.api, stop.clone()).map(Ok)));
         } else if let Some(port) = self.config.metrics_port {
-            let listener = listen(&self.config.host, port, "METRICS_PORT").await?;
+            let listener = listen(&self.config.listen.host, port, "METRICS_PORT").await?;
             let state = self.api_state(address(&listener)?);
             let (router, parts) = (api::health_router(state), self.parts.clone());
             services.push(Box::pin(api::serve(listener, router, parts, shares.api, stop.clone()).map(Ok)));
@@ -230,7 +230,7 @@ impl App {
         ProducerOptions {
             fresh_lane: self.config.lane.topic.clone(),
             batch: CLAIM,
-            room: ROOM,
+            capacity: LANE_CAPACITY,
             poll: Duration::from_millis(poll),
             pacing: self.config.pacing,
         }
@@ -240,7 +240,7 @@ impl App {
         let installation =
             self.parts.store.installation().await.map_err(|error| AppError(error.to_string()))?;
         let options = DeliveryOptions {
-            ca_file: self.config.request_ca_file.clone(),
+            ca_file: self.config.request.ca_file.clone(),
             connections_max: shares.deliveries,
             ..DeliveryOptions::default()
         };
@@ -263,14 +263,14 @@ impl App {
     /// What only this machine reaches asks for no keys.
     fn guard(&self, address: SocketAddr) -> Guard {
         let reached = !address.ip().to_canonical().is_loopback();
-        if reached && self.config.insecure {
+        if reached && self.config.listen.insecure {
             tracing::warn!(
                 "AMS_INSECURE is set: whoever reaches {address} may send, read and change messages; \
                  unset it and make keys with `ams keys create`"
             );
         }
-        let keyed = reached && !self.config.insecure;
-        let access = Access { keyed, reached, hosts: self.config.hosts.clone() };
+        let keyed = reached && !self.config.listen.insecure;
+        let access = Access { keyed, reached, hosts: self.config.listen.names.clone() };
         Guard::new(Arc::clone(&self.parts.store), self.parts.clock.clone(), access)
     }
 }

@@ -215,6 +215,34 @@ pub enum CacheConfig {
     Redis(String),
 }
 
+/// The default endpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RequestConfig {
+    pub url: String,
+    /// Whether somebody set `REQUEST_URL`: then it replaces what stands in the store.
+    pub is_set: bool,
+    /// Authorities to trust besides the usual ones.
+    pub ca_file: Option<PathBuf>,
+}
+
+/// Where the API listens, and who may call it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ListenConfig {
+    pub host: String,
+    pub port: u16,
+    /// Further names by which the API may be called.
+    pub names: Vec<String>,
+    /// No keys are asked for, wherever the API listens.
+    pub insecure: bool,
+}
+
+/// The API that operators' verbs talk to, and the key that they show.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClientConfig {
+    pub url: String,
+    pub key: Option<String>,
+}
+
 /// How the log is written.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LogConfig {
@@ -237,20 +265,10 @@ pub struct Config {
     /// In [`Role::Up`], the lane after it.
     pub retry_lane: Lane,
     pub pacing: Option<Pacing>,
-    pub request_url: String,
-    /// Whether somebody set `REQUEST_URL`: then it replaces what stands in the store.
-    pub request_url_set: bool,
-    pub request_ca_file: Option<PathBuf>,
-    pub host: String,
-    pub port: u16,
+    pub request: RequestConfig,
+    pub listen: ListenConfig,
     pub metrics_port: Option<u16>,
-    /// Further names by which the API may be called.
-    pub hosts: Vec<String>,
-    /// No keys are asked for, wherever the API listens.
-    pub insecure: bool,
-    /// The API that operators' verbs talk to, and the key that they show.
-    pub api_url: String,
-    pub api_key: Option<String>,
+    pub client: ClientConfig,
     pub error_rate: f64,
     /// How long final messages are kept; `None`: for ever.
     pub retention: Option<Duration>,
@@ -275,16 +293,22 @@ impl Config {
             lane: lane(raw, role)?,
             retry_lane: retry_lane(raw, role)?,
             pacing: pacing(raw, role)?,
-            request_url: raw.required("REQUEST_URL", role, parse::url)?,
-            request_url_set: raw.get("REQUEST_URL").is_some(),
-            request_ca_file: raw.parsed("REQUEST_CA_FILE", role, parse::file)?,
-            host: raw.required("HOST", role, parse::host)?,
-            port: raw.required("PORT", role, parse::port)?,
+            request: RequestConfig {
+                url: raw.required("REQUEST_URL", role, parse::url)?,
+                is_set: raw.get("REQUEST_URL").is_some(),
+                ca_file: raw.parsed("REQUEST_CA_FILE", role, parse::file)?,
+            },
+            listen: ListenConfig {
+                host: raw.required("HOST", role, parse::host)?,
+                port: raw.required("PORT", role, parse::port)?,
+                names: raw.parsed("AMS_HOSTS", role, parse::names)?.unwrap_or_default(),
+                insecure: raw.parsed("AMS_INSECURE", role, parse::switch)?.unwrap_or(false),
+            },
             metrics_port: raw.parsed("METRICS_PORT", role, parse::port)?,
-            hosts: raw.parsed("AMS_HOSTS", role, parse::names)?.unwrap_or_default(),
-            insecure: raw.parsed("AMS_INSECURE", role, parse::switch)?.unwrap_or(false),
-            api_url: raw.required("AMS_URL", role, parse::url)?,
-            api_key: raw.parsed("AMS_KEY", role, parse::text)?,
+            client: ClientConfig {
+                url: raw.required("AMS_URL", role, parse::url)?,
+                key: raw.parsed("AMS_KEY", role, parse::text)?,
+            },
             error_rate: raw.required("ERROR_RATE", role, parse::share)?,
             retention: Some(raw.required("RETENTION", role, parse::duration)?).filter(|kept| !kept.is_zero()),
             shutdown_timeout: raw.required("SHUTDOWN_TIMEOUT", role, parse::duration)?,

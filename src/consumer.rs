@@ -12,6 +12,7 @@ mod call;
 mod dispatcher;
 mod early;
 mod heartbeat;
+mod hold;
 mod recorder;
 mod saturation;
 mod unreadable;

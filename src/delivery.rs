@@ -193,7 +193,7 @@ impl Delivery {
         let host = network.pool.host(&Target::parse(url)?.origin);
         let connected = tokio::time::timeout(within, network.pool.connect(&host, within)).await;
         match connected {
-            Ok(connected) => connected.map(drop).map_err(NotConnected::words),
+            Ok(connected) => connected.map(drop).map_err(NotConnected::reason),
             Err(_) => Err(format!("no connection within {within:?}")),
         }
     }
@@ -455,10 +455,10 @@ async fn read(
         let Ok(frame) = frame else { return false };
         // Trailers say nothing to us.
         let Ok(data) = frame.into_data() else { continue };
-        let room = data.len().min(unread);
-        keep(&data[..room]);
-        unread -= room;
-        if room < data.len() {
+        let taken = data.len().min(unread);
+        keep(&data[..taken]);
+        unread -= taken;
+        if taken < data.len() {
             return false;
         }
     }
@@ -501,7 +501,7 @@ fn unsent(error: &hyper::Error) -> Ended {
     let cause = error.source().and_then(|source| source.downcast_ref());
     match cause.and_then(Shortage::in_error) {
         Some(shortage) => Ended::Short(shortage),
-        None => refused(words(error)).into(),
+        None => refused(describe(error)).into(),
     }
 }
 
@@ -520,18 +520,18 @@ fn broken(error: &hyper::Error) -> Failure {
     if error.is_parse() {
         return Failure { class: Class::BadAnswer, error: format!("the answer is not HTTP: {error}") };
     }
-    Failure { class: Class::Reset, error: words(error) }
+    Failure { class: Class::Reset, error: describe(error) }
 }
 
 /// What lies behind an error of the HTTP library, in plain words.
-fn words(error: &hyper::Error) -> String {
+fn describe(error: &hyper::Error) -> String {
     if error.is_incomplete_message() {
         return "the connection was closed before the answer".to_owned();
     }
     match error.source() {
         None => error.to_string(),
         Some(source) => match source.downcast_ref() {
-            Some(error) => connect::words(error),
+            Some(error) => connect::describe(error),
             None => source.to_string(),
         },
     }

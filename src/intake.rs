@@ -47,8 +47,8 @@ type Answer = oneshot::Sender<Result<Vec<Inserted>, IntakeError>>;
 struct Submission {
     messages: Vec<NewMessage>,
     answer: Answer,
-    // Gives the room back once it is answered.
-    _room: OwnedSemaphorePermit,
+    // Gives the capacity back once it is answered.
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Submission {
@@ -62,22 +62,22 @@ impl Submission {
 #[derive(Clone)]
 pub struct Intake {
     submissions: mpsc::Sender<Submission>,
-    room: Arc<Semaphore>,
-    room_kib: u32,
+    capacity: Arc<Semaphore>,
+    capacity_kib: u32,
     wake: Arc<Notify>,
 }
 
 impl Intake {
     /// An intake into `store`; `wake` is told of each commit.
     pub fn new(store: Arc<dyn Store>, clock: Clock, metrics: Arc<Metrics>, wake: Arc<Notify>) -> Intake {
-        Intake::with_room(Committer { store, clock, metrics, wake }, WAITING_KIB)
+        Intake::with_capacity(Committer { store, clock, metrics, wake }, WAITING_KIB)
     }
 
-    fn with_room(committer: Committer, room_kib: u32) -> Intake {
+    fn with_capacity(committer: Committer, capacity_kib: u32) -> Intake {
         let (submissions, waiting) = mpsc::channel(WAITING);
         let wake = Arc::clone(&committer.wake);
         tokio::spawn(commit_all(committer, waiting));
-        Intake { submissions, room: Arc::new(Semaphore::new(room_kib as usize)), room_kib, wake }
+        Intake { submissions, capacity: Arc::new(Semaphore::new(capacity_kib as usize)), capacity_kib, wake }
     }
 
     /// Cuts the producer's idle wait short: rows have become due by another way.
@@ -92,10 +92,11 @@ impl Intake {
     /// keeps a batch out; else what the store says.
     pub async fn submit(&self, messages: Vec<NewMessage>) -> Result<Vec<Inserted>, IntakeError> {
         let (answer, answered) = oneshot::channel();
-        // Never more than all the room, so that a large batch can enter when nothing else waits.
-        let room = Arc::clone(&self.room).try_acquire_many_owned(weight_kib(&messages).min(self.room_kib));
-        let _room = room.map_err(|_| IntakeError::Busy)?;
-        let submission = Submission { messages, answer, _room };
+        // Never more than all the capacity, so that a large batch can enter when nothing else waits.
+        let permit =
+            Arc::clone(&self.capacity).try_acquire_many_owned(weight_kib(&messages).min(self.capacity_kib));
+        let _permit = permit.map_err(|_| IntakeError::Busy)?;
+        let submission = Submission { messages, answer, _permit };
         self.submissions.try_send(submission).map_err(|_| IntakeError::Busy)?;
         let stopped = || IntakeError::Store(StoreError::Unavailable("the program is stopping".to_owned()));
         answered.await.unwrap_or_else(|_| Err(stopped()))
@@ -281,14 +282,14 @@ mod tests {
         let store = Arc::new(SqliteStore::in_memory().unwrap());
         let committer =
             Committer { store, clock: Clock::system(), metrics: Arc::default(), wake: Arc::default() };
-        let intake = Intake::with_room(committer, 256);
+        let intake = Intake::with_capacity(committer, 256);
         let large = || vec![message(&"x".repeat(1 << 10)); 40];
         let calls = (0..6).map(|_| intake.submit(large()));
         let answers = futures_util::future::join_all(calls).await;
         let busy = answers.iter().filter(|answer| matches!(answer, Err(IntakeError::Busy))).count();
         let stored = answers.iter().filter(|answer| answer.is_ok()).count();
         assert_eq!((stored, busy), (4, 2));
-        // The room is free again.
+        // The capacity is free again.
         assert!(intake.submit(large()).await.is_ok());
         // What is larger than all of it may still enter alone.
         assert!(intake.submit(vec![message(&"x".repeat(300 << 10))]).await.is_ok());

@@ -285,7 +285,7 @@ impl Janitor {
         self.silence.watch(&recovered.ahead, moment.instant);
         let mut count = 0;
         for lease in recovered.leases {
-            if !self.has_room() {
+            if !self.has_capacity() {
                 break;
             }
             count += self.reissue(Suspect::Lease(lease), owner, now).await?;
@@ -301,7 +301,7 @@ impl Janitor {
     }
 
     /// Whether another batch may be issued again now.
-    fn has_room(&mut self) -> bool {
+    fn has_capacity(&mut self) -> bool {
         while self.publishing.try_join_next().is_some() {}
         self.publishing.len() < REISSUED_MAX
     }
@@ -361,7 +361,8 @@ impl Janitor {
         for batch in &batches {
             let depth = depths.get(&batch.lane).map(Vec::as_slice);
             let state = state_of(batch, depth, now);
-            if state != BatchState::UnderWay && (sure || state != BatchState::Orphaned) && self.has_room() {
+            if state != BatchState::UnderWay && (sure || state != BatchState::Orphaned) && self.has_capacity()
+            {
                 let count = self.reissue(Suspect::Batch(batch.id), owner, now).await?;
                 *counts.entry(state).or_default() += count;
             }

@@ -15,6 +15,8 @@
 //! Rooms never call each other: they meet in the store and the queue, so that each can be a process
 //! of its own. Dependencies point one way, from the bottom of this list to the top; `tests/tidy.rs` checks it.
 
+#![deny(clippy::unwrap_used)]
+
 pub mod clock;
 pub mod header_rules;
 pub mod lane;

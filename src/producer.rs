@@ -1,7 +1,7 @@
 //! Claimed and queued: takes what is due from the store and puts its tickets on a lane.
 //!
 //! One producer is active; a lease row elects it and a standby takes over within ten seconds. It
-//! claims in batches, each of which goes to one partition, and never more than a lane has room for.
+//! claims in batches, each of which goes to one partition, and never more than the capacity of a lane.
 //! A claim and its publishing overlap: while one batch waits for the broker, the next is claimed.
 //! A ticket that is published twice is harmless: once its delivery has begun, its bit is gone.
 
@@ -37,7 +37,7 @@ pub struct ProducerOptions {
     /// Rows a claim takes at most.
     pub batch: usize,
     /// Tickets that may be on a lane and not taken up.
-    pub room: usize,
+    pub capacity: usize,
     /// The longest gap between two looks for new rows while nothing happens.
     pub poll: Duration,
     /// At most so many first tries per interval; `None`: as fast as the endpoints take them.
@@ -156,7 +156,7 @@ impl Service for Producer {
 impl Producer {
     /// A producer that has not bid for leadership yet.
     pub fn new(parts: Parts, options: ProducerOptions) -> Producer {
-        let capacity = Capacity::new(parts.clone(), options.room);
+        let capacity = Capacity::new(parts.clone(), options.capacity);
         let pacer = options.pacing.map(Pacer::new);
         Producer {
             parts,
@@ -300,7 +300,7 @@ impl Producer {
         Ok(full)
     }
 
-    /// One claim, as large as room and pacing allow.
+    /// One claim, as large as capacity and pacing allow.
     async fn claim(&mut self, owner: InstanceId, due: Due<'_>, now: Now) -> Result<Taken> {
         let (lane, first_tries) = match due {
             Due::Timed { lane, .. } if !lane.is_empty() => (lane.to_owned(), false),
@@ -334,7 +334,7 @@ impl Producer {
         Ok(if claimed.seen >= limit { Taken::Full { late } } else { Taken::Some { late } })
     }
 
-    /// How many may be claimed for a lane now, by its room and the pacing. `None`: another producer leads.
+    /// How many may be claimed for a lane now, by its capacity and the pacing. `None`: another producer leads.
     async fn allowance(
         &mut self,
         lane: &str,

@@ -4,6 +4,8 @@
 //! named or allocated for a message.
 
 mod declared;
+mod installation;
+mod lane;
 mod log;
 mod shortages;
 
@@ -18,10 +20,13 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{self, Registry};
 
 use crate::clock::{Instant, Now};
-use crate::message::{Class, Times, Verdict};
 use crate::shortage::{Resource, Shortage};
 
 pub use declared::{Kind, METRICS, Metric, table};
+pub use installation::Installation;
+use installation::InstallationMetrics;
+pub use lane::LaneMetrics;
+use lane::Lanes;
 pub use log::start_log;
 pub use shortages::Lasting;
 use shortages::Shortages;
@@ -42,15 +47,9 @@ pub struct Metrics {
     batch_rows: Family<Words<1>, Histogram>,
     batch_seconds: Family<Words<1>, Histogram>,
     is_active_producer: Family<Words<0>, Gauge>,
-    queue_wait: Family<Names<1>, Histogram>,
     stale: Family<Words<1>, Counter>,
+    lanes: Lanes,
     unreadable: Family<Names<2>, Counter>,
-    in_flight: Family<Names<1>, Gauge>,
-    attempts: Family<Names<2>, Counter>,
-    attempt_seconds: Family<Names<1>, Histogram>,
-    phase_seconds: Family<Names<2>, Histogram>,
-    verdicts: Family<Names<2>, Counter>,
-    latency: Family<Names<1>, Histogram>,
     recovered: Family<Words<1>, Counter>,
     removed: Family<Words<1>, Counter>,
     reconciled: Family<Words<1>, Counter>,
@@ -58,11 +57,7 @@ pub struct Metrics {
     shortages: Shortages,
     part_up: Family<Words<1>, Gauge>,
     part_answer: Family<Words<1>, Gauge>,
-    backlog: Family<Words<1>, Gauge>,
-    oldest_due: Family<Words<0>, Gauge>,
-    lag: Family<Names<2>, Gauge>,
-    active_producers: Family<Words<0>, Gauge>,
-    paused: Family<Words<0>, Gauge>,
+    installation: InstallationMetrics,
 }
 
 fn rows() -> Histogram {
@@ -74,11 +69,6 @@ fn seconds() -> Histogram {
     Histogram::new(exponential_buckets(0.0005, 2.0, 18))
 }
 
-/// From a millisecond to about half an hour.
-fn long_seconds() -> Histogram {
-    Histogram::new(exponential_buckets(0.001, 2.0, 22))
-}
-
 impl Default for Metrics {
     fn default() -> Metrics {
         let metrics = Metrics {
@@ -87,15 +77,9 @@ impl Default for Metrics {
             batch_rows: Family::new_with_constructor(rows),
             batch_seconds: Family::new_with_constructor(seconds),
             is_active_producer: Family::default(),
-            queue_wait: Family::new_with_constructor(seconds),
             stale: Family::default(),
+            lanes: Lanes::default(),
             unreadable: Family::default(),
-            in_flight: Family::default(),
-            attempts: Family::default(),
-            attempt_seconds: Family::new_with_constructor(seconds),
-            phase_seconds: Family::new_with_constructor(seconds),
-            verdicts: Family::default(),
-            latency: Family::new_with_constructor(long_seconds),
             recovered: Family::default(),
             removed: Family::default(),
             reconciled: Family::default(),
@@ -103,11 +87,7 @@ impl Default for Metrics {
             shortages: Shortages::default(),
             part_up: Family::default(),
             part_answer: Family::default(),
-            backlog: Family::default(),
-            oldest_due: Family::default(),
-            lag: Family::default(),
-            active_producers: Family::default(),
-            paused: Family::default(),
+            installation: InstallationMetrics::default(),
         };
         metrics.register();
         // Without a 0 a first one could not be seen as a growth.
@@ -126,26 +106,16 @@ impl Metrics {
         register(&mut all, "ams_batch_rows", &self.batch_rows);
         register(&mut all, "ams_batch_seconds", &self.batch_seconds);
         register(&mut all, "ams_is_active_producer", &self.is_active_producer);
-        register(&mut all, "ams_queue_wait_seconds", &self.queue_wait);
         register(&mut all, "ams_stale_total", &self.stale);
+        self.lanes.register(&mut all);
         register(&mut all, "ams_unreadable_records_total", &self.unreadable);
-        register(&mut all, "ams_in_flight", &self.in_flight);
-        register(&mut all, "ams_attempts_total", &self.attempts);
-        register(&mut all, "ams_attempt_seconds", &self.attempt_seconds);
-        register(&mut all, "ams_attempt_phase_seconds", &self.phase_seconds);
-        register(&mut all, "ams_verdicts_total", &self.verdicts);
-        register(&mut all, "ams_delivery_latency_seconds", &self.latency);
         register(&mut all, "ams_recovered_total", &self.recovered);
         register(&mut all, "ams_removed_total", &self.removed);
         register(&mut all, "ams_reconciled_total", &self.reconciled);
         register(&mut all, "ams_put_off_total", &self.put_off);
         register(&mut all, "ams_part_up", &self.part_up);
         register(&mut all, "ams_part_answer_seconds", &self.part_answer);
-        register(&mut all, "ams_backlog_messages", &self.backlog);
-        register(&mut all, "ams_oldest_due_age_seconds", &self.oldest_due);
-        register(&mut all, "ams_lane_lag", &self.lag);
-        register(&mut all, "ams_active_producers", &self.active_producers);
-        register(&mut all, "ams_producers_paused", &self.paused);
+        self.installation.register(&mut all);
     }
 
     fn registry(&self) -> MutexGuard<'_, Registry> {
@@ -164,26 +134,7 @@ impl Metrics {
 
     /// What is counted on a lane, for whoever works on it to keep.
     pub fn lane(&self, lane: &str) -> LaneMetrics {
-        let one = || [("lane", lane.to_owned())];
-        let two = |label, value: &str| [("lane", lane.to_owned()), (label, value.to_owned())];
-        let phase = |name| self.phase_seconds.get_or_create_owned(&two("phase", name));
-        let verdict = |name| self.verdicts.get_or_create_owned(&two("verdict", name));
-        LaneMetrics {
-            queue_wait: self.queue_wait.get_or_create_owned(&one()),
-            in_flight: self.in_flight.get_or_create_owned(&one()),
-            attempts: Class::ALL
-                .map(|class| self.attempts.get_or_create_owned(&two("class", class.as_str()))),
-            attempt_seconds: self.attempt_seconds.get_or_create_owned(&one()),
-            connect: phase("connect"),
-            head: phase("head"),
-            body: phase("body"),
-            sent: verdict("sent"),
-            retrying: verdict("retrying"),
-            dead: verdict("dead"),
-            expired: verdict("expired"),
-            released: verdict("released"),
-            latency: self.latency.get_or_create_owned(&one()),
-        }
+        self.lanes.of(lane)
     }
 
     /// A batch of `rows` messages passed a stage; [`METRICS`] names the stages.
@@ -248,27 +199,7 @@ impl Metrics {
     /// How the whole installation is, as store and queue say. What is not known is not shown: an old figure
     /// would pass for a new one.
     pub fn installation(&self, known: &Installation) {
-        let (backlog, lag) = (&self.backlog, &self.lag);
-        backlog.clear();
-        lag.clear();
-        for (status, count) in &known.backlog {
-            backlog.get_or_create(&[("status", *status)]).set(*count as f64);
-        }
-        for (lane, partition, count) in &known.lag {
-            let labels = [("lane", lane.clone()), ("partition", partition.to_string())];
-            lag.get_or_create(&labels).set(*count as f64);
-        }
-        show(&self.oldest_due, known.oldest_due.map(|age| age.as_secs_f64()));
-        show(&self.active_producers, known.active.map(|active| f64::from(u8::from(active))));
-        show(&self.paused, known.paused.map(|paused| f64::from(u8::from(paused))));
-    }
-}
-
-/// Shows a gauge, or takes it away.
-fn show(gauge: &Family<Words<0>, Gauge>, value: Option<f64>) {
-    match value {
-        Some(value) => drop(gauge.get_or_create(&[]).set(value)),
-        None => gauge.clear(),
+        self.installation.show(known);
     }
 }
 
@@ -297,80 +228,6 @@ fn classic(text: &str) -> String {
         lines.push('\n');
     }
     lines
-}
-
-/// What is counted on one lane; kept by those who work on it, so that counting costs next to nothing.
-#[derive(Clone, Debug)]
-pub struct LaneMetrics {
-    queue_wait: Histogram,
-    in_flight: Gauge,
-    /// In the order of [`Class::ALL`].
-    attempts: [Counter; Class::ALL.len()],
-    attempt_seconds: Histogram,
-    connect: Histogram,
-    head: Histogram,
-    body: Histogram,
-    sent: Counter,
-    retrying: Counter,
-    dead: Counter,
-    expired: Counter,
-    released: Counter,
-    latency: Histogram,
-}
-
-impl LaneMetrics {
-    /// A ticket was begun, so long after it was published or due.
-    pub fn begun_after(&self, wait: Duration) {
-        self.queue_wait.observe(wait.as_secs_f64());
-    }
-
-    /// Tries under way in this process now.
-    pub fn in_flight(&self, count: usize) {
-        self.in_flight.set(count as f64);
-    }
-
-    /// One try ended.
-    pub fn attempted(&self, class: Class, times: &Times, took: Duration) {
-        self.attempts[class as usize].inc();
-        self.attempt_seconds.observe(took.as_secs_f64());
-        let phases =
-            [(&self.connect, times.connect_us), (&self.head, times.head_us), (&self.body, times.body_us)];
-        // A phase that did not take place took no time.
-        for (phase, micros) in phases.into_iter().filter(|(_, micros)| *micros > 0) {
-            phase.observe(f64::from(micros) / 1e6);
-        }
-    }
-
-    /// A verdict was recorded.
-    pub fn judged(&self, verdict: &Verdict) {
-        let verdicts = match verdict {
-            Verdict::Sent => &self.sent,
-            Verdict::Retry { .. } => &self.retrying,
-            Verdict::Dead { .. } => &self.dead,
-            Verdict::Expired => &self.expired,
-            Verdict::Release => &self.released,
-        };
-        verdicts.inc();
-    }
-
-    /// A message was delivered, so long after its creation.
-    pub fn delivered_after(&self, latency: Duration) {
-        self.latency.observe(latency.as_secs_f64());
-    }
-}
-
-/// How the whole installation is; what is not known is empty.
-#[derive(Clone, Debug, Default)]
-pub struct Installation {
-    /// Messages that are not final, by status.
-    pub backlog: Vec<(&'static str, u64)>,
-    /// For how long the oldest due message has been due; zero when none is.
-    pub oldest_due: Option<Duration>,
-    /// Lane, partition, and tickets there that are not begun.
-    pub lag: Vec<(String, i32, i64)>,
-    /// Whether a producer is active, and whether producers are paused.
-    pub active: Option<bool>,
-    pub paused: Option<bool>,
 }
 
 #[cfg(test)]

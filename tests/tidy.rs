@@ -73,7 +73,6 @@ fn is_test_file(path: &str) -> bool {
     path.starts_with("tests/")
         || path.ends_with("/tests.rs")
         || path.ends_with("/real.rs")
-        || path.contains("/real/")
         || path.contains("conformance")
         || path.contains("/tests/")
 }

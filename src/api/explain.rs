@@ -64,13 +64,13 @@ impl Surroundings {
 /// Why a message stands where it stands, and until when.
 pub(super) fn why(message: &Message, around: &Surroundings) -> Option<String> {
     if let Some(held) = message.held {
-        return Some(held_words(held, &message.endpoint, around));
+        return Some(explain_held(held, &message.endpoint, around));
     }
     let due = message.due_at.or(message.send_at).filter(|at| *at > around.now);
     match message.status {
         Status::Pending => Some(match due {
             Some(at) => format!("due at {at}"),
-            None => format!("due now: {}", producer_words(message, around)),
+            None => format!("due now: {}", explain_producer(message, around)),
         }),
         Status::Queued => Some(match (due, &around.queue) {
             (Some(at), _) => format!("due at {at}; its ticket is on its lane ahead of that"),
@@ -84,7 +84,7 @@ pub(super) fn why(message: &Message, around: &Surroundings) -> Option<String> {
         Status::Retrying => {
             let due = match due {
                 Some(at) => format!("due at {at}"),
-                None => format!("due now: {}", producer_words(message, around)),
+                None => format!("due now: {}", explain_producer(message, around)),
             };
             Some(match &message.reason {
                 Some(reason) => format!("{due}; last: {reason}"),
@@ -100,7 +100,7 @@ pub(super) fn why(message: &Message, around: &Surroundings) -> Option<String> {
     }
 }
 
-fn held_words(held: Held, endpoint: &str, around: &Surroundings) -> String {
+fn explain_held(held: Held, endpoint: &str, around: &Surroundings) -> String {
     match held {
         Held::EndpointBusy => {
             format!("held: endpoint {endpoint} is busy; it goes on as soon as there is room")
@@ -119,7 +119,7 @@ fn held_words(held: Held, endpoint: &str, around: &Surroundings) -> String {
 }
 
 /// What the producer makes a due message wait for.
-fn producer_words(message: &Message, around: &Surroundings) -> String {
+fn explain_producer(message: &Message, around: &Surroundings) -> String {
     let Some(control) = around.control else { return "it waits for the producer".to_owned() };
     if control.paused {
         return "the producers are paused, until somebody resumes them".to_owned();
@@ -192,8 +192,8 @@ mod tests {
             (Message { reason, ..message(Status::Dead) }, "status 500"),
             (Message { expires_at: at, ..message(Status::Expired) }, "1970"),
         ] {
-            let words = why(&message, &Surroundings::default()).unwrap_or_default();
-            assert!(words.contains(expected), "{:?}: {words}", message.status);
+            let explained = why(&message, &Surroundings::default()).unwrap_or_default();
+            assert!(explained.contains(expected), "{:?}: {explained}", message.status);
         }
         assert_eq!(why(&message(Status::Sent), &Surroundings::default()), None);
     }
@@ -241,8 +241,8 @@ mod tests {
                 "held: its URL is none; it goes on once",
             ),
         ] {
-            let words = why(&message, &around).unwrap_or_default();
-            assert!(words.contains(expected), "{:?}: {words}", message.status);
+            let explained = why(&message, &around).unwrap_or_default();
+            assert!(explained.contains(expected), "{:?}: {explained}", message.status);
         }
     }
 }

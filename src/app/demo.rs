@@ -31,15 +31,15 @@ pub async fn run(
     exit_when_done: bool,
     stop: CancellationToken,
 ) -> Result<ExitCode> {
-    let receiver = free_port(&config.host, 3000).await?;
-    let api = free_port(&config.host, config.port).await?;
-    config.port = address(&api)?.port();
+    let receiver = free_port(&config.listen.host, 3000).await?;
+    let api = free_port(&config.listen.host, config.listen.port).await?;
+    config.listen.port = address(&api)?.port();
     drop(api);
     remove_old_file()?;
     config.store = StoreConfig::Sqlite(FILE.into());
     (config.queue, config.cache) = (QueueConfig::Embedded, CacheConfig::Memory);
-    config.request_url = format!("http://{}", address(&receiver)?);
-    config.request_url_set = true;
+    config.request.url = format!("http://{}", address(&receiver)?);
+    config.request.is_set = true;
     if raw.get("RETRY_INTERVAL").is_none() {
         // A newcomer should not have to wait for the production default.
         config.lane.interval = Duration::from_secs(1);
@@ -53,7 +53,7 @@ pub async fn run(
     if !app.prepare(&stop).await? {
         return Ok(ExitCode::SUCCESS);
     }
-    timeline.greet(&app.config);
+    timeline.print_header(&app.config);
     let done = CancellationToken::new();
     let told = async {
         let told = tell(&app, timeline, exit_when_done, &stop).await;
@@ -139,11 +139,11 @@ impl Timeline {
         Timeline { colour: config.log.colour && std::io::stdout().is_terminal(), seen: BTreeMap::new() }
     }
 
-    fn greet(&self, config: &Config) {
-        let api = format!("http://{}:{}", config.host, config.port);
+    fn print_header(&self, config: &Config) {
+        let api = format!("http://{}:{}", config.listen.host, config.listen.port);
         say(&format!(
             "AMS runs whole in this process. The receiver at {} fails some requests on purpose.",
-            config.request_url
+            config.request.url
         ));
         say(&format!("Swagger UI: {api}/swagger/index.html"));
         say(&format!(

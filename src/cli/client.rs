@@ -79,14 +79,14 @@ impl Client {
     /// # Errors
     /// When `AMS_URL`, `AMS_KEY` or `REQUEST_CA_FILE` can't be used.
     pub(super) fn new(config: &Config) -> app::Result<Client> {
-        let shown = redact::url(&config.api_url);
+        let shown = redact::url(&config.client.url);
         let wrong = |error| AppError(format!("AMS_URL is `{shown}`: {error}"));
-        let caller = Caller::new(&config.api_url, config.request_ca_file.as_deref(), &Clock::system());
+        let caller = Caller::new(&config.client.url, config.request.ca_file.as_deref(), &Clock::system());
         let bearer = |key: &String| {
             let value = HeaderValue::try_from(format!("Bearer {key}"));
             value.map_err(|_| AppError("AMS_KEY can't be sent as a header; copy the key anew".to_owned()))
         };
-        let key = config.api_key.as_ref().map(bearer).transpose()?;
+        let key = config.client.key.as_ref().map(bearer).transpose()?;
         Ok(Client { caller: caller.map_err(wrong)?, url: shown.trim_end_matches('/').to_owned(), key })
     }
 

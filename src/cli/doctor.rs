@@ -269,7 +269,7 @@ async fn look_at_api(raw: &Raw, config: &Config) -> Finding {
 /// What the store knows of keys, endpoints and work; without it only the endpoint of the settings.
 async fn look_around(config: &Config, store: Option<&dyn Store>) -> Vec<Finding> {
     let Some(store) = store else {
-        let default = Endpoint::new("default", &config.request_url);
+        let default = Endpoint::new("default", &config.request.url);
         return reach_all(config, vec![(default, false)]).await;
     };
     let now = Clock::system().now();
@@ -281,7 +281,7 @@ async fn look_around(config: &Config, store: Option<&dyn Store>) -> Vec<Finding>
         work.push(judge::reconciliation(&store.reconciliation().await?));
         let (mut endpoints, held) = (store.endpoints().await?, store.held().await?);
         if endpoints.is_empty() {
-            endpoints.push(Endpoint::new("default", &config.request_url));
+            endpoints.push(Endpoint::new("default", &config.request.url));
         }
         let waited_for = |endpoint: &Endpoint| held.iter().any(|(name, _)| *name == endpoint.name);
         let endpoints = endpoints.into_iter().map(|endpoint| (waited_for(&endpoint), endpoint));
@@ -299,7 +299,7 @@ async fn look_around(config: &Config, store: Option<&dyn Store>) -> Vec<Finding>
 
 /// Connects to each endpoint that is enabled, and lets go again.
 async fn reach_all(config: &Config, endpoints: Vec<(Endpoint, bool)>) -> Vec<Finding> {
-    let options = DeliveryOptions { ca_file: config.request_ca_file.clone(), ..DeliveryOptions::default() };
+    let options = DeliveryOptions { ca_file: config.request.ca_file.clone(), ..DeliveryOptions::default() };
     let delivery = match Delivery::new(Clock::system(), Uuid::nil(), options) {
         Ok(delivery) => delivery,
         Err(error) => return vec![fault("endpoint", format!("{error}; mend REQUEST_CA_FILE"))],

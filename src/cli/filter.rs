@@ -182,17 +182,17 @@ mod tests {
 
     #[test]
     fn a_change_of_many_says_what_it_came_to() {
-        let words = |matched, changed, change, dry_run| {
+        let summary = |matched, changed, change, dry_run| {
             let seen = Changed { matched, changed, job: None, finished: true, finished_at: None };
             changed_words(change, &seen, dry_run)
         };
         assert_eq!(
-            words(3, 0, "redrive", true),
+            summary(3, 0, "redrive", true),
             "3 messages would be pending again; without --dry-run they are.\n"
         );
-        assert!(words(10_000, 0, "cancel", true).starts_with("10,000 messages or more would be cancelled"));
-        assert_eq!(words(1, 1, "redrive", false), "1 message pending again.\n");
-        assert_eq!(words(3, 2, "cancel", false), "2 messages cancelled; 1 had moved on meanwhile.\n");
-        assert!(words(0, 0, "cancel", false).starts_with("No message matches"));
+        assert!(summary(10_000, 0, "cancel", true).starts_with("10,000 messages or more would be cancelled"));
+        assert_eq!(summary(1, 1, "redrive", false), "1 message pending again.\n");
+        assert_eq!(summary(3, 2, "cancel", false), "2 messages cancelled; 1 had moved on meanwhile.\n");
+        assert!(summary(0, 0, "cancel", false).starts_with("No message matches"));
     }
 }

@@ -103,7 +103,7 @@ impl Message {
 
 impl Message {
     /// What it waits for or why it ended, with times from `now`; else nothing.
-    pub(super) fn words(&self, now: Timestamp) -> String {
+    pub(super) fn summary(&self, now: Timestamp) -> String {
         let why = self.why.as_deref().unwrap_or_default();
         let wait = |at: Option<Timestamp>| at.filter(|at| *at > now).map(|at| time(at.since(now)));
         match (self.status.as_str(), wait(self.due_at), wait(self.send_at)) {
@@ -179,7 +179,7 @@ pub(super) fn lines(messages: &[Message], now: Timestamp, more: bool, paint: Pai
             time(now.since(message.created_at)),
             plain(&message.endpoint, 20),
             plain(&message.recipient, 24),
-            match message.words(now).as_str() {
+            match message.summary(now).as_str() {
                 "" => format!("\"{}\"", plain(&message.content, 40)),
                 words => plain(words, 70),
             },

@@ -115,7 +115,7 @@ async fn wait(operator: &Operator, mut answer: Value, within: Duration) -> app::
 /// How a message stands, without a full stop.
 fn line(message: &Message, now: Timestamp, paint: Paint) -> String {
     let status = paint.status(&message.status, 0);
-    let why = match message.words(now).as_str() {
+    let why = match message.summary(now).as_str() {
         "" => String::new(),
         words => format!(", {}", plain(words, 200)),
     };

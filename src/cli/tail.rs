@@ -216,12 +216,12 @@ fn line(event: &Event, paint: Paint) -> String {
     let clock = paint.tone(Tone::Faint, clock.get(11..19).unwrap_or(&clock));
     let tries =
         if message.attempts == 1 { "1 try".to_owned() } else { format!("{} tries", message.attempts) };
-    let words = match (event.status.as_str(), message.finished_at) {
+    let summary = match (event.status.as_str(), message.finished_at) {
         ("sent", Some(at)) => format!("{tries}, {}", time(at.since(message.created_at))),
-        ("retrying", _) if message.status == "retrying" => message.words(event.at),
+        ("retrying", _) if message.status == "retrying" => message.summary(event.at),
         ("retrying", _) => format!("after {tries}; under way again"),
-        ("dead", _) => format!("{}; {tries}", message.words(event.at)),
-        _ => message.words(event.at),
+        ("dead", _) => format!("{}; {tries}", message.summary(event.at)),
+        _ => message.summary(event.at),
     };
     let endpoint = match message.endpoint.as_str() {
         "default" => String::new(),
@@ -231,7 +231,7 @@ fn line(event: &Event, paint: Paint) -> String {
     format!(
         "{clock}  {status}  {id:<6} to {}{endpoint}  {}",
         plain(&message.recipient, 24),
-        plain(&words, 120)
+        plain(&summary, 120)
     )
 }
 

@@ -30,7 +30,7 @@ pub(super) async fn run(
     stop: CancellationToken,
 ) -> app::Result<ExitCode> {
     let options = TestClientOptions { error_rate: config.error_rate, ..options(matches)? };
-    let listener = app::listen(&config.host, config.port, "PORT").await?;
+    let listener = app::listen(&config.listen.host, config.listen.port, "PORT").await?;
     print(&format!("the test client answers at http://{}\n", app::address(&listener)?))?;
     testclient::run(listener, options, stop).await;
     Ok(ExitCode::SUCCESS)

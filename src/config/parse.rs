@@ -10,8 +10,8 @@ use crate::delivery;
 
 /// The levels of the log; `off` writes nothing.
 const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
-/// The rooms of this program, which a filter of the log may name: a misspelt one would be silent.
-const ROOMS: [&str; 26] = [
+/// The modules of this program, which a filter of the log may name: a misspelt one would be silent.
+const MODULES: [&str; 26] = [
     "api",
     "app",
     "bench",
@@ -255,14 +255,14 @@ pub(super) fn log_level(text: &str) -> Parsed<String> {
         .into())
 }
 
-/// Whether something of this name may write to the log: a room of this program, or a library.
+/// Whether something of this name may write to the log: a module of this program, or a library.
 fn is_target(text: &str) -> bool {
     let mut parts = text.split("::");
     let legal = |part: &str| {
         let letter = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
         !part.is_empty() && part.chars().all(letter)
     };
-    let known = parts.next() != Some("ams") || parts.next().is_none_or(|room| ROOMS.contains(&room));
+    let known = parts.next() != Some("ams") || parts.next().is_none_or(|module| MODULES.contains(&module));
     known && text.split("::").all(legal)
 }
 

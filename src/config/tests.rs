@@ -24,7 +24,7 @@ fn with_nothing_set_everything_is_embedded() {
     let config = config(Role::Up, &[]);
     assert_eq!(config.store, StoreConfig::Sqlite("ams-data/ams.db".into()));
     assert_eq!((config.queue, config.cache), (QueueConfig::Embedded, CacheConfig::Memory));
-    assert_eq!((config.host.as_str(), config.port, config.pacing), ("127.0.0.1", 8080, None));
+    assert_eq!((config.listen.host.as_str(), config.listen.port, config.pacing), ("127.0.0.1", 8080, None));
     assert_eq!((config.lane.tries, config.retry_lane.tries), (1, 3));
     assert_eq!(
         (config.lane.next.as_str(), config.retry_lane.topic.as_str()),
@@ -196,7 +196,7 @@ fn what_a_setting_means_is_understood_however_it_is_written() {
     ] {
         config(Role::Up, &[(name, value)]);
     }
-    let hosts = config(Role::Up, &[("AMS_HOSTS", "Ams.Example.org., api ,[fd00::1]")]).hosts;
+    let hosts = config(Role::Up, &[("AMS_HOSTS", "Ams.Example.org., api ,[fd00::1]")]).listen.names;
     assert_eq!(hosts, ["ams.example.org", "api", "fd00::1"]);
     let kafka = [
         ("KAFKA_BROKERS", "kafka:1"),
@@ -214,9 +214,9 @@ fn what_a_setting_means_is_understood_however_it_is_written() {
 
 #[test]
 fn the_log_may_be_filtered_by_every_room() {
-    let rooms = include_str!("../lib.rs").lines().filter_map(|line| line.strip_prefix("pub mod "));
-    for room in rooms.map(|room| room.trim_end_matches(';')) {
-        config(Role::Up, &[("LOG_LEVEL", &format!("info,ams::{room}=debug"))]);
+    let modules = include_str!("../lib.rs").lines().filter_map(|line| line.strip_prefix("pub mod "));
+    for module in modules.map(|module| module.trim_end_matches(';')) {
+        config(Role::Up, &[("LOG_LEVEL", &format!("info,ams::{module}=debug"))]);
     }
 }
 

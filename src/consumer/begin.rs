@@ -1,4 +1,4 @@
-//! From records of a lane to messages that may be tried: parse, then begin or hold, in batches.
+//! From records of a lane to messages that may be tried: parse, then begin, in batches.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,7 +6,6 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Instant, Timestamp};
-use crate::message::Held;
 use crate::queue::{RECORD_MAX, Receipt, Taken};
 use crate::service::{self, Parts};
 use crate::store::{Begin, Begun, Endpoint, InstanceId, LeaseId, Mask, Wanted};
@@ -42,16 +41,6 @@ pub(super) struct Admitted {
     pub(super) ticket: Ticket,
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) ready_at: Timestamp,
-}
-
-/// Tickets that were not admitted: their rows are to be held.
-#[derive(Debug, Default)]
-pub(super) struct Refused {
-    pub(super) tickets: Vec<(Ticket, Held)>,
-    /// The records they came from.
-    pub(super) receipts: Vec<Receipt>,
-    /// When their rows are held however few they are.
-    pub(super) hold_at: Instant,
 }
 
 /// A message that this process is to try.
@@ -170,31 +159,6 @@ fn wanted<'a>(tickets: impl Iterator<Item = &'a Ticket>) -> Vec<Wanted> {
         wanted[place].positions.set(usize::from(ticket.position));
     }
     wanted
-}
-
-/// Holds the rows of refused tickets; waits for the store as long as it takes. Gives back the records
-/// that are done with: none when `stop` comes first, and the tickets will come again.
-pub(super) async fn hold(
-    parts: Parts,
-    lane: String,
-    refused: Refused,
-    stop: CancellationToken,
-) -> Vec<Receipt> {
-    let (busy, closed): (Vec<_>, Vec<_>) =
-        refused.tickets.into_iter().partition(|(_, held)| *held == Held::EndpointBusy);
-    for (held, tickets) in [(Held::EndpointBusy, busy), (Held::EndpointClosed, closed)] {
-        if tickets.is_empty() {
-            continue;
-        }
-        let tickets: Vec<Ticket> = tickets.into_iter().map(|(ticket, _)| ticket).collect();
-        let watch = parts.clock.stopwatch();
-        let call = || parts.store.hold(&lane, &tickets, held, parts.clock.now());
-        if service::persist("hold", &stop, call).await.is_none() {
-            return Vec::new();
-        }
-        parts.metrics.batch("hold", tickets.len(), watch.elapsed());
-    }
-    refused.receipts
 }
 
 #[cfg(test)]

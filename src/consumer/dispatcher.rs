@@ -10,9 +10,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::ConsumerOptions;
 use super::attempts::{Attempts, Finished};
-use super::begin::{self, Admitted, Arrivals, BATCH, BegunDelivery, Refused, Started};
+use super::begin::{self, Admitted, Arrivals, BATCH, BegunDelivery, Started};
 use super::call::{Call, under_way};
 use super::early::Early;
+use super::hold::Holding;
 use super::recorder::{Judged, Written};
 use super::saturation::Saturated;
 use super::unreadable::Letters;
@@ -37,8 +38,6 @@ const LOADED: usize = 64;
 /// Bytes of tickets in memory, at most: then no more is taken from the lane. What was taken at once may come on top.
 const BYTES_MAX: usize = 128 << 20;
 const TICK: Duration = Duration::from_millis(100);
-/// How long refused tickets wait before their rows are held: nobody waits for it, and many at once cost less.
-const HOLD_AFTER: Duration = Duration::from_secs(1);
 pub(super) struct Dispatcher {
     parts: Parts,
     metrics: LaneMetrics,
@@ -56,9 +55,7 @@ pub(super) struct Dispatcher {
     arrivals: Arrivals,
     /// The begin call under way: one at a time, so that what arrives meanwhile goes together.
     beginning: Option<Call<Started>>,
-    refused: Refused,
-    /// The call under way that holds rows: apart from the other, which must not wait for it.
-    holding: Option<Call<Vec<Receipt>>>,
+    holding: Holding,
     waiting: Waiting,
     finished: mpsc::UnboundedReceiver<Finished>,
     /// Tried, and not written yet.
@@ -102,8 +99,7 @@ impl Dispatcher {
             admission: VecDeque::new(),
             arrivals: Arrivals::default(),
             beginning: None,
-            refused: Refused::default(),
-            holding: None,
+            holding: Holding::default(),
             waiting: Waiting::default(),
             finished,
             unrecorded: 0,
@@ -121,11 +117,11 @@ impl Dispatcher {
         let mut ended = Vec::new();
         loop {
             let takes = self.admission.is_empty()
-                && self.letters.has_room()
+                && self.letters.has_capacity()
                 && self.unrecorded < self.options.window
                 && self.bytes < BYTES_MAX
                 && self.arrivals.len() < BATCH
-                && self.refused.tickets.len() < self.options.window;
+                && self.holding.len() < self.options.window;
             let lingers = self.beginning.is_none() && !self.arrivals.is_empty();
             let linger = lingers.then(|| self.arrivals.begin_at.since(self.parts.clock.instant()));
             // In this order, so that what ends makes room before more is taken, and a run replays from its seed.
@@ -143,10 +139,7 @@ impl Dispatcher {
                 Some(recorded) = written.recv() => self.recorded(&recorded),
                 started = under_way(&mut self.beginning) => self.begun(started),
                 () = passed(linger) => {}
-                receipts = under_way(&mut self.holding) => {
-                    self.holding = None;
-                    self.done(receipts);
-                }
+                receipts = self.holding.done() => self.done(receipts),
                 receipts = self.letters.done() => self.done(receipts),
                 () = self.saturated.progress(&self.parts.clock) => {}
                 () = self.early.due(&self.parts.clock) => {
@@ -226,14 +219,10 @@ impl Dispatcher {
                     }
                 },
             };
-            if self.refused.tickets.is_empty() {
-                self.refused.hold_at = now.after(HOLD_AFTER);
-            }
-            self.refused.receipts.push(receipt);
             self.bytes = self.bytes.saturating_sub(arrival.ticket.bytes());
-            self.refused.tickets.push((arrival.ticket, held));
+            self.holding.add(arrival.ticket, held, receipt, now);
         }
-        if self.refused.tickets.len() >= BATCH {
+        if self.holding.len() >= BATCH {
             self.hold();
         }
     }
@@ -252,17 +241,9 @@ impl Dispatcher {
         }
     }
 
-    /// Holds the rows of refused tickets, unless a call is under way. In large groups, as nobody waits for it.
+    /// Holds the rows of refused tickets.
     fn hold(&mut self) {
-        if self.holding.is_none() && !self.refused.tickets.is_empty() {
-            let refused = std::mem::take(&mut self.refused);
-            self.holding = Some(Box::pin(begin::hold(
-                self.parts.clone(),
-                self.options.lane.topic.clone(),
-                refused,
-                self.stop.clone(),
-            )));
-        }
+        self.holding.start(&self.parts, &self.options.lane.topic, &self.stop);
     }
 
     /// Tells the lane that these records are done with.
@@ -384,7 +365,7 @@ impl Dispatcher {
         self.take_up();
         // The log says when one is over.
         self.parts.metrics.shortages(now);
-        if now >= self.refused.hold_at {
+        if self.holding.is_due(now) {
             self.hold();
         }
         if self.saturated.is_freeing() {
@@ -406,10 +387,8 @@ impl Dispatcher {
                 self.judge(begun, None, Duration::ZERO);
             }
         }
-        if let Some(holding) = self.holding.take() {
-            let receipts = holding.await;
-            self.done(receipts);
-        }
+        let receipts = self.holding.finish().await;
+        self.done(receipts);
         for begun in std::mem::take(&mut self.waiting).into_all() {
             self.judge(begun, None, Duration::ZERO);
         }

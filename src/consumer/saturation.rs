@@ -118,7 +118,7 @@ impl Saturated {
             if limits.is_slow(name, endpoint.in_flight_max, now) {
                 saturation.slow_at = now;
             }
-            let rows = saturation.wanted(limits.room(name, endpoint.in_flight_max, now), now);
+            let rows = saturation.wanted(limits.available(name, endpoint.in_flight_max, now), now);
             // Not one by one: a write for each row that ends would cost what holding saves.
             if rows >= (endpoint.in_flight_max as usize).min(TRIAL) {
                 wanted.push((name.clone(), rows));
@@ -206,12 +206,12 @@ impl Saturation {
     }
 
     /// Rows to make due now, when there is room for this many more.
-    fn wanted(&mut self, room: usize, now: Instant) -> usize {
+    fn wanted(&mut self, available: usize, now: Instant) -> usize {
         if self.expected > 0 && now.since(self.since) > EXPECTED {
             self.expected = 0;
             self.trial = TRIAL;
         }
-        room.min(self.trial).saturating_sub(self.expected)
+        available.min(self.trial).saturating_sub(self.expected)
     }
 }
 

@@ -72,7 +72,7 @@ impl Bench {
         let options = ProducerOptions {
             fresh_lane: self.lane.topic.clone(),
             batch: 1_000,
-            room: 1_000,
+            capacity: 1_000,
             poll: Duration::from_millis(100),
             pacing: None,
         };

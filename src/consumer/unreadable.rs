@@ -53,7 +53,7 @@ impl Letters {
     }
 
     /// Whether memory is left for more.
-    pub(super) fn has_room(&self) -> bool {
+    pub(super) fn has_capacity(&self) -> bool {
         self.waiting.len() + self.going.0 < RECORDS_MAX && bytes(&self.waiting) + self.going.1 < BYTES_MAX
     }
 

@@ -12,7 +12,7 @@ use hyper::{Method, Request, StatusCode};
 use super::connect::Connector;
 use super::pool::{Bounds, Host, Pool};
 use super::target::{AddressRule, Target};
-use super::{DeliveryError, read, words};
+use super::{DeliveryError, describe, read};
 use crate::clock::{Clock, Stopwatch};
 
 /// Bytes of an answer that are read, at most.
@@ -115,7 +115,7 @@ impl Caller {
                 Some(connection) => connection,
                 None => {
                     let connected = self.pool.connect(&self.host, within).await;
-                    connected.map_err(|why| CallError::Refused(why.words()))?
+                    connected.map_err(|why| CallError::Refused(why.reason()))?
                 }
             };
             *sent = true;
@@ -124,8 +124,8 @@ impl Caller {
                 Err(mut error) => match error.take_message() {
                     // Closed by the other side before anything was written.
                     Some(unsent) if is_kept => request = unsent,
-                    Some(_) => return Err(CallError::Refused(words(error.error()))),
-                    None => return Err(CallError::Broken(words(error.error()))),
+                    Some(_) => return Err(CallError::Refused(describe(error.error()))),
+                    None => return Err(CallError::Broken(describe(error.error()))),
                 },
             }
         };

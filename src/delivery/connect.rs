@@ -51,19 +51,19 @@ pub(super) enum NotConnected {
 }
 
 impl NotConnected {
-    /// The words alone.
-    pub(super) fn words(self) -> String {
+    /// Why, in a sentence.
+    pub(super) fn reason(self) -> String {
         match self {
             NotConnected::Short(shortage) => shortage.why,
             NotConnected::Refused(why) => why,
         }
     }
 
-    /// What an error of the system comes to; `words` tell it when it is the receiver's.
-    fn new(error: &io::Error, words: impl FnOnce(&io::Error) -> String) -> NotConnected {
+    /// What an error of the system comes to; `describe` tells it when it is the receiver's.
+    fn new(error: &io::Error, describe: impl FnOnce(&io::Error) -> String) -> NotConnected {
         match Shortage::in_error(error) {
             Some(shortage) => NotConnected::Short(shortage),
-            None => NotConnected::Refused(words(error)),
+            None => NotConnected::Refused(describe(error)),
         }
     }
 }
@@ -138,14 +138,15 @@ impl Connector {
 
     async fn open(&self, address: SocketAddr) -> Result<TcpStream, NotConnected> {
         self.rule.check(address.ip()).map_err(NotConnected::Refused)?;
-        let stream = (self.dial)(address).await.map_err(|error| match NotConnected::new(&error, words) {
-            // Said as well when there is no port because there is no address.
-            NotConnected::Short(Shortage { of: Resource::Ports, .. }) if !has_source_address(address) => {
-                NotConnected::Refused(words(&error))
-            }
-            why => why,
-        })?;
-        stream.set_nodelay(true).map_err(|error| NotConnected::new(&error, words))?;
+        let stream =
+            (self.dial)(address).await.map_err(|error| match NotConnected::new(&error, describe) {
+                // Said as well when there is no port because there is no address.
+                NotConnected::Short(Shortage { of: Resource::Ports, .. }) if !has_source_address(address) => {
+                    NotConnected::Refused(describe(&error))
+                }
+                why => why,
+            })?;
+        stream.set_nodelay(true).map_err(|error| NotConnected::new(&error, describe))?;
         Ok(stream)
     }
 
@@ -163,7 +164,7 @@ impl Connector {
                     .map_err(|_| NotConnected::Refused(format!("`{name}` is no name for TLS")))?,
             };
             let stream = self.tls.connect(name, stream).await;
-            let failed = |error: &io::Error| format!("TLS failed: {}", words(error));
+            let failed = |error: &io::Error| format!("TLS failed: {}", describe(error));
             Stream::Tls(Box::new(stream.map_err(|error| NotConnected::new(&error, failed))?))
         } else {
             Stream::Plain(stream)
@@ -199,8 +200,8 @@ fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), DeliveryError>
     Ok(())
 }
 
-/// An I/O error in plain words, without the number that the system gives it.
-pub(super) fn words(error: &io::Error) -> String {
+/// An I/O error in plain describe, without the number that the system gives it.
+pub(super) fn describe(error: &io::Error) -> String {
     let text = match error.kind() {
         io::ErrorKind::ConnectionRefused => "connection refused".to_owned(),
         io::ErrorKind::ConnectionReset => "connection reset".to_owned(),
@@ -291,7 +292,7 @@ fn unresolved(name: &str, error: &io::Error) -> NotConnected {
 
 /// What the resolver says, without the words that every such error begins with.
 fn reason(error: &io::Error) -> String {
-    let text = words(error);
+    let text = describe(error);
     match text.split_once(": ") {
         Some((_, reason)) => reason.to_owned(),
         None => text,

@@ -102,7 +102,7 @@ impl Limits {
     }
 
     /// How many more messages of `endpoint` would be admitted now.
-    pub fn room(&self, endpoint: &str, in_flight_max: u32, now: Instant) -> usize {
+    pub fn available(&self, endpoint: &str, in_flight_max: u32, now: Instant) -> usize {
         let unknown = Load::new();
         let load = self.loads.get(endpoint).unwrap_or(&unknown);
         // Each admission takes one from what is free and adds one to what it has: hence half of the rest.
@@ -112,7 +112,7 @@ impl Limits {
 
     /// Admits one message of `endpoint`, or says what to do with it.
     pub fn admit(&mut self, endpoint: &str, in_flight_max: u32, now: Instant) -> Admission {
-        if self.room(endpoint, in_flight_max, now) > 0 {
+        if self.available(endpoint, in_flight_max, now) > 0 {
             self.load(endpoint).admitted += 1;
             self.total += 1;
             return Admission::Admitted;
@@ -281,7 +281,7 @@ mod tests {
         let mut limits = Limits::new(6_000);
         assert_eq!(fill(&mut limits, "hangs", 10_000), 3_000);
         assert_eq!(fill(&mut limits, "hangs too", 10_000), 1_500);
-        assert_eq!(limits.room("healthy", 10_000, NOW), 750);
+        assert_eq!(limits.available("healthy", 10_000, NOW), 750);
     }
 
     #[test]
@@ -296,12 +296,12 @@ mod tests {
         let late = NOW.after(Duration::from_millis(60));
         assert_eq!(limits.admit("a", 64, NOW), Admission::Admitted);
         assert!(limits.start("a", 64, NOW));
-        assert_eq!(limits.room("a", 64, NOW), 3_999, "half of the window, while it may yet answer");
-        assert_eq!(limits.room("a", 64, late), 63, "the other connections, once it is silent");
-        assert_eq!(limits.room("b", 64, late), 3_999 + 1, "which is nothing to another");
+        assert_eq!(limits.available("a", 64, NOW), 3_999, "half of the window, while it may yet answer");
+        assert_eq!(limits.available("a", 64, late), 63, "the other connections, once it is silent");
+        assert_eq!(limits.available("b", 64, late), 3_999 + 1, "which is nothing to another");
         let other = NOW.after(Duration::from_millis(70));
         limits.finish("a", Duration::from_millis(70), other);
-        assert!(limits.room("a", 64, other) > 2_000, "it has answered");
+        assert!(limits.available("a", 64, other) > 2_000, "it has answered");
         assert!(limits.start("a", 64, other));
         let late = other.after(Duration::from_millis(90));
         assert!(!limits.is_slow("a", 64, late), "one that has answered is believed for longer");

@@ -65,13 +65,13 @@ impl Capacity {
             lanes: HashMap::new(),
             next_refresh: Instant::START,
             asking: None,
-            backoff: Backoff::new("room on the lanes"),
+            backoff: Backoff::new("capacity of the lanes"),
             under_way: Arc::default(),
         }
     }
 
     /// Asks the broker how far each lane's group has come, when it is time to. The question goes on
-    /// beside the claims, because a broker may take its time. While it gives no answer, rooms are as they were
+    /// beside the claims, because a broker may take its time. While it gives no answer, capacities are as they were
     /// last known.
     pub(super) async fn refresh(&mut self, fresh_lane: &str, now: Instant) {
         // Before any consumer has registered the fresh lane, tickets may already wait for it there.
@@ -99,11 +99,11 @@ impl Capacity {
         let directory = self.parts.directory.snapshot();
         let mut questions = Vec::new();
         for lane in &directory.lanes {
-            let room = self.lanes.entry(lane.topic.clone()).or_default();
-            room.registered = true;
+            let lane_capacity = self.lanes.entry(lane.topic.clone()).or_default();
+            lane_capacity.registered = true;
             // A quiet lane needs no look: nothing was published that could have filled it.
-            if !(room.known && room.lag == 0 && room.since == 0) {
-                questions.push((lane.clone(), room.since));
+            if !(lane_capacity.known && lane_capacity.lag == 0 && lane_capacity.since == 0) {
+                questions.push((lane.clone(), lane_capacity.since));
             }
         }
         if questions.is_empty() {
@@ -122,20 +122,20 @@ impl Capacity {
     }
 
     fn learn(&mut self, lane: &str, before: usize, depth: &[Depth]) {
-        let room = self.lanes.entry(lane.to_owned()).or_default();
-        room.lag = lag(depth);
-        room.since = room.since.saturating_sub(before);
-        room.known = true;
+        let lane_capacity = self.lanes.entry(lane.to_owned()).or_default();
+        lane_capacity.lag = lag(depth);
+        lane_capacity.since = lane_capacity.since.saturating_sub(before);
+        lane_capacity.known = true;
     }
 
     /// How many tickets `lane` takes now.
     pub(super) fn free(&self, lane: &str) -> usize {
         match self.lanes.get(lane) {
             // Its consumer is known, and how far it has come is not yet.
-            Some(room) if room.registered && !room.known => 0,
-            Some(room) => {
-                let limit = self.limit.min(BYTES_MAX / room.weight.max(1)).max(1);
-                limit.saturating_sub(room.lag + room.since)
+            Some(lane_capacity) if lane_capacity.registered && !lane_capacity.known => 0,
+            Some(lane_capacity) => {
+                let limit = self.limit.min(BYTES_MAX / lane_capacity.weight.max(1)).max(1);
+                limit.saturating_sub(lane_capacity.lag + lane_capacity.since)
             }
             None => self.limit,
         }

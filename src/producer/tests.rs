@@ -48,7 +48,7 @@ impl Bench {
         let options = ProducerOptions {
             fresh_lane: "messages".into(),
             batch: 100,
-            room: 100_000,
+            capacity: 100_000,
             poll: Duration::from_millis(20),
             pacing,
         };

@@ -165,11 +165,11 @@ impl Member {
         };
         let share = group.share(self.id);
         let out: usize = share.iter().map(|i| group.partitions[*i].watermark.out()).sum();
-        let mut room = self.window.saturating_sub(out).min(BATCH);
+        let mut free = self.window.saturating_sub(out).min(BATCH);
         let mut taken = Vec::new();
         for i in share {
             let (progress, partition) = (&mut group.partitions[i], &lane.partitions[i]);
-            while room > 0 && progress.next < partition.end() {
+            while free > 0 && progress.next < partition.end() {
                 let offset = progress.next;
                 // Between `first` and `end` there is a record for every offset.
                 let Some((published_at, record)) = partition.records.get((offset - partition.first) as usize)
@@ -178,7 +178,7 @@ impl Member {
                 };
                 progress.watermark.take(offset);
                 progress.next += 1;
-                room -= 1;
+                free -= 1;
                 let receipt = Receipt { partition: i as i32, generation: group.generation, offset };
                 let (published_at, key, value) = (*published_at, record.key.clone(), record.value.clone());
                 let size = value.len();

@@ -494,4 +494,4 @@ impl Operations for PostgresStore {
 }
 
 #[cfg(test)]
-mod real;
+mod tests;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::*;
 use crate::clock::Timestamp;
+use crate::message::{Class, Times, Verdict};
 
 /// Metrics of which each has at least one series.
 fn all() -> Metrics {

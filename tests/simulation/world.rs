@@ -191,7 +191,7 @@ impl World {
             ProducerOptions {
                 fresh_lane: "messages".into(),
                 batch: fastrand::usize(1..10),
-                room: 100,
+                capacity: 100,
                 poll: Duration::from_millis(100),
                 pacing: None,
             },

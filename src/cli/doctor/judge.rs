@@ -84,8 +84,8 @@ pub(super) fn settings(raw: &Raw, config: &Config) -> Vec<Finding> {
         let client = ["KAFKA_SECURITY_PROTOCOL", "KAFKA_SASL_MECHANISM", "KAFKA_SASL_USERNAME"];
         idle(&client, "without KAFKA_BROKERS", "set it");
     }
-    if config.insecure && !is_loopback(&config.host) {
-        let host = &config.host;
+    if config.listen.insecure && !is_loopback(&config.listen.host) {
+        let host = &config.listen.host;
         findings.push(warning(
             about,
             format!("AMS_INSECURE lets everybody who reaches {host} send, read and change; unset it and make keys with `ams keys create`"),
@@ -282,7 +282,7 @@ pub(super) fn keys(config: &Config, keys: &[ApiKey], now: Timestamp) -> Vec<Find
     let about = "keys";
     let valid = |key: &&ApiKey| key.revoked_at.is_none() && key.expires_at.is_none_or(|at| at > now);
     let valid: Vec<&ApiKey> = keys.iter().filter(valid).collect();
-    let asked = !config.insecure && !is_loopback(&config.host);
+    let asked = !config.listen.insecure && !is_loopback(&config.listen.host);
     let soon = now.after(Duration::from_secs(7 * 86_400));
     let mut findings: Vec<_> = valid
         .iter()
@@ -297,7 +297,7 @@ pub(super) fn keys(config: &Config, keys: &[ApiKey], now: Timestamp) -> Vec<Find
         })
         .collect();
     if asked && valid.is_empty() {
-        let host = &config.host;
+        let host = &config.listen.host;
         findings.push(warning(
             about,
             format!(

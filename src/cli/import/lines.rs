@@ -146,11 +146,11 @@ fn read_line(input: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<(u64, b
 
 fn message_of_json(line: &[u8]) -> Result<Map<String, Value>, String> {
     // The line is the only one: where in it says the column.
-    let words = |error: serde_json::Error| error.to_string().replace("line 1 column", "column");
+    let describe = |error: serde_json::Error| error.to_string().replace("line 1 column", "column");
     let value: Value =
-        serde_json::from_slice(line).map_err(|error| format!("is no JSON: {}", words(error)))?;
+        serde_json::from_slice(line).map_err(|error| format!("is no JSON: {}", describe(error)))?;
     // The API would refuse the whole batch for the shape of one.
-    SendMessage::deserialize(&value).map_err(|error| format!("is no message: {}", words(error)))?;
+    SendMessage::deserialize(&value).map_err(|error| format!("is no message: {}", describe(error)))?;
     match value {
         Value::Object(message) => Ok(message),
         _ => Err("is no message: it must be a JSON object".to_owned()),

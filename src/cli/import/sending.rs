@@ -181,10 +181,10 @@ impl<'a> Sending<'a> {
         let mut ended = None;
         while ended.is_none() || !under_way.is_empty() {
             // The first batch of a later run tells whether its progress is worth anything.
-            let room = if self.probe.is_some() { 1 } else { UNDER_WAY };
+            let most = if self.probe.is_some() { 1 } else { UNDER_WAY };
             tokio::select! {
                 () = stop.cancelled() => return Ok(End::Stopped),
-                next = given.recv(), if ended.is_none() && under_way.len() < room => match next {
+                next = given.recv(), if ended.is_none() && under_way.len() < most => match next {
                     Some(Given::Batch(batch)) => {
                         let post = Rc::clone(&self.post);
                         under_way.push_back(async move { post.send(batch).await });

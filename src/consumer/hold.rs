@@ -1,0 +1,91 @@
+//! Tickets that were not admitted: their rows are held, in large groups, because nobody waits for it.
+
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::call::{Call, under_way};
+use crate::clock::Instant;
+use crate::message::Held;
+use crate::queue::Receipt;
+use crate::service::{self, Parts};
+use crate::ticket::Ticket;
+
+/// How long refused tickets wait before their rows are held: many at once cost less.
+const HOLD_AFTER: Duration = Duration::from_secs(1);
+
+#[derive(Default)]
+pub(super) struct Holding {
+    refused: Vec<(Ticket, Held)>,
+    /// The records they came from.
+    receipts: Vec<Receipt>,
+    /// When their rows are held however few they are.
+    hold_at: Instant,
+    /// The call under way that holds rows: apart from the one that begins, which must not wait for it.
+    call: Option<Call<Vec<Receipt>>>,
+}
+
+impl Holding {
+    /// Tickets whose rows are still to be held.
+    pub(super) fn len(&self) -> usize {
+        self.refused.len()
+    }
+
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        now >= self.hold_at
+    }
+
+    pub(super) fn add(&mut self, ticket: Ticket, held: Held, receipt: Receipt, now: Instant) {
+        if self.refused.is_empty() {
+            self.hold_at = now.after(HOLD_AFTER);
+        }
+        self.receipts.push(receipt);
+        self.refused.push((ticket, held));
+    }
+
+    /// Holds the rows of refused tickets, unless a call is under way.
+    pub(super) fn start(&mut self, parts: &Parts, lane: &str, stop: &CancellationToken) {
+        if self.call.is_none() && !self.refused.is_empty() {
+            let (refused, receipts) = (std::mem::take(&mut self.refused), std::mem::take(&mut self.receipts));
+            self.call = Some(Box::pin(hold(parts.clone(), lane.to_owned(), refused, receipts, stop.clone())));
+        }
+    }
+
+    /// Waits for the call under way, and gives the records that are done with; waits for ever when there is none.
+    pub(super) async fn done(&mut self) -> Vec<Receipt> {
+        let receipts = under_way(&mut self.call).await;
+        self.call = None;
+        receipts
+    }
+
+    /// As [`Holding::done`]; nothing when no call is under way.
+    pub(super) async fn finish(&mut self) -> Vec<Receipt> {
+        if self.call.is_some() { self.done().await } else { Vec::new() }
+    }
+}
+
+/// Holds the rows of refused tickets; waits for the store as long as it takes. Gives back the records
+/// that are done with: none when `stop` comes first, and the tickets will come again.
+async fn hold(
+    parts: Parts,
+    lane: String,
+    refused: Vec<(Ticket, Held)>,
+    receipts: Vec<Receipt>,
+    stop: CancellationToken,
+) -> Vec<Receipt> {
+    let (busy, closed): (Vec<_>, Vec<_>) =
+        refused.into_iter().partition(|(_, held)| *held == Held::EndpointBusy);
+    for (held, tickets) in [(Held::EndpointBusy, busy), (Held::EndpointClosed, closed)] {
+        if tickets.is_empty() {
+            continue;
+        }
+        let tickets: Vec<Ticket> = tickets.into_iter().map(|(ticket, _)| ticket).collect();
+        let watch = parts.clock.stopwatch();
+        let call = || parts.store.hold(&lane, &tickets, held, parts.clock.now());
+        if service::persist("hold", &stop, call).await.is_none() {
+            return Vec::new();
+        }
+        parts.metrics.batch("hold", tickets.len(), watch.elapsed());
+    }
+    receipts
+}
