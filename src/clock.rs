@@ -64,6 +64,12 @@ impl Timestamp {
         Timestamp::from_micros(self.0.saturating_add(wait))
     }
 
+    /// This moment and `wait` earlier.
+    pub fn before(self, wait: Duration) -> Timestamp {
+        let wait = i64::try_from(wait.as_micros()).unwrap_or(i64::MAX);
+        Timestamp::from_micros(self.0.saturating_sub(wait))
+    }
+
     /// How long after `earlier` this is; zero when it is not.
     pub fn since(self, earlier: Timestamp) -> Duration {
         Duration::from_micros(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))

@@ -1,7 +1,7 @@
 //! Begun, delivered, recorded. The same code serves the fresh lane and every retry lane.
 //!
 //! A ticket comes from the lane, waits for its time if it came ahead of that, is admitted if its endpoint
-//! has room (else its row is held), and is begun with others in one guarded write. From then on the lane's
+//! has room (else its delivery is held), and is begun with others in one guarded write. From then on the lane's
 //! record is done with: the store's lease remembers the message (see `docs/adr/`), so a slow receiver holds
 //! back no position of the lane. The message waits for a free slot of its endpoint, is delivered and judged,
 //! and its record goes to the `recorder`, which writes in batches beside all this.

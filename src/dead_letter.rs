@@ -11,7 +11,7 @@ use crate::message::MessageId;
 use crate::queue::{LaneRecord, QueueError, RECORD_CUT};
 use crate::service::{self, Parts};
 use crate::store::DeadLetter;
-use crate::ticket::{Ticket, to_json};
+use crate::ticket::{OTHER_FIELDS, Ticket, to_json};
 
 /// The record of a dead letter: the whole message, with what became of it in value and headers alike.
 pub fn record(letter: &DeadLetter) -> LaneRecord {
@@ -43,7 +43,11 @@ pub fn record(letter: &DeadLetter) -> LaneRecord {
         last_error: letter.last_error.as_deref(),
         dead_at,
     };
-    LaneRecord { key: letter.ticket.key(), value: to_json(&value), headers }
+    LaneRecord {
+        key: letter.ticket.key(),
+        value: to_json(&value, letter.ticket.bytes() + 2 * OTHER_FIELDS),
+        headers,
+    }
 }
 
 /// The record as any lane takes it: the start of its value, and the value's true size in a header.

@@ -1,15 +1,15 @@
 //! Heals what died: leases that ran out, batches whose producer died, tickets that the broker lost,
 //! dead letters that did not get out. Runs beside the active producer.
 //!
-//! It issues batches again and nothing else; a new batch makes all tickets of the old one stale, so that is harmless
-//! when it was wrong. It still
-//! waits before it believes that somebody is dead: when the store itself was away, nobody could renew
+//! What it believes lost it only issues again; a new batch makes all tickets of the old one stale, so that is harmless
+//! when it was wrong. It still waits before it believes that somebody is dead: when the store itself was away, nobody could renew
 //! a lease, so everybody gets a whole lease's time to speak up first. The leader's row says since when
 //! the store has been there, because the janitor may itself have been away.
 
 mod silence;
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +20,8 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::{Instant, Now, Timestamp};
 use crate::dead_letter;
 use crate::message::MessageId;
-use crate::producer::{Term, publish};
+use crate::producer::Term;
+use crate::publish::{self, PUBLISHING_MAX};
 use crate::queue::Depth;
 use crate::service::{self, Backoff, LEASE, Parts, Service, Step};
 use crate::store::{Batch, InstanceId, Recovery, Reissue, Removal, StoreError, Suspect};
@@ -42,8 +43,6 @@ pub const JOB_PIECE: usize = 500;
 const JOB_PIECES: usize = 20;
 /// Batches looked at in a round: more than all lanes together can hold in batches of one.
 const BATCHES: usize = 100_000;
-/// Batches that are with the broker at once, as many as a producer has.
-const PUBLISHING_MAX: usize = 8;
 /// Batches on their way, with those that wait for their turn: what is left has to wait for a later round.
 const REISSUED_MAX: usize = 2_000;
 /// Deliveries that a removal looks at in one statement: some 20 ms of work.
@@ -60,8 +59,6 @@ const REMOVAL_REST: Duration = Duration::from_secs(600);
 /// Messages are removed one by one only a part of the retention later than partitions are removed whole, a day at most.
 const ROWS_LATER: u32 = 10;
 const ROWS_LATER_MAX: Duration = Duration::from_secs(24 * 3600);
-/// How long a stop waits for what is being published.
-const DRAIN: Duration = Duration::from_secs(10);
 /// Waiting deliveries that are ended in one statement.
 const EXPIRED: usize = 1_000;
 
@@ -70,45 +67,29 @@ const DIED: &str = "instance_died";
 const ORPHANED: &str = "batch_orphaned";
 const LOST: &str = "ticket_lost";
 
-/// How each duty has gone lately.
+/// How each duty has gone lately. One that fails is tried again in the next round.
 struct Duties {
-    settle: Duty,
-    recover: Duty,
-    letters: Duty,
-    expire: Duty,
-    jobs: Duty,
-    partitions: Duty,
-    retention: Duty,
-    reconcile: Duty,
+    settle: Backoff,
+    recover: Backoff,
+    letters: Backoff,
+    expire: Backoff,
+    jobs: Backoff,
+    partitions: Backoff,
+    retention: Backoff,
+    reconcile: Backoff,
 }
 
 impl Default for Duties {
     fn default() -> Duties {
         Duties {
-            settle: Duty::new("lost batches"),
-            recover: Duty::new("recovery"),
-            letters: Duty::new("dead letters"),
-            expire: Duty::new("expiry"),
-            jobs: Duty::new("bulk changes"),
-            partitions: Duty::new("partitions"),
-            retention: Duty::new("retention"),
-            reconcile: Duty::new("reconciliation"),
-        }
-    }
-}
-
-/// One duty: the log says once when it begins to fail, and when it works again. The next round tries again.
-struct Duty(Backoff);
-
-impl Duty {
-    fn new(name: &str) -> Duty {
-        Duty(Backoff::new(name))
-    }
-
-    fn note(&mut self, result: Result<(), StoreError>) {
-        match result {
-            Ok(()) => self.0.succeeded(),
-            Err(error) => drop(self.0.failed(&error)),
+            settle: Backoff::new("lost batches"),
+            recover: Backoff::new("recovery"),
+            letters: Backoff::new("dead letters"),
+            expire: Backoff::new("expiry"),
+            jobs: Backoff::new("bulk changes"),
+            partitions: Backoff::new("partitions"),
+            retention: Backoff::new("retention"),
+            reconcile: Backoff::new("reconciliation"),
         }
     }
 }
@@ -137,13 +118,11 @@ pub struct Janitor {
 
 impl Service for Janitor {
     const NAME: &'static str = "janitor";
-    type Error = StoreError;
+    /// Each duty tells of its own failures.
+    type Error = Infallible;
 
     /// One round.
-    ///
-    /// # Errors
-    /// None: each duty tells of its own.
-    async fn step(&mut self) -> Result<Step, StoreError> {
+    async fn step(&mut self) -> Result<Step, Infallible> {
         let now = self.parts.clock.reading();
         let term = *self.leading.borrow();
         // After an outage the first bid says how long the store was away; nobody is judged before it.
@@ -184,8 +163,7 @@ impl Janitor {
         self.stop = stop.clone();
         service::run(&mut self, stop, &Notify::new()).await;
         // What is not published by then is issued again by the next janitor.
-        let drained = async { while self.publishing.join_next().await.is_some() {} };
-        drop(tokio::time::timeout(DRAIN, drained).await);
+        publish::drain(&mut self.publishing).await;
     }
 
     /// Each duty by itself: one that fails keeps no other from being done.
@@ -208,15 +186,15 @@ impl Janitor {
         self.duties.expire.note(expired);
         let finished = self.finish_jobs(now).await;
         self.duties.jobs.note(finished);
+        let reconciled = self.reconcile(moment).await;
+        self.duties.reconcile.note(reconciled);
+        let removed = self.remove_old(moment).await;
+        self.duties.retention.note(removed);
         if self.rounds.is_multiple_of(5) {
             // Last, because it may wait for a lock. Nobody waits for it: the default partition takes what has none of its own.
             let made = self.parts.store.make_partitions().await;
             self.duties.partitions.note(made);
         }
-        let reconciled = self.reconcile(moment).await;
-        self.duties.reconcile.note(reconciled);
-        let removed = self.remove_old(moment).await;
-        self.duties.retention.note(removed);
         self.rounds += 1;
     }
 
@@ -248,11 +226,9 @@ impl Janitor {
         let Some(kept) = self.retention.filter(|_| moment.instant >= self.next_removal) else {
             return Ok(());
         };
-        let ago = |age: Duration| {
-            Timestamp::from_micros(moment.time.as_micros().saturating_sub_unsigned(micros(age)))
-        };
-        let rows_before = ago(kept + (kept / ROWS_LATER).min(ROWS_LATER_MAX));
-        let removal = Removal { before: ago(kept), rows_before, from: self.removed_to, limit: REMOVED };
+        let before = moment.time.before(kept);
+        let rows_before = before.before((kept / ROWS_LATER).min(ROWS_LATER_MAX));
+        let removal = Removal { before, rows_before, from: self.removed_to, limit: REMOVED };
         let removed = self.parts.store.remove_old(&removal).await?;
         if removed.partitions + removed.messages > 0 {
             tracing::debug!(
@@ -323,15 +299,14 @@ impl Janitor {
         self.publishing.spawn(async move {
             // The semaphore is never closed.
             let _turn = turns.acquire().await;
-            publish(&parts, &reissued.lane, batch, &reissued.tickets, &stop).await;
+            publish::publish(&parts, &reissued.lane, batch, &reissued.tickets, &stop).await;
         });
         Ok(count)
     }
 
     /// Goes on with jobs whose caller has gone away.
     async fn finish_jobs(&mut self, now: Timestamp) -> Result<(), StoreError> {
-        let before = Timestamp::from_micros(now.as_micros() - JOB_IDLE.as_micros() as i64);
-        for id in self.parts.store.idle_jobs(before).await? {
+        for id in self.parts.store.idle_jobs(now.before(JOB_IDLE)).await? {
             let mut left = JOB_PIECES;
             while left > 0
                 && self
@@ -357,21 +332,20 @@ impl Janitor {
         // The store first: a batch that is there was published before the broker is asked.
         let batches = self.parts.store.batches(now, BATCHES).await?;
         let depths = self.depths(&batches).await;
-        let mut counts: BTreeMap<BatchState, u64> = BTreeMap::new();
+        let mut counts: BTreeMap<Loss, u64> = BTreeMap::new();
         for batch in &batches {
             let depth = depths.get(&batch.lane).map(Vec::as_slice);
-            let state = state_of(batch, depth, now);
-            if state != BatchState::UnderWay && (sure || state != BatchState::Orphaned) && self.has_capacity()
-            {
+            let Some(loss) = loss_of(batch, depth, now) else { continue };
+            if (sure || loss != Loss::Orphaned) && self.has_capacity() {
                 let count = self.reissue(Suspect::Batch(batch.id), owner, now).await?;
-                *counts.entry(state).or_default() += count;
+                *counts.entry(loss).or_default() += count;
             }
         }
-        for (state, count) in counts {
+        for (loss, count) in counts {
             if count > 0 {
-                tracing::warn!("{count} deliveries are queued again: {}", state.reason());
+                tracing::warn!("{count} deliveries are queued again: {}", loss.reason());
             }
-            self.parts.metrics.recovered(state.word(), count);
+            self.parts.metrics.recovered(loss.word(), count);
         }
         Ok(())
     }
@@ -395,10 +369,7 @@ impl Janitor {
         if self.letters.as_ref().is_some_and(|letters| !letters.is_finished()) {
             return Ok(());
         }
-        let before = Timestamp::from_micros(
-            now.as_micros() - i64::try_from(DEAD_LETTER_AGE.as_micros()).unwrap_or(i64::MAX),
-        );
-        let letters = self.parts.store.dead_letters(before, 1_000).await?;
+        let letters = self.parts.store.dead_letters(now.before(DEAD_LETTER_AGE), 1_000).await?;
         if !letters.is_empty() {
             self.letters = Some(tokio::spawn(dead_letter::publish(self.parts.clone(), letters)));
         }
@@ -406,14 +377,9 @@ impl Janitor {
     }
 }
 
-fn micros(age: Duration) -> u64 {
-    u64::try_from(age.as_micros()).unwrap_or(u64::MAX)
-}
-
+/// Why a batch is issued again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum BatchState {
-    /// Its tickets may still be taken.
-    UnderWay,
+enum Loss {
     /// Its group has come past it: what is still queued was skipped.
     Passed,
     /// The broker's log ends before it: it was wiped.
@@ -422,36 +388,35 @@ enum BatchState {
     Orphaned,
 }
 
-impl BatchState {
+impl Loss {
     fn word(self) -> &'static str {
         match self {
-            BatchState::UnderWay | BatchState::Passed | BatchState::Wiped => LOST,
-            BatchState::Orphaned => ORPHANED,
+            Loss::Passed | Loss::Wiped => LOST,
+            Loss::Orphaned => ORPHANED,
         }
     }
 
     fn reason(self) -> &'static str {
         match self {
-            BatchState::UnderWay => "their tickets are under way",
-            BatchState::Passed => "their consumers skipped their tickets",
-            BatchState::Wiped => "the broker has lost their tickets",
-            BatchState::Orphaned => "their producer died before the broker had their tickets",
+            Loss::Passed => "their consumers skipped their tickets",
+            Loss::Wiped => "the broker has lost their tickets",
+            Loss::Orphaned => "their producer died before the broker had their tickets",
         }
     }
 }
 
-/// What became of a batch, by what the broker says of its lane. `None`: the lane could not be asked.
-fn state_of(batch: &Batch, depth: Option<&[Depth]>, now: Timestamp) -> BatchState {
+/// Whether a batch is lost, by what the broker says of its lane (`None`: it could not be asked). `None`: its tickets may
+/// still be taken.
+fn loss_of(batch: &Batch, depth: Option<&[Depth]>, now: Timestamp) -> Option<Loss> {
     let Some(at) = batch.log_position else {
         let stuck = now.since(batch.created_at) > UNACKNOWLEDGED_MAX;
-        return if batch.orphaned || stuck { BatchState::Orphaned } else { BatchState::UnderWay };
+        return (batch.orphaned || stuck).then_some(Loss::Orphaned);
     };
-    let Some(depth) = depth else { return BatchState::UnderWay };
-    match depth.iter().find(|depth| depth.partition == at.partition) {
-        Some(depth) if depth.end <= at.offset => BatchState::Wiped,
-        Some(depth) if depth.position > at.offset => BatchState::Passed,
-        Some(_) => BatchState::UnderWay,
-        None => BatchState::Wiped,
+    match depth?.iter().find(|depth| depth.partition == at.partition) {
+        Some(depth) if depth.end <= at.offset => Some(Loss::Wiped),
+        Some(depth) if depth.position > at.offset => Some(Loss::Passed),
+        Some(_) => None,
+        None => Some(Loss::Wiped),
     }
 }
 
@@ -523,16 +488,16 @@ mod tests {
         let soon = Timestamp::EPOCH.after(Duration::from_secs(1));
         let late = Timestamp::EPOCH.after(UNACKNOWLEDGED_MAX + Duration::from_secs(1));
         for (batch, depth, now, expected) in [
-            (batch(None, false), None, soon, BatchState::UnderWay),
-            (batch(None, false), None, late, BatchState::Orphaned),
-            (batch(None, true), None, soon, BatchState::Orphaned),
-            (batch(at(9), true), None, late, BatchState::UnderWay),
-            (batch(at(9), false), Some(depth(9, 10)), late, BatchState::UnderWay),
-            (batch(at(9), false), Some(depth(10, 10)), soon, BatchState::Passed),
-            (batch(at(9), false), Some(depth(0, 9)), soon, BatchState::Wiped),
-            (batch(at(9), false), Some(Vec::new()), soon, BatchState::Wiped),
+            (batch(None, false), None, soon, None),
+            (batch(None, false), None, late, Some(Loss::Orphaned)),
+            (batch(None, true), None, soon, Some(Loss::Orphaned)),
+            (batch(at(9), true), None, late, None),
+            (batch(at(9), false), Some(depth(9, 10)), late, None),
+            (batch(at(9), false), Some(depth(10, 10)), soon, Some(Loss::Passed)),
+            (batch(at(9), false), Some(depth(0, 9)), soon, Some(Loss::Wiped)),
+            (batch(at(9), false), Some(Vec::new()), soon, Some(Loss::Wiped)),
         ] {
-            assert_eq!(state_of(&batch, depth.as_deref(), now), expected, "{batch:?} {depth:?}");
+            assert_eq!(loss_of(&batch, depth.as_deref(), now), expected, "{batch:?} {depth:?}");
         }
     }
 }

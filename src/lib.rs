@@ -35,11 +35,14 @@ pub mod delivery;
 pub mod keys;
 pub mod service;
 
-pub mod consumer;
 pub mod dead_letter;
+pub mod publish;
+
 pub mod intake;
-pub mod janitor;
 pub mod producer;
+
+pub mod consumer;
+pub mod janitor;
 
 pub mod api;
 pub mod testclient;

@@ -326,6 +326,34 @@ pub struct Attempt {
     pub times: Times,
 }
 
+impl Message {
+    /// A new message, which no feed has come to.
+    pub fn pending(id: MessageId, created_at: Timestamp, message: NewMessage) -> Message {
+        Message {
+            id,
+            endpoint: message.endpoint.unwrap_or_else(|| "default".to_owned()),
+            recipient: message.recipient,
+            content: message.content,
+            content_type: message.content_type,
+            headers: message.headers,
+            ordering_key: message.ordering_key,
+            priority: message.priority,
+            send_at: message.send_at,
+            expires_at: message.expires_at,
+            idempotency_key: message.idempotency_key,
+            tags: message.tags,
+            created_at,
+            status: Status::Pending,
+            held: None,
+            attempts: 0,
+            lane: String::new(),
+            due_at: None,
+            finished_at: None,
+            reason: None,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,7 +7,6 @@
 
 mod capacity;
 mod pacing;
-mod publish;
 
 use std::time::Duration;
 
@@ -17,14 +16,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Instant, Now, Timestamp};
 use crate::message::Held;
+use crate::publish::{self, PUBLISHING_MAX};
 use crate::service::{self, Parts, Service, Step};
 use crate::store::{
     Bid, Claim, Due, DueNow, InstanceId, Pacing, Reissue, Result, StoreError, Suspect, Urgency,
 };
 use crate::ticket::{BatchId, Ticket};
-
-pub use publish::lane_record;
-pub(crate) use publish::publish;
 
 use capacity::Capacity;
 use pacing::Pacer;
@@ -34,11 +31,11 @@ use pacing::Pacer;
 pub struct ProducerOptions {
     /// The topic of first tries.
     pub fresh_lane: String,
-    /// Rows a claim takes at most.
+    /// Deliveries that a claim takes at most.
     pub batch: usize,
     /// Tickets that may be on a lane and not taken up.
     pub capacity: usize,
-    /// The longest gap between two looks for new rows while nothing happens.
+    /// The longest gap between two looks for new messages while nothing happens.
     pub poll: Duration,
     /// At most so many first tries per interval; `None`: as fast as the endpoints take them.
     pub pacing: Option<Pacing>,
@@ -49,26 +46,22 @@ pub struct ProducerOptions {
 const LEADERSHIP: Duration = Duration::from_secs(4);
 /// How often a producer bids.
 const BID: Duration = Duration::from_millis(1_500);
-/// How often timed rows are looked for. They are claimed [`Ticket::AHEAD`] of their time, so no wait that is
+/// How often waits that are over are looked for. They are claimed [`Ticket::AHEAD`] of their time, so no wait that is
 /// longer than both together becomes longer by it.
 const TIMED: Duration = Duration::from_millis(100);
 /// How often, while some came to be claimed after their time: shorter waits are exact to about this. Not more
-/// often, because each round takes the store and the broker some 6 ms of work however few rows it has.
+/// often, because each round takes the store and the broker some 6 ms of work however few deliveries it has.
 const TIMED_LATE: Duration = Duration::from_millis(20);
-/// Rows come due in bursts, as their tries failed in bursts; for so long after one the looks stay frequent.
+/// Deliveries come due in bursts, as their tries failed in bursts; for so long after one the looks stay frequent.
 const BURST: Duration = Duration::from_secs(1);
-/// How often consumers are asked, while rows are claimed, which endpoints are busy.
-const BUSY: Duration = Duration::from_millis(20);
-/// How often held rows of endpoints that are open again are looked for.
+/// How often consumers are asked, while there is something to claim, which endpoints are saturated.
+const SATURATED_LOOK: Duration = Duration::from_millis(20);
+/// How often held deliveries of endpoints that are open again are looked for.
 const UNHOLD: Duration = Duration::from_secs(1);
 /// How long a claim whose answer was lost may still come to be: a little more than the store lets a statement run.
 const UNSURE: Duration = Duration::from_secs(35);
 /// How often batches of such claims are looked for meanwhile.
 const UNSURE_LOOK: Duration = Duration::from_secs(2);
-/// How long a stop waits for what is being published. A broker that answers takes milliseconds.
-const DRAIN: Duration = Duration::from_secs(10);
-/// Batches waiting for the broker at once.
-const PUBLISHING_MAX: usize = 8;
 
 /// The leadership of the active producer, as the janitor beside it has to know it.
 #[derive(Clone, Copy, Debug)]
@@ -100,7 +93,7 @@ pub struct Producer {
     next_timed: Instant,
     burst_until: Instant,
     next_unhold: Instant,
-    /// Endpoints whose new rows would only wait on the lane; nothing is known of them at rest.
+    /// Endpoints whose new messages would only wait on the lane; nothing is known of them at rest.
     saturated: Vec<String>,
     next_saturated: Instant,
     gap: Duration,
@@ -110,7 +103,7 @@ impl Service for Producer {
     const NAME: &'static str = "producer";
     type Error = StoreError;
 
-    /// One look for due rows: claims and publishes what there is.
+    /// One look for what is due: claims and publishes what there is.
     ///
     /// # Errors
     /// Those of the store; nothing is lost by any of them, and all of it passes by waiting.
@@ -190,9 +183,9 @@ impl Producer {
     pub async fn run(mut self, stop: &CancellationToken, wake: &Notify) {
         self.stop = stop.clone();
         service::run(&mut self, stop, wake).await;
-        let drained = async { while self.publishing.join_next().await.is_some() {} };
-        if tokio::time::timeout(DRAIN, drained).await.is_err() {
-            tracing::warn!("{} batches are left to another producer's janitor", self.publishing.len());
+        let left = publish::drain(&mut self.publishing).await;
+        if left > 0 {
+            tracing::warn!("{left} batches are left to another producer's janitor");
         }
         self.leading.send_replace(None);
         self.parts.metrics.is_active_producer(false);
@@ -231,7 +224,7 @@ impl Producer {
                 self.paused = leadership.paused;
                 if !led {
                     tracing::info!(instance = instance.0, "instance {} is the active producer", instance.0);
-                    self.is_unsure(now.instant);
+                    self.note_unsure(now.instant);
                     if let Some(pacer) = &mut self.pacer {
                         let left = leadership.paced_until.map_or(Duration::ZERO, |ends| ends.since(now.time));
                         pacer.inherit(left, now.instant);
@@ -244,7 +237,7 @@ impl Producer {
         Ok(won.is_some())
     }
 
-    /// What is worth claiming: after work new rows, without a question, and else what the store says. One
+    /// What is worth claiming: after work new messages, without a question, and else what the store says. One
     /// question in place of a claim for each lane keeps a producer at rest below 1 % of a core.
     async fn due(&self, now: Now) -> Result<DueNow> {
         if now.instant < self.next_timed {
@@ -275,12 +268,12 @@ impl Producer {
         }
         if now.instant >= self.next_saturated {
             self.saturated = self.parts.store.saturated().await?;
-            self.next_saturated = now.instant.after(BUSY);
+            self.next_saturated = now.instant.after(SATURATED_LOOK);
         }
         Ok(worked)
     }
 
-    /// Claims rows whose time has almost come, lane by lane. A paced first try takes its place in the window in
+    /// Claims deliveries whose time has almost come, lane by lane. A paced first try takes its place in the window in
     /// which it goes out, so it is not claimed ahead.
     async fn claim_timed(&mut self, lanes: &[String], instance: InstanceId, now: Now) -> Result<bool> {
         let mut full = false;
@@ -316,7 +309,7 @@ impl Producer {
         let watch = self.parts.clock.stopwatch();
         let claimed = self.parts.store.claim(&claim).await;
         if claimed.is_err() {
-            self.is_unsure(self.parts.clock.instant());
+            self.note_unsure(self.parts.clock.instant());
         }
         let claimed = claimed?;
         if claimed.seen == 0 {
@@ -374,13 +367,13 @@ impl Producer {
         let (parts, stop) = (self.parts.clone(), self.stop.clone());
         let known = self.capacity.under_way(batch);
         self.publishing.spawn(async move {
-            publish(&parts, &lane, batch, &tickets, &stop).await;
+            publish::publish(&parts, &lane, batch, &tickets, &stop).await;
             drop(known);
         });
     }
 
     /// A claim may still be going on in the store although nobody waits for its answer any more.
-    fn is_unsure(&mut self, now: Instant) {
+    fn note_unsure(&mut self, now: Instant) {
         self.unsure_until = now.after(UNSURE);
         self.next_unsure = now;
     }
@@ -403,7 +396,7 @@ impl Producer {
         Ok(())
     }
 
-    /// Frees rows that were held for an endpoint which is open again.
+    /// Frees deliveries that were held for an endpoint which is open again.
     async fn unhold(&mut self, now: Now) -> Result<()> {
         let directory = self.parts.directory.snapshot();
         let mut more = false;

@@ -152,6 +152,14 @@ impl Backoff {
         wait
     }
 
+    /// Notes how a call has ended.
+    pub fn note<E: Display>(&mut self, result: Result<(), E>) {
+        match result {
+            Ok(()) => self.succeeded(),
+            Err(error) => drop(self.failed(&error)),
+        }
+    }
+
     /// Notes a success.
     pub fn succeeded(&mut self) {
         if self.failures > 0 {

@@ -1,7 +1,7 @@
 //! Where messages live: the contract of the store, and what its words mean.
 //!
 //! The store is the truth (P3): queue and cache may be emptied at any moment. Everything here is
-//! batched; a backend never runs a statement per message. All times come from the caller's clock.
+//! batched; no backend goes to its server for each message. All times come from the caller's clock.
 //!
 //! A delivery stands in exactly one place, and the place is its status. Every move is one transaction:
 //!
@@ -101,6 +101,11 @@ pub enum AllOrNone {
 /// written by a clock that was wrong, and must not keep anybody waiting until then.
 fn latest_present(now: Timestamp) -> Timestamp {
     now.after(Duration::from_secs(120))
+}
+
+/// A bound as a statement takes it.
+fn limit(limit: usize) -> i64 {
+    i64::try_from(limit).unwrap_or(i64::MAX)
 }
 
 /// A JSON column as it is shown. What the program can't hold (a nesting of thousands, a number of a thousand

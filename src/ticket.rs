@@ -60,11 +60,16 @@ pub struct Ticket {
     pub due_at: Option<Timestamp>,
 }
 
-/// A value of ours as JSON.
-pub(crate) fn to_json(value: &impl Serialize) -> Bytes {
+/// A value of ours as JSON, of about `size` bytes.
+pub(crate) fn to_json(value: &impl Serialize, size: usize) -> Bytes {
+    let mut json = Vec::with_capacity(size);
     // Only a map with keys that are not strings, or a failing writer, can make this fail; here is neither.
-    Bytes::from(serde_json::to_vec(value).expect("strings and numbers always serialize"))
+    serde_json::to_writer(&mut json, value).expect("strings and numbers always serialize");
+    Bytes::from(json)
 }
+
+/// Bytes that a ticket without content and headers seldom exceeds.
+pub(crate) const OTHER_FIELDS: usize = 512;
 
 fn is_zero(number: &(impl Copy + Into<i32>)) -> bool {
     (*number).into() == 0
@@ -78,7 +83,7 @@ impl Ticket {
 
     /// The record's value: JSON.
     pub fn encode(&self) -> Bytes {
-        to_json(self)
+        to_json(self, self.bytes() + OTHER_FIELDS)
     }
 
     /// The ticket in a record's value.
@@ -101,6 +106,19 @@ impl Ticket {
     /// Bytes of its content and headers: nearly all of its size.
     pub fn bytes(&self) -> usize {
         self.content.len() + self.headers.as_ref().map_or(0, |headers| headers.get().len())
+    }
+
+    /// What a store needs of it once it has been taken: where it stands, and its numbers.
+    pub(crate) fn without_message(&self) -> Ticket {
+        Ticket {
+            endpoint: String::new(),
+            recipient: String::new(),
+            content: String::new(),
+            content_type: None,
+            headers: None,
+            ordering_key: None,
+            ..*self
+        }
     }
 
     /// Whether its time is over at `now`.

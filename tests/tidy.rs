@@ -15,7 +15,7 @@ const RANKS: &[&[&str]] = &[
     &["cache"],
     &["delivery"],
     &["service", "keys"],
-    &["dead_letter"],
+    &["dead_letter", "publish"],
     &["intake", "producer"],
     &["consumer"],
     &["janitor"],

@@ -143,32 +143,17 @@ mod tests {
     use crate::clock::Timestamp;
     use std::time::Duration;
 
-    use crate::message::MessageId;
+    use crate::message::{MessageId, NewMessage};
     use crate::store::Pacing;
 
     fn message(status: Status) -> Message {
-        Message {
-            id: MessageId(1),
-            endpoint: "sms".into(),
+        let sent = NewMessage {
+            endpoint: Some("sms".into()),
             recipient: "+90".into(),
             content: "Hello".into(),
-            content_type: None,
-            headers: None,
-            ordering_key: None,
-            priority: 0,
-            send_at: None,
-            expires_at: None,
-            idempotency_key: None,
-            tags: None,
-            created_at: Timestamp::EPOCH,
-            status,
-            held: None,
-            attempts: 0,
-            lane: String::new(),
-            due_at: None,
-            finished_at: None,
-            reason: None,
-        }
+            ..NewMessage::default()
+        };
+        Message { status, ..Message::pending(MessageId(1), Timestamp::EPOCH, sent) }
     }
 
     #[test]

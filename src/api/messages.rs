@@ -14,7 +14,7 @@ use crate::cache::Response;
 use crate::clock::Timestamp;
 use crate::delivery;
 use crate::intake::{self, BATCH_MAX, Fault, IntakeError};
-use crate::message::{Attempt, Message, MessageId, NewMessage, Status};
+use crate::message::{Attempt, Message, MessageId, NewMessage};
 use crate::store::Inserted;
 
 /// A message to send.
@@ -318,7 +318,10 @@ pub(super) async fn send(
         // Not read back: what is committed must be answered as such, even if the store goes away now.
         (Some(Inserted::New { id, created_at }), Some(message)) => {
             let around = Surroundings::default();
-            Ok((StatusCode::ACCEPTED, Json(MessageView::of(fresh(*id, *created_at, message), &around))))
+            Ok((
+                StatusCode::ACCEPTED,
+                Json(MessageView::of(Message::pending(*id, *created_at, message), &around)),
+            ))
         }
         (Some(Inserted::Existing(id)), _) => Ok((StatusCode::OK, Json(seen(&state, *id).await?))),
         (Some(Inserted::Conflict(id)), _) => {
@@ -326,32 +329,6 @@ pub(super) async fn send(
             Err(Problem::new(Code::IdempotencyConflict, &detail))
         }
         _ => Err(Problem::internal("the store answered an insert with nothing")),
-    }
-}
-
-/// A message as it stands right after its insert.
-fn fresh(id: MessageId, created_at: Timestamp, message: NewMessage) -> Message {
-    Message {
-        id,
-        endpoint: message.endpoint.unwrap_or_else(|| "default".to_owned()),
-        recipient: message.recipient,
-        content: message.content,
-        content_type: message.content_type,
-        headers: message.headers,
-        ordering_key: message.ordering_key,
-        priority: message.priority,
-        send_at: message.send_at,
-        expires_at: message.expires_at,
-        idempotency_key: message.idempotency_key,
-        tags: message.tags,
-        created_at,
-        status: Status::Pending,
-        held: None,
-        attempts: 0,
-        lane: String::new(),
-        due_at: None,
-        finished_at: None,
-        reason: None,
     }
 }
 

@@ -17,7 +17,7 @@ use super::{BenchOptions, failed};
 use crate::app::Result;
 use crate::clock::Timestamp;
 use crate::message::{Class, MessageId, Outcome, Times, Verdict};
-use crate::producer::lane_record;
+use crate::publish::lane_record;
 use crate::store::{Begin, Claim, Due, LeaseId, Mask, Record, Records, Urgency, Wanted};
 use crate::ticket::{BatchId, EndpointId, Ticket};
 

@@ -11,7 +11,7 @@ use crate::delivery;
 /// The levels of the log; `off` writes nothing.
 const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
 /// The modules of this program, which a filter of the log may name: a misspelt one would be silent.
-const MODULES: [&str; 26] = [
+const MODULES: [&str; 27] = [
     "api",
     "app",
     "bench",
@@ -29,6 +29,7 @@ const MODULES: [&str; 26] = [
     "lane",
     "message",
     "producer",
+    "publish",
     "queue",
     "redact",
     "retry",

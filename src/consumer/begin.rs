@@ -16,7 +16,7 @@ pub(super) const BATCH: usize = 2_000;
 
 /// Tickets that wait for the next begin call.
 #[derive(Debug, Default)]
-pub(super) struct Arrivals {
+pub(super) struct ToBegin {
     /// Admitted: to be begun.
     pub(super) admitted: Vec<Admitted>,
     /// The records they came from.
@@ -25,7 +25,7 @@ pub(super) struct Arrivals {
     pub(super) begin_at: Instant,
 }
 
-impl Arrivals {
+impl ToBegin {
     pub(super) fn is_empty(&self) -> bool {
         self.receipts.is_empty()
     }
@@ -54,7 +54,7 @@ pub(super) struct BegunDelivery {
     pub(super) root: BatchId,
     /// When its ticket was published, or due if that was later.
     pub(super) ready_at: Timestamp,
-    /// Its place among the messages that wait for a slot; the dispatcher gives it.
+    /// Its place among the messages that wait for a slot; `Waiting::add` gives it.
     pub(super) turn: u64,
 }
 
@@ -78,21 +78,19 @@ pub(super) fn parse(taken: &Taken) -> Result<Ticket, String> {
     Ticket::decode(&taken.value)
 }
 
-/// Does what is to be done with a group of arrivals; waits for the store as long as it takes. When
+/// Does what is to be done with a group of to_begin; waits for the store as long as it takes. When
 /// `stop` comes first, nothing is said to be done, and the tickets will come again.
-pub(super) async fn start(parts: Parts, arrivals: Arrivals, stop: CancellationToken) -> Started {
+pub(super) async fn start(parts: Parts, to_begin: ToBegin, stop: CancellationToken) -> Started {
     let watch = parts.clock.stopwatch();
-    let Some((instance, begun)) = begin(&parts, &arrivals.admitted, &stop).await else {
-        let stale_bytes = arrivals.admitted.iter().map(|admitted| admitted.ticket.bytes()).sum();
-        let stale = arrivals.admitted.into_iter().map(|admitted| admitted.endpoint).collect();
-        return Started { stale, stale_bytes, ..Started::default() };
+    let Some((instance, begun)) = begin(&parts, &to_begin.admitted, &stop).await else {
+        return Started::default();
     };
-    let mut started = sort(arrivals.admitted, instance, begun);
+    let mut started = sort(to_begin.admitted, instance, begun);
     if !started.begun.is_empty() {
         parts.metrics.batch("begin", started.begun.len(), watch.elapsed());
     }
     parts.metrics.stale("begin", started.stale.len());
-    started.receipts = arrivals.receipts;
+    started.receipts = to_begin.receipts;
     started
 }
 

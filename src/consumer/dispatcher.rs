@@ -10,13 +10,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::ConsumerOptions;
 use super::attempts::{Attempts, Finished};
-use super::begin::{self, Admitted, Arrivals, BATCH, BegunDelivery, Started};
+use super::begin::{self, Admitted, BATCH, BegunDelivery, Started, ToBegin};
 use super::call::{Call, under_way};
 use super::early::Early;
 use super::hold::Holding;
 use super::recorder::{Judged, Written};
 use super::saturation::Saturated;
-use super::unreadable::Letters;
+use super::unreadable::UnreadableRecords;
 use super::waiting::Waiting;
 use crate::clock::{Instant, Now, Timestamp};
 use crate::delivery::Delivery;
@@ -48,11 +48,11 @@ pub(super) struct Dispatcher {
     limits: Limits,
     /// Taken ahead of their time.
     early: Early<Arrival>,
-    /// Taken, and neither admitted nor held yet: their endpoint will have room in a moment.
+    /// Taken, and neither admitted nor held yet: their endpoint will take them in a moment.
     admission: VecDeque<Arrival>,
     /// Taken, and no tickets.
-    letters: Letters,
-    arrivals: Arrivals,
+    unreadable: UnreadableRecords,
+    to_begin: ToBegin,
     /// The begin call under way: one at a time, so that what arrives meanwhile goes together.
     beginning: Option<Call<Started>>,
     holding: Holding,
@@ -88,7 +88,7 @@ impl Dispatcher {
         let attempts = Arc::new(Attempts::new(parts.clone(), delivery, stop.clone(), sender));
         Dispatcher {
             limits: Limits::new(options.window),
-            letters: Letters::new(&options.lane.topic, &parts.metrics),
+            unreadable: UnreadableRecords::new(&options.lane.topic, &parts.metrics),
             parts,
             metrics,
             attempts,
@@ -97,7 +97,7 @@ impl Dispatcher {
             records,
             early: Early::default(),
             admission: VecDeque::new(),
-            arrivals: Arrivals::default(),
+            to_begin: ToBegin::default(),
             beginning: None,
             holding: Holding::default(),
             waiting: Waiting::default(),
@@ -117,13 +117,13 @@ impl Dispatcher {
         let mut ended = Vec::new();
         loop {
             let takes = self.admission.is_empty()
-                && self.letters.has_capacity()
+                && self.unreadable.has_capacity()
                 && self.unrecorded < self.options.window
                 && self.bytes < BYTES_MAX
-                && self.arrivals.len() < BATCH
+                && self.to_begin.len() < BATCH
                 && self.holding.len() < self.options.window;
-            let lingers = self.beginning.is_none() && !self.arrivals.is_empty();
-            let linger = lingers.then(|| self.arrivals.begin_at.since(self.parts.clock.instant()));
+            let lingers = self.beginning.is_none() && !self.to_begin.is_empty();
+            let linger = lingers.then(|| self.to_begin.begin_at.since(self.parts.clock.instant()));
             // In this order, so that what ends makes room before more is taken, and a run replays from its seed.
             tokio::select! {
                 biased;
@@ -140,7 +140,7 @@ impl Dispatcher {
                 started = under_way(&mut self.beginning) => self.begun(started),
                 () = passed(linger) => {}
                 receipts = self.holding.done() => self.done(receipts),
-                receipts = self.letters.done() => self.done(receipts),
+                receipts = self.unreadable.done() => self.done(receipts),
                 () = self.saturated.progress(&self.parts.clock) => {}
                 () = self.early.due(&self.parts.clock) => {
                     let now = self.parts.clock.instant();
@@ -157,7 +157,7 @@ impl Dispatcher {
             }
             self.admit();
             self.begin();
-            self.letters.publish(&self.parts);
+            self.unreadable.publish(&self.parts);
         }
         self.drain(written).await
     }
@@ -181,7 +181,7 @@ impl Dispatcher {
                         _ => self.admission.push_back(Arrival { ticket, ready_at, receipt }),
                     }
                 }
-                Err(reason) => self.letters.add(taken, reason),
+                Err(reason) => self.unreadable.add(taken, reason),
             }
         }
     }
@@ -202,13 +202,13 @@ impl Dispatcher {
                         return;
                     }
                     Admission::Admitted => {
-                        if self.arrivals.is_empty() {
-                            self.arrivals.begin_at = now.after(LINGER);
+                        if self.to_begin.is_empty() {
+                            self.to_begin.begin_at = now.after(LINGER);
                         }
-                        self.arrivals.receipts.push(receipt);
+                        self.to_begin.receipts.push(receipt);
                         let endpoint = Arc::clone(endpoint);
                         let Arrival { ticket, ready_at, .. } = arrival;
-                        self.arrivals.admitted.push(Admitted { ticket, endpoint, ready_at });
+                        self.to_begin.admitted.push(Admitted { ticket, endpoint, ready_at });
                         continue;
                     }
                     Admission::Hold => {
@@ -233,7 +233,7 @@ impl Dispatcher {
         self.bytes = self.bytes.saturating_sub(written.bytes);
     }
 
-    /// Reports which endpoints are saturated, so that the producer holds their new rows instead of sending them
+    /// Reports which endpoints are saturated, so that the producer holds their new messages instead of sending them
     /// here. Only first tries are held like that.
     fn report(&mut self, now: Instant) {
         if self.options.lane.fresh {
@@ -241,7 +241,7 @@ impl Dispatcher {
         }
     }
 
-    /// Holds the rows of refused tickets.
+    /// Holds the deliveries of refused tickets.
     fn hold(&mut self) {
         self.holding.start(&self.parts, &self.options.lane.topic, &self.stop);
     }
@@ -254,17 +254,17 @@ impl Dispatcher {
 
     /// Begins what has arrived, unless a call is under way or more is worth waiting for.
     fn begin(&mut self) {
-        let idle = self.limits.total() < self.arrivals.len() + LOADED;
+        let idle = self.limits.total() < self.to_begin.len() + LOADED;
         let now = self.parts.clock.instant();
-        let ready = idle || self.arrivals.len() >= GROUP || now >= self.arrivals.begin_at;
-        if self.beginning.is_none() && !self.arrivals.is_empty() && ready {
-            let arrivals = std::mem::take(&mut self.arrivals);
-            self.beginning = Some(Box::pin(begin::start(self.parts.clone(), arrivals, self.stop.clone())));
+        let ready = idle || self.to_begin.len() >= GROUP || now >= self.to_begin.begin_at;
+        if self.beginning.is_none() && !self.to_begin.is_empty() && ready {
+            let to_begin = std::mem::take(&mut self.to_begin);
+            self.beginning = Some(Box::pin(begin::start(self.parts.clone(), to_begin, self.stop.clone())));
         }
     }
 
-    /// The lane's records are done with as soon as their messages are begun: from here on the lease
-    /// row finds them again.
+    /// The lane's records are done with as soon as their messages are begun: from here on the
+    /// lease finds them again.
     fn begun(&mut self, started: Started) {
         self.beginning = None;
         self.bytes = self.bytes.saturating_sub(started.stale_bytes);
@@ -357,7 +357,7 @@ impl Dispatcher {
         let _ = self.records.send(Judged { record, judged_at: now });
     }
 
-    /// Housekeeping: holds what was refused, and frees held rows of endpoints that have room again.
+    /// Housekeeping: holds what was refused, and frees held deliveries of endpoints that have room again.
     fn tick(&mut self) {
         self.metrics.in_flight(self.limits.in_flight());
         self.limits.forget_idle();

@@ -1,6 +1,6 @@
 //! Tickets that were taken ahead of their time wait here for it.
 //!
-//! They are not begun meanwhile: their rows stay `queued`, so that a cancelled one is dropped when its time
+//! They are not begun meanwhile: they stay in their batch, so that a cancelled one is dropped when its time
 //! comes, and one that a stop leaves behind is given again by the lane. How many there are is bounded by the
 //! subscription's window.
 

@@ -1,4 +1,4 @@
-//! Tickets that were not admitted: their rows are held, in large groups, because nobody waits for it.
+//! Tickets that were not admitted: their deliveries are held, in large groups, because nobody waits for it.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::queue::Receipt;
 use crate::service::{self, Parts};
 use crate::ticket::Ticket;
 
-/// How long refused tickets wait before their rows are held: many at once cost less.
+/// How long refused tickets wait before their deliveries are held: many at once cost less.
 const HOLD_AFTER: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
@@ -19,14 +19,14 @@ pub(super) struct Holding {
     refused: Vec<(Ticket, Held)>,
     /// The records they came from.
     receipts: Vec<Receipt>,
-    /// When their rows are held however few they are.
+    /// When their deliveries are held however few they are.
     hold_at: Instant,
-    /// The call under way that holds rows: apart from the one that begins, which must not wait for it.
+    /// The call under way that holds deliveries: apart from the one that begins, which must not wait for it.
     call: Option<Call<Vec<Receipt>>>,
 }
 
 impl Holding {
-    /// Tickets whose rows are still to be held.
+    /// Tickets whose deliveries are still to be held.
     pub(super) fn len(&self) -> usize {
         self.refused.len()
     }
@@ -35,15 +35,17 @@ impl Holding {
         now >= self.hold_at
     }
 
-    pub(super) fn add(&mut self, ticket: Ticket, held: Held, receipt: Receipt, now: Instant) {
+    /// Keeps a refused ticket. Without its content, because a held delivery needs none.
+    pub(super) fn add(&mut self, mut ticket: Ticket, held: Held, receipt: Receipt, now: Instant) {
         if self.refused.is_empty() {
             self.hold_at = now.after(HOLD_AFTER);
         }
+        (ticket.content, ticket.headers) = (String::new(), None);
         self.receipts.push(receipt);
         self.refused.push((ticket, held));
     }
 
-    /// Holds the rows of refused tickets, unless a call is under way.
+    /// Holds the deliveries of refused tickets, unless a call is under way.
     pub(super) fn start(&mut self, parts: &Parts, lane: &str, stop: &CancellationToken) {
         if self.call.is_none() && !self.refused.is_empty() {
             let (refused, receipts) = (std::mem::take(&mut self.refused), std::mem::take(&mut self.receipts));
@@ -64,7 +66,7 @@ impl Holding {
     }
 }
 
-/// Holds the rows of refused tickets; waits for the store as long as it takes. Gives back the records
+/// Holds the deliveries of refused tickets; waits for the store as long as it takes. Gives back the records
 /// that are done with: none when `stop` comes first, and the tickets will come again.
 async fn hold(
     parts: Parts,

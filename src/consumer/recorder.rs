@@ -3,6 +3,7 @@
 //! A result is never thrown away and a message never sent again because a write failed: the write is
 //! repeated until the store has it. Answers go to the cache and dead letters to their lane afterwards.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -84,6 +85,7 @@ async fn write(
     let refused = write_records(parts, &mut records).await;
     parts.metrics.batch("record", records.len(), watch.elapsed());
     parts.metrics.stale("record", refused.len());
+    let refused: HashSet<MessageId> = refused.into_iter().collect();
 
     let mut responses = Vec::new();
     let mut letters = Vec::new();
@@ -149,7 +151,7 @@ async fn write_records(parts: &Parts, records: &mut [Record]) -> Vec<MessageId> 
                     if !strip(record, refusals) {
                         tracing::error!(
                             id = id.0,
-                            "what message {id} came to is given up; it will be sent again"
+                            "what message {id} came to is given up; it stays in its lease until this process ends, and is sent again then"
                         );
                         return vec![id];
                     }

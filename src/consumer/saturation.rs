@@ -1,4 +1,4 @@
-//! Saturated endpoints, whose rows are held: which they are, who is told, and how many rows are made due at a time.
+//! Saturated endpoints, whose deliveries are held: which they are, who is told, and how many deliveries are made due at a time.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::message::Held;
 use crate::service::Parts;
 use crate::store::InstanceId;
 
-/// How often the store is asked which endpoints have held rows that we don't know of.
+/// How often the store is asked which endpoints have held deliveries that we don't know of.
 const HELD: Duration = Duration::from_secs(1);
 
 /// How long an endpoint counts as saturated after it was last seen to be slow: one that hangs answers nothing
@@ -22,23 +22,23 @@ const SLOW_FOR: Duration = Duration::from_millis(300);
 /// Endpoints that are reported, at most.
 const REPORTED_MAX: usize = 1_000;
 
-/// After this, rows that were made due and did not come here are believed to have gone to another consumer.
+/// After this, deliveries that were made due and did not come here are believed to have gone to another consumer.
 const EXPECTED: Duration = Duration::from_secs(2);
-/// So many held rows are made due at first; one more for each that comes. Those of another lane never come here:
+/// So many held deliveries are made due at first; one more for each that comes. Those of another lane never come here:
 /// its own consumer knows whether it has room for them.
 const TRIAL: usize = 32;
 
 /// Which endpoints an instance has reported.
 type Report = (InstanceId, Vec<String>);
 
-/// What a call to free held rows came to: which endpoints have such rows, and how many were made due.
+/// What a call to free held deliveries came to: which endpoints have such deliveries, and how many were made due.
 #[derive(Default)]
 struct Freed {
     found: Vec<String>,
     freed: Vec<(String, usize, usize)>,
 }
 
-/// Endpoints with rows held because they were saturated.
+/// Endpoints with deliveries held because they were saturated.
 #[derive(Default)]
 pub(super) struct Saturated {
     endpoints: BTreeMap<String, Saturation>,
@@ -93,7 +93,7 @@ impl Saturated {
         }
         let store = Arc::clone(&parts.store);
         self.reporting = Some(Box::pin(async move {
-            // It is a hint: without it the rows come here and are held then. The next tick reports again.
+            // It is a hint: without it the deliveries come here and are held then. The next tick reports again.
             let reported = store.report_saturated(report.0, &report.1).await;
             reported
                 .inspect_err(|error| tracing::debug!("saturated endpoints could not be reported: {error}"))
@@ -102,12 +102,12 @@ impl Saturated {
         }));
     }
 
-    /// Whether held rows are just being freed.
+    /// Whether held deliveries are just being freed.
     pub(super) fn is_freeing(&self) -> bool {
         self.freeing.is_some()
     }
 
-    /// How many held rows of which endpoints there is room for.
+    /// How many held deliveries of which endpoints there is room for.
     pub(super) fn wanted(&mut self, parts: &Parts, limits: &Limits, now: Instant) -> Vec<(String, usize)> {
         let directory = parts.directory.snapshot();
         let mut wanted = Vec::new();
@@ -119,7 +119,7 @@ impl Saturated {
                 saturation.slow_at = now;
             }
             let rows = saturation.wanted(limits.available(name, endpoint.in_flight_max, now), now);
-            // Not one by one: a write for each row that ends would cost what holding saves.
+            // Not one by one: a write for each delivery that ends would cost what holding saves.
             if rows >= (endpoint.in_flight_max as usize).min(TRIAL) {
                 wanted.push((name.clone(), rows));
             }
@@ -127,7 +127,7 @@ impl Saturated {
         wanted
     }
 
-    /// Frees these rows, and looks for further endpoints when it is time for that.
+    /// Frees these deliveries, and looks for further endpoints when it is time for that.
     pub(super) fn free(&mut self, parts: &Parts, wanted: Vec<(String, usize)>, now: Instant) {
         let look = now >= self.look_at;
         if look {
@@ -166,7 +166,7 @@ async fn free(parts: Parts, wanted: Vec<(String, usize)>, look: bool) -> Freed {
                 freed.freed.push((name, asked, got));
             }
             // The next tick tries again.
-            Err(error) => tracing::debug!("held rows of {name} could not be freed: {error}"),
+            Err(error) => tracing::debug!("held deliveries of {name} could not be freed: {error}"),
         }
     }
     if look {
@@ -174,7 +174,7 @@ async fn free(parts: Parts, wanted: Vec<(String, usize)>, look: bool) -> Freed {
             Ok(held) => {
                 freed.found.extend(held.into_iter().filter(|h| h.1 == Held::EndpointBusy).map(|h| h.0))
             }
-            Err(error) => tracing::debug!("held rows could not be looked for: {error}"),
+            Err(error) => tracing::debug!("held deliveries could not be looked for: {error}"),
         }
     }
     freed

@@ -36,7 +36,7 @@ struct Unreadable {
 }
 
 /// The unreadable records of one consumer: those that wait, and those on their way.
-pub(super) struct Letters {
+pub(super) struct UnreadableRecords {
     lane: String,
     waiting: Vec<Unreadable>,
     /// Records and bytes of the group on its way.
@@ -44,12 +44,12 @@ pub(super) struct Letters {
     publishing: Option<Call<Vec<Receipt>>>,
 }
 
-impl Letters {
-    pub(super) fn new(lane: &str, metrics: &Metrics) -> Letters {
+impl UnreadableRecords {
+    pub(super) fn new(lane: &str, metrics: &Metrics) -> UnreadableRecords {
         for end in [PUBLISHED, CUT, GIVEN_UP] {
             metrics.unreadable(lane, end, 0);
         }
-        Letters { lane: lane.to_owned(), waiting: Vec::new(), going: (0, 0), publishing: None }
+        UnreadableRecords { lane: lane.to_owned(), waiting: Vec::new(), going: (0, 0), publishing: None }
     }
 
     /// Whether memory is left for more.

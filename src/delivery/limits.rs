@@ -5,8 +5,8 @@
 //! each, and there is always as much left for somebody else. (The rule is the dynamic threshold
 //! of shared-memory switches: Choudhury and Hahne, 1998.) And no more than it gets through soon: one
 //! that has fallen silent is given what it can have in flight, and nothing to wait here. What is not
-//! admitted waits at the door as long as its endpoint gets on, which is cheap and short; once it does
-//! not, its row is held, so that nobody waits behind it. *Attempts in flight*: few while answers come
+//! admitted waits for admission as long as its endpoint gets on, which is cheap and short; once it does
+//! not, its delivery is held, so that nobody waits behind it. *Attempts in flight*: few while answers come
 //! at once, because more connections only cost, and more as latency grows, up to the endpoint's setting.
 
 use std::collections::HashMap;
@@ -74,14 +74,14 @@ struct Pause {
     length: Duration,
 }
 
-/// What is to become of a message that comes to the door.
+/// What is to become of a message that asks for admission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
     /// It is in, and counted.
     Admitted,
     /// There will be room in a moment.
     Wait,
-    /// Its endpoint is slow: its row is to be held.
+    /// Its endpoint is slow: its delivery is to be held.
     Hold,
 }
 

@@ -134,7 +134,7 @@ async fn a_claim_that_comes_to_be_after_its_answer_was_lost_is_found() {
     bench.insert(["default"].into_iter()).await;
     bench.until("default queued", 1).await;
     let (store, clock) = (Arc::clone(&bench.parts.store), bench.parts.clock.clone());
-    bench.producer.is_unsure(clock.instant());
+    bench.producer.note_unsure(clock.instant());
     for _ in 0..50 {
         bench.step().await;
     }

@@ -230,18 +230,18 @@ impl Bench {
         self.store.reissue(&reissue).await.unwrap()
     }
 
-    async fn begin_by(&self, owner: InstanceId, tickets: &[Ticket]) -> Vec<Job> {
+    async fn begin_by(&self, owner: InstanceId, tickets: &[Ticket]) -> Vec<BegunDelivery> {
         let wanted = wanted(tickets);
         let begun = self.store.begin(&Begin { wanted: &wanted, repeated: false, owner }).await.unwrap();
         jobs(tickets, &begun)
     }
 
-    async fn begin(&self, tickets: &[Ticket]) -> Vec<Job> {
+    async fn begin(&self, tickets: &[Ticket]) -> Vec<BegunDelivery> {
         self.begin_by(self.owner, tickets).await
     }
 
     /// Brings `count` new messages to `processing`.
-    async fn processing(&self, count: usize) -> Vec<Job> {
+    async fn processing(&self, count: usize) -> Vec<BegunDelivery> {
         self.fill(count).await;
         let jobs = self.begin(&self.claim_fresh().await.tickets).await;
         assert_eq!(jobs.len(), count);
@@ -261,35 +261,35 @@ impl Bench {
     }
 
     /// A record of a failed attempt whose next is due in three seconds on the retry lane.
-    fn failed(&self, job: &Job) -> Record {
+    fn failed(&self, job: &BegunDelivery) -> Record {
         let verdict = Verdict::Retry { lane: RETRY.to_owned(), lane_tries: 0, at: self.in_seconds(3) };
         record(job, Some(outcome(Class::Rejected, Some(500), self.now())), verdict)
     }
 
-    fn sent(&self, job: &Job) -> Record {
+    fn sent(&self, job: &BegunDelivery) -> Record {
         record(job, Some(outcome(Class::Accepted, Some(200), self.now())), Verdict::Sent)
     }
 
-    fn dead(&self, job: &Job) -> Record {
+    fn dead(&self, job: &BegunDelivery) -> Record {
         let verdict =
             Verdict::Dead { reason: "all tries failed".to_owned(), lane: "messages-dlq".to_owned() };
         record(job, Some(outcome(Class::Timeout, None, self.now())), verdict)
     }
 
-    fn released(&self, job: &Job) -> Record {
+    fn released(&self, job: &BegunDelivery) -> Record {
         record(job, None, Verdict::Release)
     }
 }
 
 /// A ticket that has begun.
 #[derive(Clone, Debug)]
-struct Job {
+struct BegunDelivery {
     ticket: Ticket,
     lease: LeaseId,
     root: BatchId,
 }
 
-impl Job {
+impl BegunDelivery {
     fn id(&self) -> MessageId {
         self.ticket.id
     }
@@ -310,18 +310,18 @@ fn wanted(tickets: &[Ticket]) -> Vec<Wanted> {
 }
 
 /// The tickets that have begun, each once, in the order of their ids.
-fn jobs(tickets: &[Ticket], begun: &[super::Begun]) -> Vec<Job> {
-    let mut jobs: Vec<Job> = Vec::new();
+fn jobs(tickets: &[Ticket], begun: &[super::Begun]) -> Vec<BegunDelivery> {
+    let mut jobs: Vec<BegunDelivery> = Vec::new();
     for ticket in tickets {
         let position = usize::from(ticket.position);
         let of_batch = begun.iter().find(|b| b.batch == ticket.batch && b.positions.has(position));
         let twice =
             jobs.iter().any(|job| (job.ticket.batch, job.ticket.position) == (ticket.batch, ticket.position));
         if let (Some(begun), false) = (of_batch, twice) {
-            jobs.push(Job { ticket: ticket.clone(), lease: begun.lease, root: begun.root });
+            jobs.push(BegunDelivery { ticket: ticket.clone(), lease: begun.lease, root: begun.root });
         }
     }
-    jobs.sort_by_key(Job::id);
+    jobs.sort_by_key(BegunDelivery::id);
     jobs
 }
 
@@ -357,8 +357,8 @@ pub(crate) fn outcome(class: Class, status: Option<u16>, started_at: Timestamp) 
     }
 }
 
-fn record(job: &Job, outcome: Option<Outcome>, verdict: Verdict) -> Record {
-    let Job { ticket, lease, root } = job.clone();
+fn record(job: &BegunDelivery, outcome: Option<Outcome>, verdict: Verdict) -> Record {
+    let BegunDelivery { ticket, lease, root } = job.clone();
     Record { ticket, lane: FRESH.to_owned(), lease, root, outcome, verdict }
 }
 

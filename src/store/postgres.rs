@@ -10,6 +10,7 @@ mod begin;
 mod claim;
 mod hold;
 mod insert;
+mod left;
 mod mask;
 mod operate;
 mod read;
@@ -232,10 +233,6 @@ where
 /// The lowest and the highest id: the bounds that prune partitions.
 fn bounds(ids: &[i64]) -> (i64, i64) {
     (ids.iter().copied().min().unwrap_or(0), ids.iter().copied().max().unwrap_or(0))
-}
-
-fn limit(limit: usize) -> i64 {
-    i64::try_from(limit).unwrap_or(i64::MAX)
 }
 
 #[async_trait]

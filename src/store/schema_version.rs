@@ -29,10 +29,10 @@ pub(super) fn compare(
     mut applied: Migrations,
     needs: Option<i32>,
 ) -> Result<SchemaVersion> {
-    let mut standing = SchemaVersion::default();
+    let mut version = SchemaVersion::default();
     for (number, (name, checksum)) in known {
         match applied.remove(number) {
-            None => standing.missing.push(written(*number, name)),
+            None => version.missing.push(written(*number, name)),
             Some((_, found)) if found == *checksum => {}
             Some((other, _)) => {
                 return Err(StoreError::Unsupported(format!(
@@ -44,11 +44,11 @@ pub(super) fn compare(
             }
         }
     }
-    standing.newer = applied.iter().map(|(number, (name, _))| written(*number, name)).collect();
+    version.newer = applied.iter().map(|(number, (name, _))| written(*number, name)).collect();
     let newest = known.keys().next_back().copied().unwrap_or(0);
-    let follows = standing.missing.is_empty() && applied.keys().all(|number| *number > newest);
-    if standing.newer.is_empty() || (follows && needs.is_some_and(|needs| needs <= newest)) {
-        return Ok(standing);
+    let follows = version.missing.is_empty() && applied.keys().all(|number| *number > newest);
+    if version.newer.is_empty() || (follows && needs.is_some_and(|needs| needs <= newest)) {
+        return Ok(version);
     }
     let needed = match needs.filter(|needs| *needs > newest) {
         Some(needs) => format!("it needs a program that knows V{needs}"),
@@ -56,7 +56,7 @@ pub(super) fn compare(
     };
     Err(StoreError::Unsupported(format!(
         "the store has the migration {}, which this program does not know, and {needed}; use a newer program",
-        standing.newer.join(", ")
+        version.newer.join(", ")
     )))
 }
 
@@ -81,8 +81,8 @@ mod tests {
 
     #[test]
     fn a_program_says_what_its_store_lacks() {
-        let standing = compare(&migrations(1..=3), migrations(1..=1), None).unwrap();
-        assert_eq!((standing.missing, standing.newer), (vec!["V2__m2".into(), "V3__m3".into()], vec![]));
+        let version = compare(&migrations(1..=3), migrations(1..=1), None).unwrap();
+        assert_eq!((version.missing, version.newer), (vec!["V2__m2".into(), "V3__m3".into()], vec![]));
         assert_eq!(
             compare(&migrations(1..=3), migrations(1..=3), Some(3)).unwrap(),
             SchemaVersion::default()
@@ -92,8 +92,8 @@ mod tests {
     #[test]
     fn a_newer_store_is_accepted_as_long_as_the_program_knows_what_it_needs() {
         for needs in [1, 4, 5] {
-            let standing = compare(&migrations(1..=5), migrations(1..=7), Some(needs)).unwrap();
-            assert_eq!(standing.newer, ["V6__m6", "V7__m7"], "needs {needs}");
+            let version = compare(&migrations(1..=5), migrations(1..=7), Some(needs)).unwrap();
+            assert_eq!(version.newer, ["V6__m6", "V7__m7"], "needs {needs}");
         }
         let sentence = refused(migrations(1..=7), Some(6));
         assert_eq!(

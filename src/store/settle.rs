@@ -1,6 +1,6 @@
 //! What a write of records changes in leases and batches. Pure, and the same for every backend.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::{BatchId, EndpointId, LeaseId, Mask, Record};
 use crate::message::{MessageId, Verdict};
@@ -23,7 +23,7 @@ pub(super) struct Places {
 }
 
 /// What is to be written.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Settled {
     /// For each record, whether its verdict counts.
     pub(super) accepted: Vec<bool>,
@@ -35,21 +35,28 @@ pub(super) struct Settled {
 /// Settles records. A success counts wherever its delivery stands by now, and takes it out of there; anything else
 /// counts only while the delivery stands in the record's own lease.
 pub(super) fn settle(records: &[Record], mut places: Places) -> Settled {
-    let mut settled = Settled { accepted: vec![false; records.len()], ..Settled::default() };
+    let mut accepted = vec![false; records.len()];
+    let (mut leases, mut batches) = (BTreeSet::new(), BTreeSet::new());
     let (sent, others): (Vec<_>, Vec<_>) =
         records.iter().enumerate().partition(|(_, record)| record.verdict == Verdict::Sent);
     for (at, record) in sent {
         let position = usize::from(record.ticket.position);
-        settled.accepted[at] = true;
+        accepted[at] = true;
         places.ended.insert((record.ticket.id, record.ticket.endpoint_id));
         let of_root = |left: &&mut Left| left.root == record.root && left.positions.has(position);
+        // Nearly always it stands in its own lease, and then nowhere else.
+        if let Some(left) = places.leases.get_mut(&record.lease).filter(of_root) {
+            left.positions.clear(position);
+            leases.insert(record.lease);
+            continue;
+        }
         for (id, left) in places.leases.iter_mut().filter(|(_, left)| of_root(left)) {
             left.positions.clear(position);
-            settled.leases.insert(*id, left.positions.clone());
+            leases.insert(*id);
         }
         for (id, left) in places.batches.iter_mut().filter(|(_, left)| of_root(left)) {
             left.positions.clear(position);
-            settled.batches.insert(*id, left.positions.clone());
+            batches.insert(*id);
         }
     }
     for (at, record) in others {
@@ -57,11 +64,15 @@ pub(super) fn settle(records: &[Record], mut places: Places) -> Settled {
         let Some(left) = places.leases.get_mut(&record.lease) else { continue };
         if left.positions.has(position) {
             left.positions.clear(position);
-            settled.leases.insert(record.lease, left.positions.clone());
-            settled.accepted[at] = !places.ended.contains(&(record.ticket.id, record.ticket.endpoint_id));
+            leases.insert(record.lease);
+            accepted[at] = !places.ended.contains(&(record.ticket.id, record.ticket.endpoint_id));
         }
     }
-    settled
+    let of_lease = |id| Some((id, places.leases.remove(&id)?.positions));
+    let leases = leases.into_iter().filter_map(of_lease).collect();
+    let of_batch = |id| Some((id, places.batches.remove(&id)?.positions));
+    let batches = batches.into_iter().filter_map(of_batch).collect();
+    Settled { accepted, leases, batches }
 }
 
 #[cfg(test)]

@@ -40,8 +40,8 @@ use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filt
 use super::{
     About, AllOrNone, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint,
     Execution, Inserted, InstanceId, Leadership, LogPosition, Operations, Overview, Reconciled,
-    Reconciliation, Records, Recovered, Recovery, Registry, Reissue, Reissued, Removal, Removed, Result,
-    Scheduling, SchemaVersion, Store, StoreError, Upkeep,
+    Reconciliation, Record, Records, Recovered, Recovery, Registry, Reissue, Reissued, Removal, Removed,
+    Result, Scheduling, SchemaVersion, Store, StoreError, Upkeep,
 };
 use crate::clock::Timestamp;
 use crate::lane::{Lane, LaneGroup};
@@ -346,12 +346,21 @@ impl Execution for SqliteStore {
         if records.records.is_empty() {
             return Ok(Vec::new());
         }
-        let (written, now) = (records.records.to_vec(), records.now);
+        // The messages' contents would only be copied for the other thread.
+        let written = |record: &Record| Record {
+            ticket: record.ticket.without_message(),
+            lane: record.lane.clone(),
+            outcome: record.outcome.clone(),
+            verdict: record.verdict.clone(),
+            ..*record
+        };
+        let (written, now): (Vec<_>, _) = (records.records.iter().map(written).collect(), records.now);
         self.write(move |db| record::record(db, &Records { records: &written, now })).await
     }
 
     async fn hold(&self, lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> Result<u64> {
-        let (lane, tickets) = (lane.to_owned(), tickets.to_vec());
+        let (lane, tickets) =
+            (lane.to_owned(), tickets.iter().map(Ticket::without_message).collect::<Vec<_>>());
         self.write(move |db| hold::hold(db, &lane, &tickets, held, now)).await
     }
 

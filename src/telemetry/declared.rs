@@ -188,7 +188,7 @@ pub const METRICS: &[Metric] = &[
         "ams_lane_lag",
         "tickets",
         &["lane", "partition"],
-        "tickets on a lane that its consumers have not begun; the producer stops at 16,000 a lane",
+        "tickets on a lane that its consumers have not begun; the producer stops at 16,000 a lane, or at about 128 MiB",
     ),
     metric(
         Gauge,

@@ -140,15 +140,17 @@ async fn send(
     record: &LaneRecord,
     acks: &Arc<Acks>,
 ) -> std::result::Result<(), KafkaError> {
-    let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
-    for (key, value) in &record.headers {
-        headers = headers.insert(Header { key, value: Some(value) });
-    }
     let mut next = BaseRecord::with_opaque_to(lane, Arc::clone(acks))
         .partition(partition)
         .key(&record.key[..])
-        .payload(&record.value[..])
-        .headers(headers);
+        .payload(&record.value[..]);
+    if !record.headers.is_empty() {
+        let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
+        for (key, value) in &record.headers {
+            headers = headers.insert(Header { key, value: Some(value) });
+        }
+        next = next.headers(headers);
+    }
     loop {
         match client.send(next) {
             Ok(()) => return Ok(()),

@@ -25,9 +25,9 @@ pub(crate) const NEEDED: &str =
 
 pub(crate) async fn migrated_by_a_newer_program(store: &dyn Store, sql: impl AsyncFn(String)) {
     sql(LATER.to_owned()).await;
-    let standing = store.schema_version().await.unwrap();
-    assert_eq!((standing.missing, standing.newer.len()), (Vec::new(), 1));
-    let (number, name) = standing.newer[0].split_once("__").unwrap();
+    let version = store.schema_version().await.unwrap();
+    assert_eq!((version.missing, version.newer.len()), (Vec::new(), 1));
+    let (number, name) = version.newer[0].split_once("__").unwrap();
     assert_eq!(name, "later");
     assert_eq!(store.migrate().await.unwrap(), Vec::<String>::new());
     sql(NEEDED.to_owned()).await;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Bench, RETRY, text};
+use super::{Bench, RETRY, ids, text};
 use crate::clock::Timestamp;
 use crate::message::{Held, MessageId, NewMessage, Status};
 use crate::store::operate::{ApiKey, Change, Cursor, Deletion, Filter, Page, SCAN};
@@ -25,7 +25,7 @@ impl Bench {
         let jobs = self.processing(count).await;
         let records: Vec<_> = jobs.iter().map(|job| self.dead(job)).collect();
         self.record(&records).await;
-        jobs.iter().map(super::Job::id).collect()
+        jobs.iter().map(super::BegunDelivery::id).collect()
     }
 }
 
@@ -204,6 +204,15 @@ pub(crate) async fn a_redriven_message_begins_anew(store: Arc<dyn Store>) {
     assert_eq!(bench.message(new[0]).await.status, Status::Pending);
     let again = [bench.claim_fresh().await.tickets, bench.claim_timed("").await.tickets].concat();
     assert_eq!(again.iter().map(|ticket| ticket.id).collect::<Vec<_>>(), new);
+    // One that was cancelled before its time still waits for it.
+    let later = NewMessage { send_at: Some(bench.in_seconds(60)), ..text("later") };
+    let later = bench.insert(&[later]).await;
+    bench.claim_fresh().await;
+    assert_eq!(bench.change(Change::Cancel, &later).await, later);
+    assert_eq!(bench.change(Change::Redrive, &later).await, later);
+    assert_eq!(bench.claim_timed("").await.seen, 0, "its time has not come");
+    bench.pass(60);
+    assert_eq!(ids(&bench.claim_timed("").await), later);
     // What had expired gets a life without an end.
     let short = NewMessage { expires_at: Some(bench.in_seconds(1)), ..text("short") };
     let short = bench.insert(&[short]).await[0];

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
 
-use super::{Bench, Job, LEASE, RETRY, jobs, text, wanted};
+use super::{BegunDelivery, Bench, LEASE, RETRY, jobs, text, wanted};
 use crate::message::{Held, Message, MessageId, NewMessage, Status, Verdict};
 use crate::store::operate::Change;
 use crate::store::{
@@ -70,7 +70,7 @@ struct World {
     seen: BTreeMap<MessageId, Message>,
     /// Every ticket ever given: all but the newest of a message are stale.
     tickets: Vec<Ticket>,
-    begun: Vec<Job>,
+    begun: Vec<BegunDelivery>,
     /// Begun once is begun for good: no ticket may be begun twice.
     ever_begun: HashSet<(BatchId, u16)>,
     last_begin: Option<LastBegin>,
@@ -279,7 +279,11 @@ impl World {
         self.begin_by(tickets, owner).await.map(drop)
     }
 
-    async fn begin_by(&mut self, tickets: Vec<Ticket>, owner: InstanceId) -> Result<Vec<Job>, String> {
+    async fn begin_by(
+        &mut self,
+        tickets: Vec<Ticket>,
+        owner: InstanceId,
+    ) -> Result<Vec<BegunDelivery>, String> {
         let wanted = wanted(&tickets);
         let begin = Begin { wanted: &wanted, repeated: false, owner };
         let jobs = jobs(&tickets, &self.bench.store.begin(&begin).await.unwrap());
@@ -290,7 +294,7 @@ impl World {
             check(self.ever_begun.insert(place), || format!("{place:?} was begun twice"))?;
             self.begun.push(job.clone());
         }
-        let begun = jobs.iter().map(Job::id).collect();
+        let begun = jobs.iter().map(BegunDelivery::id).collect();
         self.last_begin = Some(LastBegin { wanted, tickets, owner, begun });
         Ok(jobs)
     }

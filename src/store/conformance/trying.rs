@@ -32,7 +32,7 @@ pub(crate) async fn a_ticket_begins_once(store: Arc<dyn Store>) {
     let twice = [tickets[0].clone(), tickets[0].clone()];
     assert_eq!(bench.begin(&twice).await.len(), 1);
     let begun = bench.begin(&tickets).await;
-    assert_eq!(begun.iter().map(super::Job::id).collect::<Vec<_>>(), [tickets[1].id]);
+    assert_eq!(begun.iter().map(super::BegunDelivery::id).collect::<Vec<_>>(), [tickets[1].id]);
     let other = bench.enroll().await;
     assert!(bench.begin_by(other, &tickets).await.is_empty());
 }

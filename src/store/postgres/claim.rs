@@ -7,20 +7,20 @@ use serde_json::value::RawValue;
 use tokio_postgres::Row;
 use tokio_postgres::types::{Json, ToSql};
 
-use super::{limit, read, read_all};
+use super::{read, read_all};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
 use crate::store::{
     BATCH_BYTES, BATCH_MAX, Batch, BatchId, Claim, Claimed, Due, DueNow, EndpointId, InstanceId, LogPosition,
-    Result, StoreError, Urgency, unreadable_reason,
+    Result, StoreError, Urgency, limit, unreadable_reason,
 };
 use crate::ticket::Ticket;
 
 /// [`BATCH_BYTES`] as the statements take it.
 const BYTES: i64 = BATCH_BYTES as i64;
-/// Looks that find nothing until the feed is moved on all the same: a feed that stands still for long has more
-/// transactions to look for that may have committed late. A look comes at most every few milliseconds.
-const LOOKS: u32 = 200;
+/// Claims until the feed is moved on although nothing was new: a feed that stands still for long has more transactions to
+/// look for that may have committed late. A claim comes at most every few milliseconds.
+const CLAIMS: u32 = 200;
 
 /// What this process knows of the feeds, to spare questions. All of it may be wrong: then a claim is made in vain.
 #[derive(Debug, Default)]
@@ -30,7 +30,7 @@ pub(super) struct Feeds([Mutex<Feed>; 3]);
 struct Feed {
     /// The server's snapshot when nothing new was found: as long as it stays the same, no transaction has ended.
     idle_at: Option<String>,
-    looks: u32,
+    claims: u32,
 }
 
 impl Feeds {
@@ -45,13 +45,81 @@ impl Feeds {
     }
 }
 
-/// A batch with all of its first `n` bits set, of the length of every mask.
+/// A mask with all of its first `n` bits set, of the length of every mask.
 macro_rules! all_left {
     () => {
         "rpad(repeat('1', n), 2048, '0')::varbit"
     };
 }
 const _: () = assert!(BATCH_MAX == 2048, "the statements write masks of this length");
+
+/// The condition of a class of priority, as its index has it.
+macro_rules! condition {
+    (urgent) => {
+        "priority > 0"
+    };
+    (normal) => {
+        "priority = 0"
+    };
+    (bulk) => {
+        "priority < 0"
+    };
+}
+
+/// The condition of a class of priority.
+pub(super) fn condition_of(urgency: Urgency) -> &'static str {
+    match urgency {
+        Urgency::Urgent => condition!(urgent),
+        Urgency::Normal => condition!(normal),
+        Urgency::Bulk => condition!(bulk),
+    }
+}
+
+/// What a feed shows to a claim: `f`, all transactions that `upto` shows and `done` does not; and `late`, those of them that
+/// were open when `done` was taken.
+macro_rules! window {
+    () => {
+        "f as materialized ( \
+                 select class, seq, done, at_tx, at_id, base_id, \
+                     case when at_tx is null then pg_current_snapshot() else upto end as upto \
+                 from feed where class = $1 order by seq desc limit 1), \
+             late as materialized ( \
+                 select x from f, pg_snapshot_xip(f.done) x \
+                 where pg_visible_in_snapshot(x, f.upto) and (f.at_tx is null or x >= f.at_tx)),"
+    };
+}
+
+/// The messages of a window behind its position, in its order.
+macro_rules! unread {
+    ($condition:expr, $columns:expr, $limit:literal) => {
+        concat!(
+            "(select m.* from late l cross join lateral ( \
+                     select ",
+            $columns,
+            " from messages where ",
+            $condition,
+            " and (tx, id) > (l.x, (select greatest(case when f.at_tx = l.x then f.at_id end, base_id) from f)) \
+                         and tx <= l.x \
+                     order by tx, id limit ",
+            $limit,
+            ") m limit ",
+            $limit,
+            ") \
+                 union all \
+                 (select ",
+            $columns,
+            " from messages where ",
+            $condition,
+            " and (tx, id) > ((select greatest(pg_snapshot_xmax(done), at_tx) from f), \
+                         (select case when at_tx >= pg_snapshot_xmax(done) then at_id else -1 end from f)) \
+                     and tx < (select pg_snapshot_xmax(upto) from f) \
+                     and pg_visible_in_snapshot(tx, (select upto from f)) and id > (select base_id from f) \
+                 order by tx, id limit ",
+            $limit,
+            ")"
+        )
+    };
+}
 
 /// What a claimed row is to become, in this order. Nothing is sorted on the way: positions are counted as the rows come,
 /// and whatever order that is, it is the same for the batch and the tickets. Contents pass through two tables only,
@@ -63,42 +131,23 @@ const _: () = assert!(BATCH_MAX == 2048, "the statements write masks of this len
 /// The feed is moved by a guard in its own predicate: PostgreSQL re-reads a row that it has waited for but keeps the
 /// statement's old snapshot, so two claims that only locked it would take the same rows.
 macro_rules! claim_new {
-    ($name:literal, $class:literal) => {
+    ($name:literal, $condition:expr) => {
         concat!(
             "/* ams:claim_",
             $name,
-            " */ with f as materialized ( \
-                 select class, seq, done, at_tx, at_id, base_id, \
-                     case when at_tx is null then pg_current_snapshot() else upto end as upto \
-                 from feed where class = $1 order by seq desc limit 1), \
-             late as materialized ( \
-                 select x from f, pg_snapshot_xip(f.done) x \
-                 where pg_visible_in_snapshot(x, f.upto) and (f.at_tx is null or x >= f.at_tx)), \
-             r as materialized (select u.*, row_number() over w as place, \
+            " */ with ",
+            window!(),
+            " r as materialized (select u.*, row_number() over w as place, \
                      sum(octet_length(content) + coalesce(octet_length(headers::text), 0)) over w as bytes \
-                 from ( \
-                 (select m.* from late l cross join lateral ( \
-                     select ",
-            claimed_columns!(),
-            " from messages where ",
-            $class,
-            " and (tx, id) > (l.x, (select greatest(case when f.at_tx = l.x then f.at_id end, base_id) from f)) \
-                         and tx <= l.x \
-                     order by tx, id limit $2) m limit $2) \
-                 union all \
-                 (select ",
-            claimed_columns!(),
-            " from messages where ",
-            $class,
-            " and (tx, id) > ((select greatest(pg_snapshot_xmax(done), at_tx) from f), \
-                         (select case when at_tx >= pg_snapshot_xmax(done) then at_id else -1 end from f)) \
-                     and tx < (select pg_snapshot_xmax(upto) from f) \
-                     and pg_visible_in_snapshot(tx, (select upto from f)) and id > (select base_id from f) \
-                 order by tx, id limit $2)) u window w as (rows unbounded preceding) limit $2), \
-             a as materialized (select array_agg(id) as ids, array_agg(tx) as txs, count(*)::int as n, \
+                 from (",
+            unread!($condition, claimed_columns!(), "$2"),
+            ") u window w as (rows unbounded preceding) limit $2), \
+             a as materialized (select array_agg(id) as ids, array_agg(tx) as txs, min(id) as lo, max(id) as hi, \
+                     count(*)::int as n, \
                      count(*) = $2 or (select count(*) from r) > count(*) as more \
                  from r where place = 1 or bytes <= $9), \
-             k as materialized (select message_id from cancels), \
+             k as materialized (select message_id from cancels \
+                 where message_id between (select lo from a) and (select hi from a)), \
              d as materialized ( \
                  select n.endpoint, coalesce(e.id, s.id) as endpoint_id, coalesce(e.enabled, false) as open, \
                      n.endpoint = any($6) as saturated \
@@ -156,15 +205,32 @@ macro_rules! claimed_columns {
     };
 }
 
-pub(super) const URGENT: &str = claim_new!("urgent", "priority > 0");
-pub(super) const NORMAL: &str = claim_new!("normal", "priority = 0");
-pub(super) const BULK: &str = claim_new!("bulk", "priority < 0");
+pub(super) const URGENT: &str = claim_new!("urgent", condition!(urgent));
+pub(super) const NORMAL: &str = claim_new!("normal", condition!(normal));
+pub(super) const BULK: &str = claim_new!("bulk", condition!(bulk));
 
-/// What is due is deleted from `waiting`; a row whose delivery has ended meanwhile just goes. The rows are named by an
-/// array of their places, because a join with them is planned as a join with the whole table; and each delivery is looked
-/// up by a limited select, because `not exists` may be planned as one, too. For the same reason each
-/// message and delivery is looked up for itself: a join is planned as a walk through every partition that an `analyze`
-/// has seen empty, and the plan is kept when it is full. An endpoint that was made while its name got a number in
+/// Moves a feed past its next message, and names it. As a claim of one, without the columns that may be unreadable.
+macro_rules! next_new {
+    ($condition:expr) => {
+        concat!(
+            "/* ams:next_new */ with ",
+            window!(),
+            " c as materialized (select id, tx from (",
+            unread!($condition, "id, tx", "1"),
+            ") u limit 1), \
+             moved as (update feed set seq = f.seq + 1, upto = f.upto, at_tx = c.tx, at_id = c.id \
+                 from f, c where feed.class = f.class and feed.seq = f.seq returning 1) \
+             select c.id, coalesce((select id from endpoints where name = m.endpoint), \
+                 (select id from unknown_endpoints where name = m.endpoint), 0) \
+             from c cross join lateral (select endpoint from messages where messages.id = c.id limit 1) m \
+             where exists (select from moved)"
+        )
+    };
+}
+
+/// What is due is deleted from `waiting`; a row whose delivery has ended meanwhile just goes. Rows are named by an array of
+/// their places, and each message and delivery is looked up by a limited select: as joins they are planned as a walk
+/// through whole tables. The endpoint is looked up twice, because one that was made while its name got a number in
 /// `unknown_endpoints` has two.
 pub(super) const TIMED: &str = concat!(
     "/* ams:claim_timed */ with w as materialized ( \
@@ -189,11 +255,10 @@ pub(super) const TIMED: &str = concat!(
          select message_id, endpoint_id, 'expired', attempts, '', $7 from j where expired), \
      q as materialized (select j.*, row_number() over (order by due_at, message_id) - 1 as position \
          from j where expired is not true), \
-     g as materialized (select array_agg(message_id order by position) as ids, \
-             array_agg(endpoint_id order by position) as endpoints, array_agg(attempts order by position) as attempts, \
-             array_agg(lane_tries order by position) as lane_tries, array_agg(due_at order by position) as dues, \
-             array_agg(expires_at order by position) as expiries, min(message_id) as lo, max(message_id) as hi, \
-             count(*)::int as n from q), \
+     g as materialized (select array_agg(message_id) as ids, array_agg(endpoint_id) as endpoints, \
+             array_agg(attempts) as attempts, array_agg(lane_tries) as lane_tries, array_agg(due_at) as dues, \
+             array_agg(expires_at) as expiries, min(message_id) as lo, max(message_id) as hi, count(*)::int as n \
+         from (select * from q order by position) q), \
      b as (insert into batches (id, root, lane, owner, lo, hi, ids, endpoints, attempts, lane_tries, dues, expiries, \
              \"left\", created_at) \
          select $5, $5, $3, $4, lo, hi, ids, endpoints, attempts, lane_tries, dues, expiries, ",
@@ -204,7 +269,7 @@ pub(super) const TIMED: &str = concat!(
          case when q.due_at > $7 then q.due_at end, (select count(*)::int from d) \
      from (select 1) one left join (select q.*, m.* from q cross join lateral ( \
          select endpoint, created_at, recipient, content, content_type, headers, ordering_key \
-         from messages where id = q.message_id limit 1) m) q on true order by q.position"
+         from messages where id = q.message_id limit 1) m) q on true"
 );
 
 /// Which of these lanes have something due. Ordered as the claims are, so that it walks their index whatever the
@@ -276,8 +341,8 @@ async fn claim_new(db: &Object, feeds: &Feeds, claim: &Claim<'_>, urgency: Urgen
     let (class, limit) = (urgency.number(), limit(claim.limit));
     loop {
         let advance = feeds.with(urgency, |feed| {
-            feed.looks += 1;
-            feed.looks.is_multiple_of(LOOKS)
+            feed.claims += 1;
+            feed.claims.is_multiple_of(CLAIMS)
         });
         let values: [&(dyn ToSql + Sync); 9] = [
             &class,
@@ -328,7 +393,8 @@ pub(super) fn ticket(row: &Row, batch: BatchId) -> Result<Ticket> {
     Ok(Ticket {
         id: MessageId(row.try_get(0)?),
         batch,
-        position: u16::try_from(row.try_get::<_, i32>(1)?).unwrap_or_default(),
+        position: u16::try_from(row.try_get::<_, i32>(1)?)
+            .map_err(|error| StoreError::Internal(format!("a position beyond every mask: {error}")))?,
         endpoint_id: EndpointId(row.try_get(2)?),
         endpoint: row.try_get(3)?,
         created_at: row.try_get(4)?,
@@ -348,21 +414,23 @@ pub(super) fn ticket(row: &Row, batch: BatchId) -> Result<Ticket> {
 /// Ends the message that a claim of one could not give, if it is that one which can't be read: nothing else ends a
 /// message. The claim is made without reading the message, in the transaction that ends it.
 async fn end_unreadable(db: &mut Object, claim: &Claim<'_>) -> Result<Option<Claimed>> {
-    let transaction = db.transaction().await?;
-    let limit = limit(1);
+    let mut transaction = db.transaction().await?;
     let first = match claim.due {
         Due::New(urgency) => {
-            let class = urgency.number();
-            transaction.query_opt(&next_of(urgency), &[&class]).await?
+            let next = match urgency {
+                Urgency::Urgent => next_new!(condition!(urgent)),
+                Urgency::Normal => next_new!(condition!(normal)),
+                Urgency::Bulk => next_new!(condition!(bulk)),
+            };
+            transaction.query_opt(next, &[&urgency.number()]).await?
         }
-        Due::Timed { lane, by } => transaction.query_opt(NEXT_TIMED, &[&lane, &by, &limit]).await?,
+        Due::Timed { lane, by } => transaction.query_opt(NEXT_TIMED, &[&lane, &by]).await?,
     };
     let Some(first) = first else { return Ok(None) };
     let (id, endpoint_id): (i64, i32) = (first.try_get(0)?, first.try_get(1)?);
-    let savepoint = transaction.client().prepare("/* ams:savepoint */ savepoint reading").await?;
-    transaction.execute(&savepoint, &[]).await?;
-    let Err(StoreError::Refused(why)) = read::messages(&transaction, &[id]).await else { return Ok(None) };
-    transaction.batch_execute("rollback to reading").await?;
+    let reading = transaction.savepoint("reading").await?;
+    let Err(StoreError::Refused(why)) = read::messages(&reading, &[id]).await else { return Ok(None) };
+    reading.rollback().await?;
     let end = "/* ams:end_unreadable */ insert into deliveries \
                (message_id, endpoint_id, status, attempts, lane, finished_at, reason) values ($1, $2, 'dead', 0, '', $3, $4)";
     transaction.execute(end, &[&id, &endpoint_id, &claim.now, &unreadable_reason(&why)]).await?;
@@ -372,42 +440,8 @@ async fn end_unreadable(db: &mut Object, claim: &Claim<'_>) -> Result<Option<Cla
 
 /// Takes the first that waits, without its message.
 const NEXT_TIMED: &str = "/* ams:next_timed */ delete from waiting where ctid = any(array( \
-         select ctid from waiting where held is null and lane = $1 and due_at <= $2 order by due_at, message_id limit $3)) \
+         select ctid from waiting where held is null and lane = $1 and due_at <= $2 order by due_at, message_id limit 1)) \
      returning message_id, endpoint_id";
-
-/// Moves a feed past its next message, and names it. As a claim of one, without the columns that may be unreadable.
-fn next_of(urgency: Urgency) -> String {
-    let class = match urgency {
-        Urgency::Urgent => "priority > 0",
-        Urgency::Normal => "priority = 0",
-        Urgency::Bulk => "priority < 0",
-    };
-    format!(
-        "/* ams:next_new */ with f as materialized ( \
-             select class, seq, done, at_tx, at_id, base_id, \
-                 case when at_tx is null then pg_current_snapshot() else upto end as upto \
-             from feed where class = $1 order by seq desc limit 1), \
-         late as materialized ( \
-             select x from f, pg_snapshot_xip(f.done) x \
-             where pg_visible_in_snapshot(x, f.upto) and (f.at_tx is null or x >= f.at_tx)), \
-         c as materialized (select id, tx from ( \
-             (select m.id, m.tx from late l cross join lateral ( \
-                 select id, tx from messages where {class} and tx <= l.x \
-                     and (tx, id) > (l.x, (select greatest(case when f.at_tx = l.x then f.at_id end, base_id) from f)) \
-                     order by tx, id limit 1) m limit 1) \
-             union all \
-             (select id, tx from messages where {class} \
-                 and (tx, id) > ((select greatest(pg_snapshot_xmax(done), at_tx) from f), \
-                     (select case when at_tx >= pg_snapshot_xmax(done) then at_id else -1 end from f)) \
-                 and tx < (select pg_snapshot_xmax(upto) from f) \
-                 and pg_visible_in_snapshot(tx, (select upto from f)) and id > (select base_id from f) \
-             order by tx, id limit 1)) u limit 1), \
-         m as (update feed set seq = f.seq + 1, upto = f.upto, at_tx = c.tx, at_id = c.id \
-             from f, c where feed.class = f.class and feed.seq = f.seq returning 1) \
-         select c.id, coalesce((select id from endpoints where name = (select endpoint from messages where messages.id = c.id)), 0) \
-         from c where exists (select from m)"
-    )
-}
 
 /// Notes where the broker put a batch.
 pub(super) async fn acknowledge(db: &Object, batch: BatchId, at: LogPosition) -> Result<()> {

@@ -1,50 +1,13 @@
 //! Held deliveries: each endpoint's stand together in an index of their own.
 
-use std::collections::BTreeMap;
-
 use deadpool_postgres::{Object, Transaction};
 
-use super::{limit, read_all};
+use super::left::take;
+use super::read_all;
 use crate::clock::Timestamp;
 use crate::message::Held;
-use crate::store::{BatchId, Mask, Result};
+use crate::store::{Result, limit};
 use crate::ticket::Ticket;
-
-/// Takes the deliveries of these tickets out of their batches, as far as they still stand there.
-pub(super) async fn take<'a>(db: &Transaction<'_>, tickets: &'a [Ticket]) -> Result<Vec<&'a Ticket>> {
-    let mut batches: Vec<i64> = tickets.iter().map(|ticket| ticket.batch.0).collect();
-    batches.sort_unstable();
-    batches.dedup();
-    let lock =
-        "/* ams:lock_batches */ select id, \"left\" from batches where id = any($1) order by id for update";
-    let rows = db.query(&db.prepare_cached(lock).await?, &[&batches]).await?;
-    let left = read_all(&rows, |row| Ok((BatchId(row.try_get(0)?), row.try_get::<_, Mask>(1)?)))?;
-    let mut left: BTreeMap<BatchId, Mask> = left.into_iter().collect();
-    let mut taken = Vec::with_capacity(tickets.len());
-    for ticket in tickets {
-        let position = usize::from(ticket.position);
-        if let Some(mask) = left.get_mut(&ticket.batch).filter(|mask| mask.has(position)) {
-            mask.clear(position);
-            taken.push(ticket);
-        }
-    }
-    if !taken.is_empty() {
-        write_batches(db, &left).await?;
-    }
-    Ok(taken)
-}
-
-/// Writes what is left in these batches; those with nothing go.
-pub(super) async fn write_batches(db: &Transaction<'_>, left: &BTreeMap<BatchId, Mask>) -> Result<()> {
-    let (empty, rest): (Vec<_>, Vec<_>) = left.iter().partition(|(_, mask)| mask.is_empty());
-    let empty: Vec<i64> = empty.into_iter().map(|(id, _)| id.0).collect();
-    let (ids, masks): (Vec<i64>, Vec<&Mask>) = rest.into_iter().map(|(id, mask)| (id.0, mask)).unzip();
-    let statement = "/* ams:write_batches */ with gone as (delete from batches where id = any($1)) \
-                     update batches set \"left\" = v.mask from unnest($2::bigint[], $3::varbit[]) as v (id, mask) \
-                     where batches.id = any($2) and batches.id = v.id";
-    db.execute(&db.prepare_cached(statement).await?, &[&empty, &ids, &masks]).await?;
-    Ok(())
-}
 
 /// A delivery that comes to wait.
 pub(super) struct Waits<'a> {
@@ -133,7 +96,7 @@ pub(super) async fn held(db: &Object) -> Result<Vec<(String, Held)>> {
                      select w.endpoint_id, w.held from waiting w \
                      where w.held is not null and (w.endpoint_id, w.held) > (pair.endpoint_id, pair.held) \
                      order by w.endpoint_id, w.held limit 1) next) \
-             select coalesce(e.name, u.name), pair.held from pair \
+             select distinct coalesce(e.name, u.name), pair.held from pair \
                  left join endpoints e on e.id = pair.endpoint_id left join unknown_endpoints u on u.id = pair.endpoint_id \
              where coalesce(e.name, u.name) is not null order by 1, 2",
         )

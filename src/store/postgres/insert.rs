@@ -152,7 +152,9 @@ async fn stored(
         return Ok(HashMap::new());
     }
     let statement = db
-        .prepare_cached("/* ams:keys */ select key, message_id from idempotency_keys where key = any($1)")
+        .prepare_cached(
+            "/* ams:idempotency_keys */ select key, message_id from idempotency_keys where key = any($1)",
+        )
         .await?;
     let rows = db.query(&statement, &[&keys]).await?;
     let keyed = read_all(&rows, |row| Ok((row.try_get::<_, String>(0)?, row.try_get(1)?)))?;

@@ -6,14 +6,13 @@ use deadpool_postgres::{GenericClient, Object, Transaction};
 use serde_json::Value;
 use tokio_postgres::Row;
 
-use super::hold::write_batches;
-use super::record::write_leases;
+use super::left::{Kind, write_left};
 use super::search::search;
-use super::{bounds, first_column, limit, read_all};
+use super::{bounds, first_column, read_all};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
 use crate::store::operate::{ApiKey, Change, Control, Cursor, Deletion, Filter, Job, JobId};
-use crate::store::{BatchId, LeaseId, Mask, Result, StoreError, latest_present};
+use crate::store::{Mask, Result, StoreError, latest_present, limit};
 
 /// Rounds of looking and writing until a cancel gives up on messages that move all the time.
 const ROUNDS: usize = 5;
@@ -33,11 +32,11 @@ pub(super) async fn change(
     Ok(changed.into_iter().map(MessageId).collect())
 }
 
-/// Cancels what has not ended. Each place is looked at and written under its lock, batches before leases; what has
+/// Cancels what has not ended. Each place is looked at and written under its lock, batches before leases before `waiting`, as everybody does; what has
 /// moved on between two looks is looked for again. No claim runs meanwhile, because it would keep the snapshot
 /// that it has begun with.
 async fn cancel(db: &Transaction<'_>, ids: &[i64], now: Timestamp) -> Result<Vec<i64>> {
-    db.execute("/* ams:fence_feeds */ update feed set seq = seq + 1", &[]).await?;
+    fence_feeds(db).await?;
     let mut cancelled = Vec::new();
     for _ in 0..ROUNDS {
         let open = open(db, ids).await?;
@@ -45,9 +44,9 @@ async fn cancel(db: &Transaction<'_>, ids: &[i64], now: Timestamp) -> Result<Vec
             break;
         }
         let ids: Vec<i64> = open.iter().map(|(id, _)| *id).collect();
-        let mut taken = cancel_waiting(db, &ids).await?;
-        taken.extend(cancel_left(db, Kind::Batches, &ids).await?);
+        let mut taken = cancel_left(db, Kind::Batches, &ids).await?;
         taken.extend(cancel_left(db, Kind::Leases, &ids).await?);
+        taken.extend(cancel_waiting(db, &ids).await?);
         let pending: Vec<i64> = open.iter().filter(|(_, unclaimed)| *unclaimed).map(|(id, _)| *id).collect();
         let note = "/* ams:cancel_unclaimed */ with c as (insert into cancels (message_id, at) \
                         select id, $2 from unnest($1::bigint[]) id on conflict do nothing returning message_id) \
@@ -65,6 +64,12 @@ async fn cancel(db: &Transaction<'_>, ids: &[i64], now: Timestamp) -> Result<Vec
         }
     }
     Ok(cancelled)
+}
+
+/// Lets no claim that runs now come to anything: it would keep the snapshot that it has begun with.
+async fn fence_feeds(db: &Transaction<'_>) -> Result<()> {
+    db.execute("/* ams:fence_feeds */ update feed set seq = seq + 1", &[]).await?;
+    Ok(())
 }
 
 /// A delivery that was taken out of its place: message, endpoint, and attempts made.
@@ -90,13 +95,6 @@ async fn cancel_waiting(db: &Transaction<'_>, ids: &[i64]) -> Result<Vec<TakenOu
     let statement = "/* ams:cancel_waiting */ delete from waiting where message_id = any($1) \
                      returning message_id, endpoint_id, attempts";
     read_all(&db.query(&db.prepare_cached(statement).await?, &[&ids]).await?, taken_row)
-}
-
-/// Where a bit stands.
-#[derive(Clone, Copy)]
-enum Kind {
-    Batches,
-    Leases,
 }
 
 /// Takes these messages out of batches or leases.
@@ -128,14 +126,7 @@ async fn cancel_left(db: &Transaction<'_>, kind: Kind, ids: &[i64]) -> Result<Ve
         }
         left.insert(row.try_get::<_, i64>(0)?, mask);
     }
-    match kind {
-        Kind::Batches => {
-            write_batches(db, &left.into_iter().map(|(id, mask)| (BatchId(id), mask)).collect()).await?;
-        }
-        Kind::Leases => {
-            write_leases(db, &left.into_iter().map(|(id, mask)| (LeaseId(id), mask)).collect()).await?;
-        }
-    }
+    write_left(db, kind, left.iter().map(|(id, mask)| (*id, mask))).await?;
     Ok(taken)
 }
 
@@ -159,16 +150,17 @@ pub(super) const REDRIVE: &str = "/* ams:redrive */ with d as (delete from deliv
              and exists (select from d where d.message_id = x.message_id and d.endpoint_id = x.endpoint_id)), \
          c as (delete from cancels where message_id = any(array(select message_id from d)) returning message_id), \
          w as (insert into waiting (message_id, endpoint_id, due_at, attempts, lane, lane_tries, priority, expires_at) \
-             select d.message_id, d.endpoint_id, $2, d.attempts, '', 0, m.priority, \
+             select d.message_id, d.endpoint_id, greatest(m.send_at, $2), d.attempts, '', 0, m.priority, \
                  case when m.expires_at > $2 then m.expires_at end \
-             from d cross join lateral (select priority, expires_at from messages where id = d.message_id limit 1) m \
+             from d cross join lateral (select priority, send_at, expires_at from messages where id = d.message_id limit 1) m \
              where d.message_id not in (select message_id from c)) \
          select message_id from d";
 
 /// Gives back what ended without being sent. Lanes and waits begin anew; attempts stay counted, and an expiry that has
-/// passed counts no more, because it would end the delivery again.
+/// passed counts no more, because it would end the delivery again. One that was cancelled before its time still waits
+/// for it.
 async fn redrive(db: &Transaction<'_>, ids: &[i64], now: Timestamp) -> Result<Vec<i64>> {
-    db.execute("/* ams:fence_feeds */ update feed set seq = seq + 1", &[]).await?;
+    fence_feeds(db).await?;
     let (first, last) = bounds(ids);
     first_column(&db.query(&db.prepare_cached(REDRIVE).await?, &[&ids, &now, &first, &last]).await?)
 }

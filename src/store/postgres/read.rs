@@ -6,12 +6,13 @@ use serde_json::value::RawValue;
 use tokio_postgres::Row;
 use tokio_postgres::types::Json;
 
-use super::claim::ticket;
-use super::{bounds, limit, read_all};
+use super::claim::{condition_of, ticket};
+use super::{bounds, read_all};
 use crate::clock::Timestamp;
 use crate::message::{Attempt, Class, Held, Message, MessageId, Status, Times};
 use crate::store::{
-    BatchId, Count, DeadLetter, Instance, InstanceId, Overview, Result, json_or_text, latest_present,
+    BatchId, Count, DeadLetter, Instance, InstanceId, Overview, Result, Urgency, json_or_text,
+    latest_present, limit,
 };
 
 /// Where counting stops.
@@ -24,38 +25,37 @@ pub(super) async fn messages(db: &impl GenericClient, ids: &[i64]) -> Result<Vec
             "/* ams:messages */ select m.id, m.endpoint, m.recipient, m.content, m.content_type, m.headers, m.ordering_key, \
                  m.priority, m.send_at, m.expires_at, m.idempotency_key, m.tags, m.created_at, p.status::text, p.held, \
                  p.attempts, p.lane, case when p.status = 'retrying' then p.due_at end, p.finished_at, p.reason \
-             from messages m join places p on p.message_id = m.id \
+             from messages m cross join lateral (select status, held, attempts, lane, due_at, finished_at, reason \
+                 from places where message_id = m.id limit 1) p \
              where m.id = any($1) and m.id between $2 and $3 order by m.id",
         )
         .await?;
     let (first, last) = bounds(ids);
     let rows = db.query(&statement, &[&ids, &first, &last]).await?;
-    rows.iter()
-        .map(|row| {
-            Ok(Message {
-                id: MessageId(row.try_get(0)?),
-                endpoint: row.try_get(1)?,
-                recipient: row.try_get(2)?,
-                content: row.try_get(3)?,
-                content_type: row.try_get(4)?,
-                headers: json(row, 5)?,
-                ordering_key: row.try_get(6)?,
-                priority: row.try_get(7)?,
-                send_at: row.try_get(8)?,
-                expires_at: row.try_get(9)?,
-                idempotency_key: row.try_get(10)?,
-                tags: json(row, 11)?,
-                created_at: row.try_get(12)?,
-                status: Status::read(row.try_get(13)?),
-                held: row.try_get::<_, Option<&str>>(14)?.map(Held::read),
-                attempts: row.try_get(15)?,
-                lane: row.try_get(16)?,
-                due_at: row.try_get(17)?,
-                finished_at: row.try_get(18)?,
-                reason: row.try_get(19)?,
-            })
+    read_all(&rows, |row| {
+        Ok(Message {
+            id: MessageId(row.try_get(0)?),
+            endpoint: row.try_get(1)?,
+            recipient: row.try_get(2)?,
+            content: row.try_get(3)?,
+            content_type: row.try_get(4)?,
+            headers: json(row, 5)?,
+            ordering_key: row.try_get(6)?,
+            priority: row.try_get(7)?,
+            send_at: row.try_get(8)?,
+            expires_at: row.try_get(9)?,
+            idempotency_key: row.try_get(10)?,
+            tags: json(row, 11)?,
+            created_at: row.try_get(12)?,
+            status: Status::read(row.try_get(13)?),
+            held: row.try_get::<_, Option<&str>>(14)?.map(Held::read),
+            attempts: row.try_get(15)?,
+            lane: row.try_get(16)?,
+            due_at: row.try_get(17)?,
+            finished_at: row.try_get(18)?,
+            reason: row.try_get(19)?,
         })
-        .collect()
+    })
 }
 
 fn json(row: &Row, column: usize) -> Result<Option<Value>> {
@@ -78,27 +78,25 @@ pub(super) async fn attempts(db: &Object, id: MessageId) -> Result<Vec<Attempt>>
         )
         .await?;
     let rows = db.query(&statement, &[&id.0]).await?;
-    rows.iter()
-        .map(|row| {
-            Ok(Attempt {
-                message_id: id,
-                attempt: row.try_get(0)?,
-                lane: row.try_get(1)?,
-                class: Class::read(row.try_get(2)?),
-                status: row.try_get::<_, Option<i16>>(3)?.and_then(|status| u16::try_from(status).ok()),
-                address: row.try_get(4)?,
-                error: row.try_get(5)?,
-                answer: row.try_get(6)?,
-                provider_message_id: row.try_get(7)?,
-                started_at: row.try_get(8)?,
-                times: Times {
-                    connect_us: row.try_get(9)?,
-                    head_us: row.try_get(10)?,
-                    body_us: row.try_get(11)?,
-                },
-            })
+    read_all(&rows, |row| {
+        Ok(Attempt {
+            message_id: id,
+            attempt: row.try_get(0)?,
+            lane: row.try_get(1)?,
+            class: Class::read(row.try_get(2)?),
+            status: row.try_get::<_, Option<i16>>(3)?.and_then(|status| u16::try_from(status).ok()),
+            address: row.try_get(4)?,
+            error: row.try_get(5)?,
+            answer: row.try_get(6)?,
+            provider_message_id: row.try_get(7)?,
+            started_at: row.try_get(8)?,
+            times: Times {
+                connect_us: row.try_get(9)?,
+                head_us: row.try_get(10)?,
+                body_us: row.try_get(11)?,
+            },
         })
-        .collect()
+    })
 }
 
 /// Dead letters written before a time, oldest first.
@@ -108,7 +106,8 @@ pub(super) async fn dead_letters(db: &Object, before: Timestamp, count: usize) -
             "/* ams:dead_letters */ select m.id, 0, d.endpoint_id, m.endpoint, m.created_at, m.recipient, \
                  m.content, m.content_type, m.headers, m.ordering_key, m.priority, null::timestamptz, d.attempts, 0, \
                  null::timestamptz, d.lane, d.reason, d.last_status, d.last_error, d.dead_at \
-             from dead_letters d join messages m on m.id = d.message_id \
+             from dead_letters d cross join lateral (select id, endpoint, created_at, recipient, content, content_type, \
+                 headers, ordering_key, priority from messages where id = d.message_id limit 1) m \
              where d.dead_at < $1 or d.dead_at > $3 order by d.dead_at, d.message_id limit $2",
         )
         .await?;
@@ -140,7 +139,7 @@ pub(super) async fn overview(db: &Object, now: Timestamp) -> Result<Overview> {
 async fn counts(db: &Object) -> Result<Vec<Count>> {
     let statement = db
         .prepare_cached(
-            "/* ams:counts */ with places as materialized (select \
+            "/* ams:counts */ with counted as materialized (select \
                  (select coalesce(sum(bit_count(\"left\")), 0)::bigint from batches) as queued, \
                  (select coalesce(sum(bit_count(\"left\")), 0)::bigint from leases) as processing, \
                  (select count(*) from (select 1 from waiting where lane = '' limit $1) w) as waiting, \
@@ -149,7 +148,7 @@ async fn counts(db: &Object) -> Result<Vec<Count>> {
                  (select count(*) from (select 1 from deliveries where status <> 'sent' and status = 'cancelled' limit $1) d) as cancelled, \
                  (select count(*) from (select 1 from deliveries where status <> 'sent' and status = 'expired' limit $1) d) as expired, \
                  (select count(*) from (select 1 from deliveries where status = 'sent' limit $1) d) as sent) \
-             select waiting, queued, processing, sent, retrying, dead, cancelled, expired from places",
+             select waiting, queued, processing, sent, retrying, dead, cancelled, expired from counted",
         )
         .await?;
     let row = db.query_one(&statement, &[&(COUNT + 1)]).await?;
@@ -167,10 +166,10 @@ async fn counts(db: &Object) -> Result<Vec<Count>> {
 /// Messages that no feed has come to, as far as [`COUNT`].
 async fn unclaimed(db: &Object) -> Result<i64> {
     let mut count = 0;
-    for class in CLASSES {
+    for urgency in Urgency::ALL {
         let statement = format!(
             "/* ams:unclaimed */ select count(*) from ({}) u",
-            unclaimed_of(class, "1", "", "limit $1")
+            unclaimed_of(urgency, "1", "", "limit $1")
         );
         count += db
             .query_one(&db.prepare_cached(&statement).await?, &[&(COUNT + 1)])
@@ -194,8 +193,8 @@ async fn oldest_due(db: &Object, now: Timestamp) -> Result<Option<Timestamp>> {
         )
         .await?;
     let mut oldest: Option<Timestamp> = db.query_one(&statement, &[&now]).await?.try_get(0)?;
-    for class in CLASSES {
-        let first = unclaimed_of(class, "created_at", "", "order by tx, id limit 1");
+    for urgency in Urgency::ALL {
+        let first = unclaimed_of(urgency, "created_at", "", "order by tx, id limit 1");
         let statement = format!("/* ams:oldest_new */ {first}");
         let row = db.query_opt(&db.prepare_cached(&statement).await?, &[]).await?;
         let created: Option<Timestamp> = row.map(|row| row.try_get(0)).transpose()?;
@@ -204,18 +203,11 @@ async fn oldest_due(db: &Object, now: Timestamp) -> Result<Option<Timestamp>> {
     Ok(oldest)
 }
 
-/// Numbers and conditions of the classes of priority.
-pub(super) const CLASSES: [(i16, &str); 3] = [(0, "priority > 0"), (1, "priority = 0"), (2, "priority < 0")];
-
 /// A query of the messages of a class that no feed has come to, as far as `wanted` says and in this order: first those of
 /// transactions that were open when the feed looked last, each by itself, then those behind its position. A walk from the
 /// oldest open transaction on would read all that has been claimed since that one began.
-pub(super) fn unclaimed_of(
-    (class, condition): (i16, &str),
-    columns: &str,
-    wanted: &str,
-    order: &str,
-) -> String {
+pub(super) fn unclaimed_of(urgency: Urgency, columns: &str, wanted: &str, order: &str) -> String {
+    let (class, condition) = (urgency.number(), condition_of(urgency));
     let rows = format!(
         "select tx, id, endpoint, recipient, created_at from messages where {condition} {wanted} \
              and (select true from cancels where message_id = messages.id) is null and id > (select base_id from f)"

@@ -2,10 +2,9 @@
 
 use deadpool_postgres::{Object, Transaction};
 
-use super::limit;
 use crate::clock::Timestamp;
 use crate::message::MessageId;
-use crate::store::{Reconciled, Reconciliation, Result};
+use crate::store::{Reconciled, Reconciliation, Result, limit};
 
 /// Whether what the feeds remember means nothing here: the database was restored into another cluster, whose
 /// transactions have other numbers, or its numbers are lower than those that the feeds have seen.

@@ -10,7 +10,8 @@ use deadpool_postgres::{Object, Transaction};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
-use super::hold::{Waits, wait, write_batches};
+use super::hold::{Waits, wait};
+use super::left::{Kind, write_left};
 use super::{bounds, read_all};
 use crate::clock::Timestamp;
 use crate::message::{MessageId, Outcome, Verdict};
@@ -207,8 +208,8 @@ impl Stats {
 /// Settles records whatever became of their leases.
 async fn settle_in(db: &Transaction<'_>, records: &Records<'_>) -> Result<Vec<MessageId>> {
     let settled = settle(records.records, places(db, records.records).await?);
-    write_batches(db, &settled.batches).await?;
-    write_leases(db, &settled.leases).await?;
+    write_left(db, Kind::Batches, settled.batches.iter().map(|(id, mask)| (id.0, mask))).await?;
+    write_left(db, Kind::Leases, settled.leases.iter().map(|(id, mask)| (id.0, mask))).await?;
     let judged = || records.records.iter().zip(&settled.accepted);
     let accepted: Vec<&Record> =
         judged().filter(|(_, accepted)| **accepted).map(|(record, _)| record).collect();
@@ -258,7 +259,9 @@ async fn places(db: &Transaction<'_>, records: &[Record]) -> Result<Places> {
     };
     let batches = read_all(&db.query(&db.prepare_cached(batches).await?, &[&roots]).await?, left)?;
     let leases = read_all(&db.query(&db.prepare_cached(leases).await?, &[&roots]).await?, left)?;
-    let ids: Vec<i64> = records.iter().map(|record| record.ticket.id.0).collect();
+    // A success counts whatever stands there.
+    let asks = records.iter().filter(|record| record.verdict != Verdict::Sent);
+    let ids: Vec<i64> = asks.map(|record| record.ticket.id.0).collect();
     let (first, last) = bounds(&ids);
     let ended = "/* ams:places_ended */ select message_id, endpoint_id from deliveries \
                  where message_id = any($1) and message_id between $2 and $3";
@@ -271,18 +274,6 @@ async fn places(db: &Transaction<'_>, records: &[Record]) -> Result<Places> {
         leases: leases.into_iter().map(|(id, left)| (LeaseId(id), left)).collect(),
         ended: ended.into_iter().collect(),
     })
-}
-
-/// Writes what is left in these leases; those with nothing go.
-pub(super) async fn write_leases(db: &Transaction<'_>, left: &BTreeMap<LeaseId, Mask>) -> Result<()> {
-    let (empty, rest): (Vec<_>, Vec<_>) = left.iter().partition(|(_, mask)| mask.is_empty());
-    let empty: Vec<i64> = empty.into_iter().map(|(id, _)| id.0).collect();
-    let (ids, masks): (Vec<i64>, Vec<&Mask>) = rest.into_iter().map(|(id, mask)| (id.0, mask)).unzip();
-    let statement = "/* ams:write_leases */ with gone as (delete from leases where id = any($1)) \
-                     update leases set \"left\" = v.mask from unnest($2::bigint[], $3::varbit[]) as v (id, mask) \
-                     where leases.id = any($2) and leases.id = v.id";
-    db.execute(&db.prepare_cached(statement).await?, &[&empty, &ids, &masks]).await?;
-    Ok(())
 }
 
 pub(super) const SENT_LATE: &str = "/* ams:sent_late */ with t as materialized (select * from unnest($2::bigint[], $3::int[], $4::int[], $5::bigint[], \
@@ -406,7 +397,7 @@ async fn write_dead_letters(db: &Transaction<'_>, accepted: &[&Record], now: Tim
     }
     let statement = db
         .prepare_cached(
-            "/* ams:dead_letters */ insert into dead_letters \
+            "/* ams:write_dead_letters */ insert into dead_letters \
                  (message_id, endpoint_id, lane, reason, attempts, last_status, last_error, dead_at) \
              select t.*, $8 from unnest($1::bigint[], $2::int[], $3::text[], $4::text[], $5::int[], $6::smallint[], \
                  $7::text[]) t \
@@ -466,6 +457,9 @@ async fn write_attempts(db: &Transaction<'_>, records: &[&Record]) -> Result<()>
 
 async fn write_stats(db: &Transaction<'_>, accepted: &[&Record]) -> Result<()> {
     let stats = Stats::of(accepted.iter().copied());
+    if stats.endpoints.is_empty() {
+        return Ok(());
+    }
     let statement = db
         .prepare_cached(
             "/* ams:stats */ insert into stats (endpoint_id, minute, sent, failed, dead, took_us) \

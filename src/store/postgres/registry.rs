@@ -71,7 +71,7 @@ pub(super) async fn renew(
     Ok(db.execute(&statement, &[&instance.0, &now, &lease_until]).await? > 0)
 }
 
-/// Notes which endpoints an instance has said to be busy.
+/// Notes which endpoints are saturated, as an instance says.
 pub(super) async fn report_saturated(db: &Object, instance: InstanceId, endpoints: &[String]) -> Result<()> {
     let statement = db
         .prepare_cached("/* ams:report_saturated */ update instances set saturated = $2 where id = $1")
@@ -80,10 +80,10 @@ pub(super) async fn report_saturated(db: &Object, instance: InstanceId, endpoint
     Ok(())
 }
 
-/// The endpoints that some instance has said to be busy.
+/// The endpoints that are saturated, as some instance says.
 pub(super) async fn saturated(db: &Object) -> Result<Vec<String>> {
     let statement = db
-        .prepare_cached("/* ams:busy */ select distinct unnest(saturated) from instances order by 1")
+        .prepare_cached("/* ams:saturated */ select distinct unnest(saturated) from instances order by 1")
         .await?;
     first_column(&db.query(&statement, &[]).await?)
 }
@@ -149,8 +149,8 @@ pub(super) async fn endpoints(db: &Object) -> Result<Vec<Endpoint>> {
     })
 }
 
-/// Statuses of an endpoint. What is no status is passed over: a list that the program can't hold, from a time
-/// before the store refused it, must not stop the messages of all endpoints.
+/// Statuses of an endpoint. What is no status is passed over: a list that the program can't hold, written
+/// past the trigger, must not stop the messages of all endpoints.
 fn final_statuses(row: &Row, column: usize) -> Vec<u16> {
     let listed: Vec<Option<i32>> = row.try_get(column).unwrap_or_default();
     listed.into_iter().flatten().filter_map(|status| u16::try_from(status).ok()).collect()
@@ -158,7 +158,7 @@ fn final_statuses(row: &Row, column: usize) -> Vec<u16> {
 
 /// Creates or replaces an endpoint.
 pub(super) async fn put_endpoint(db: &Object, endpoint: &Endpoint) -> Result<()> {
-    // The change first: what an insert may not hold, a row of before may keep while another column changes.
+    // The change first: the trigger of an insert takes a number for the endpoint, also when it then comes to a change.
     let change = "/* ams:change_endpoint */ update endpoints set url = $2, timeout_ms = $3, in_flight_max = $4, \
                   final_statuses = $5, enabled = $6, secret = $7 where name = $1";
     let insert = "/* ams:put_endpoint */ insert into endpoints \

@@ -2,10 +2,10 @@
 
 use deadpool_postgres::Object;
 
-use super::{limit, read_all};
+use super::read_all;
 use crate::clock::Timestamp;
 use crate::message::MessageId;
-use crate::store::{Removal, Removed, Result};
+use crate::store::{Removal, Removed, Result, limit};
 
 /// Removes what is old.
 pub(super) async fn remove_old(db: &Object, removal: &Removal) -> Result<Removed> {

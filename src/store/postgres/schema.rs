@@ -1,7 +1,5 @@
 //! Which migrations the database has, and applying those that it lacks.
 
-use deadpool_postgres::Object;
-
 use super::{PostgresOptions, read_all, tls};
 use crate::store::schema_version::{self, Migrations, SchemaVersion};
 use crate::store::{Result, StoreError};
@@ -18,7 +16,7 @@ pub(super) async fn migrate(options: &PostgresOptions) -> Result<Vec<String>> {
     client
         .batch_execute("set statement_timeout = 0; select pg_advisory_lock(hashtext('ams migrate'))")
         .await?;
-    let missing = version_of(&client).await?.missing;
+    let missing = schema_version(&client).await?.missing;
     if !missing.is_empty() {
         embedded::migrations::runner()
             .run_async(&mut client)
@@ -36,11 +34,7 @@ pub(super) async fn make_partition(client: &tokio_postgres::Client) -> Result<bo
 }
 
 /// How the database stands to this program.
-pub(super) async fn schema_version(db: &Object) -> Result<SchemaVersion> {
-    version_of(db).await
-}
-
-async fn version_of(client: &tokio_postgres::Client) -> Result<SchemaVersion> {
+pub(super) async fn schema_version(client: &tokio_postgres::Client) -> Result<SchemaVersion> {
     check_encoding(client).await?;
     let known = embedded::migrations::runner()
         .get_migrations()
@@ -76,7 +70,7 @@ async fn applied(client: &tokio_postgres::Client) -> Result<Migrations> {
     Ok(applied.into_iter().collect())
 }
 
-/// The migration that a program has to know; `None` when the database is of a time before it said so.
+/// The migration that a program has to know; `None` when the database is not migrated.
 async fn needs(client: &tokio_postgres::Client) -> Result<Option<i32>> {
     let says = "/* ams:says_needs */ select exists (select 1 from pg_attribute \
                 where attrelid = to_regclass('installation') and attname = 'needs_migration')";

@@ -7,12 +7,13 @@ use deadpool_postgres::GenericClient;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
-use super::read::{CLASSES, unclaimed_of};
-use super::{limit, read_all};
+use super::read::unclaimed_of;
+use super::read_all;
 use crate::clock::Timestamp;
 use crate::message::MessageId;
-use crate::store::Result;
+use crate::store::Urgency;
 use crate::store::operate::{Cursor, DeadReason, Filter, Page, SCAN, Scan};
+use crate::store::{Result, limit};
 
 /// The columns that a filter may ask for.
 const COLUMNS: &str = "id, endpoint, recipient, created_at";
@@ -42,7 +43,6 @@ pub(super) async fn search(
     from: Cursor,
     count: usize,
 ) -> Result<Page> {
-    let by_age = filter.scan() == Scan::Created;
     let mut sql = Sql::default();
     let scan = scan(&mut sql, filter, from);
     // The order of the scan, column by column, so that no more of it is read than the page needs.
@@ -65,7 +65,7 @@ pub(super) async fn search(
     if cursors.len() > count {
         return Ok(Page { ids, next: cursors.get(count.saturating_sub(1)).copied() });
     }
-    Ok(Page { ids, next: end_of_walk(db, filter, from, by_age).await? })
+    Ok(Page { ids, next: end_of_scan(db, filter, from).await? })
 }
 
 fn cursor(row: &Row) -> Result<Cursor> {
@@ -73,22 +73,17 @@ fn cursor(row: &Row) -> Result<Cursor> {
 }
 
 /// Where a scan ended that met its bound; `None` when it came to its end.
-async fn end_of_walk(
-    db: &impl GenericClient,
-    filter: &Filter,
-    from: Cursor,
-    by_age: bool,
-) -> Result<Option<Cursor>> {
+async fn end_of_scan(db: &impl GenericClient, filter: &Filter, from: Cursor) -> Result<Option<Cursor>> {
     let mut sql = Sql::default();
     let scan = scan(&mut sql, filter, from);
-    let order = if by_age { "created_at, id" } else { "id" };
+    let order = if filter.scan() == Scan::Created { "created_at, id" } else { "id" };
     let text = format!(
         "/* ams:search_end */ select id, created_at, count(*) over () from ({scan}) w order by {order} limit 1"
     );
     let last = db.query_opt(&db.prepare_cached(&text).await?, &sql.values()).await?;
     let Some(last) = last else { return Ok(None) };
-    let walked: i64 = last.try_get(2)?;
-    (walked >= limit(SCAN)).then(|| cursor(&last)).transpose()
+    let scanned: i64 = last.try_get(2)?;
+    (scanned >= limit(SCAN)).then(|| cursor(&last)).transpose()
 }
 
 fn scan(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
@@ -132,9 +127,9 @@ fn scan(sql: &mut Sql, filter: &Filter, from: Cursor) -> String {
             // A feed's index is in the order of the transactions, not of the ids: it gives all that is new or nothing. Where
             // more is new than a scan is long, most of the newest messages are among it.
             let (wanted, order) = (format!("and id < {id}"), format!("order by tx, id limit {}", SCAN + 1));
-            let new: Vec<String> = CLASSES
+            let new: Vec<String> = Urgency::ALL
                 .into_iter()
-                .map(|class| format!("({})", unclaimed_of(class, COLUMNS, &wanted, &order)))
+                .map(|urgency| format!("({})", unclaimed_of(urgency, COLUMNS, &wanted, &order)))
                 .collect();
             let (new, newest) =
                 (new.join(" union all "), rows(format!("(select count(*) from new) > {SCAN} and ")));

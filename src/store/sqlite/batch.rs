@@ -108,7 +108,7 @@ pub(super) fn batches(db: &Connection, now: Timestamp, limit: usize) -> Result<V
              select 1 from instances where instances.id = batches.owner and lease_until > ?1) \
          from batches order by created_at, id limit ?2",
     )?;
-    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let limit = crate::store::limit(limit);
     let batches = statement.query_map(params![now.as_micros(), limit], |row| {
         let partition: Option<i32> = row.get(4)?;
         let offset: Option<i64> = row.get(5)?;

@@ -41,7 +41,7 @@ impl From<&Claim<'_>> for Owned {
                 Due::New(urgency) => OwnedDue::New(urgency),
                 Due::Timed { lane, by } => OwnedDue::Timed(lane.to_owned(), by),
             },
-            limit: i64::try_from(claim.limit.min(BATCH_MAX)).unwrap_or(i64::MAX),
+            limit: crate::store::limit(claim.limit.min(BATCH_MAX)),
             lane: claim.lane.to_owned(),
             batch: claim.batch,
             saturated: claim.saturated.iter().cloned().collect(),

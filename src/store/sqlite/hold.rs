@@ -107,7 +107,7 @@ pub(super) fn unhold(
     )?;
     let mut freed = 0;
     for number in endpoint::numbers(db, endpoint)? {
-        let rest = i64::try_from(limit.saturating_sub(freed)).unwrap_or(i64::MAX);
+        let rest = crate::store::limit(limit.saturating_sub(freed));
         let ids = look
             .query_map(params![number.0, held.as_str(), rest], |row| row.get(0))?
             .collect::<rusqlite::Result<Vec<i64>>>()?;
@@ -125,7 +125,7 @@ pub(super) fn expire(db: &Connection, now: Timestamp, limit: usize) -> Result<u6
         "/* ams:expire */ select message_id, endpoint_id, attempts, lane, reason from waiting indexed by waiting_expires \
          where expires_at is not null and expires_at <= ?1 order by expires_at limit ?2",
     )?;
-    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let limit = crate::store::limit(limit);
     let rows = statement
         .query_map(params![now.as_micros(), limit], |row| {
             let (id, endpoint) = (MessageId(row.get(0)?), EndpointId(row.get(1)?));

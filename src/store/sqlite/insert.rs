@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
+use super::place::Whereabouts;
 use super::read;
 use crate::clock::Timestamp;
 use crate::message::{Message, MessageId, NewMessage};
@@ -82,7 +83,7 @@ fn same_key(db: &Connection, message: &NewMessage) -> Result<Option<Inserted>> {
         .query_row([key], |row| row.get(0).map(MessageId))
         .optional()?;
     let Some(id) = id else { return Ok(None) };
-    let equal = read::as_written(db, id)?.is_some_and(|stored| is_equal(&stored, message));
+    let equal = read::at_place(db, id, Whereabouts::NEW)?.is_some_and(|stored| is_equal(&stored, message));
     Ok(Some(if equal { Inserted::Existing(id) } else { Inserted::Conflict(id) }))
 }
 

@@ -24,24 +24,14 @@ pub(super) fn messages(db: &Connection, ids: &[MessageId]) -> Result<Vec<Message
     let mut places = place::find(db, ids)?;
     let mut messages = Vec::with_capacity(ids.len());
     for id in ids {
-        let Some(message) = as_written(db, *id)? else { continue };
         let at = places.remove(id).unwrap_or(Whereabouts::NEW);
-        messages.push(Message {
-            status: at.status,
-            held: at.held,
-            attempts: at.attempts,
-            lane: at.lane,
-            due_at: at.due_at,
-            finished_at: at.finished_at,
-            reason: at.reason,
-            ..message
-        });
+        messages.extend(at_place(db, *id, at)?);
     }
     Ok(messages)
 }
 
-/// A message as its sender wrote it, wherever it stands.
-pub(super) fn as_written(db: &Connection, id: MessageId) -> Result<Option<Message>> {
+/// A message as its sender wrote it, which stands there.
+pub(super) fn at_place(db: &Connection, id: MessageId, at: Whereabouts) -> Result<Option<Message>> {
     let mut statement = db.prepare_cached(
         "/* ams:message */ select id, endpoint, recipient, content, content_type, headers, ordering_key, priority, \
          send_at, expires_at, idempotency_key, tags, created_at from messages where id = ?1",
@@ -64,13 +54,13 @@ pub(super) fn as_written(db: &Connection, id: MessageId) -> Result<Option<Messag
             idempotency_key: optional_text(row, 10)?,
             tags: object(row, 11)?,
             created_at: writers_time(db, row, 12)?.unwrap_or_default(),
-            status: Status::Pending,
-            held: None,
-            attempts: 0,
-            lane: String::new(),
-            due_at: None,
-            finished_at: None,
-            reason: None,
+            status: at.status,
+            held: at.held,
+            attempts: at.attempts,
+            lane: at.lane,
+            due_at: at.due_at,
+            finished_at: at.finished_at,
+            reason: at.reason,
         })
     });
     Ok(message.optional()?)
@@ -111,7 +101,7 @@ pub(super) fn dead_letters(db: &Connection, before: Timestamp, limit: usize) -> 
          from dead_letters d join messages m on m.id = d.message_id \
          where d.dead_at < ?1 or d.dead_at > ?3 order by d.dead_at, d.message_id limit ?2"
     ))?;
-    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let limit = crate::store::limit(limit);
     let letters = statement.query_map(
         params![before.as_micros(), limit, latest_present(before).as_micros()],
         |row| {
@@ -138,12 +128,12 @@ pub(super) fn overview(db: &Connection, now: Timestamp) -> Result<Overview> {
 
 /// Counts each status as far as [`COUNT`], by its place.
 fn counts(db: &Connection) -> Result<Vec<Count>> {
-    let (unclaimed, waiting, retrying) = (unclaimed(db)?, waiting(db, false)?, waiting(db, true)?);
+    let (unclaimed, (waiting, retrying, all_waiting)) = (unclaimed(db)?, waiting(db)?);
     let mut counts = Vec::new();
     for status in Status::ALL {
         let (count, all) = match status {
-            Status::Pending => (unclaimed.0 + waiting.0, unclaimed.1 && waiting.1),
-            Status::Retrying => retrying,
+            Status::Pending => (unclaimed.0 + waiting, unclaimed.1 && all_waiting),
+            Status::Retrying => (retrying, all_waiting),
             Status::Queued => (left(db, "/* ams:count_queued */ select \"left\" from batches")?, true),
             Status::Processing => (left(db, "/* ams:count_processing */ select \"left\" from leases")?, true),
             Status::Sent => newest_sent(db)?,
@@ -174,15 +164,14 @@ fn unclaimed(db: &Connection) -> Result<(i64, bool)> {
     Ok((count, all))
 }
 
-/// Deliveries that wait for their first attempt, or for a further one; and whether none was left uncounted.
-fn waiting(db: &Connection, tried: bool) -> Result<(i64, bool)> {
+/// Deliveries that wait for their first attempt, and for a further one; and whether none was left uncounted.
+fn waiting(db: &Connection) -> Result<(i64, i64, bool)> {
     let mut statement = db.prepare_cached(
-        "/* ams:count_waiting */ select count(*), coalesce(sum((lane <> '') = ?2), 0) from ( \
+        "/* ams:count_waiting */ select coalesce(sum(lane = ''), 0), coalesce(sum(lane <> ''), 0) from ( \
              select lane from waiting limit ?1)",
     )?;
-    let counted = statement
-        .query_row(params![NEWEST, tried], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?)))?;
-    Ok((counted.1, counted.0 < NEWEST))
+    let (new, tried): (i64, i64) = statement.query_row([NEWEST], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    Ok((new, tried, new + tried < NEWEST))
 }
 
 /// Deliveries that stand in batches or leases.

@@ -4,8 +4,8 @@ use rusqlite::{Connection, params};
 
 use super::endpoint::Endpoints;
 use super::our_optional_time;
-use super::place::Wait;
-use super::read::as_written;
+use super::place::{self, Wait, Whereabouts};
+use super::read::at_place;
 use crate::clock::Timestamp;
 use crate::message::MessageId;
 use crate::store::{Reconciled, Reconciliation, Result};
@@ -15,7 +15,7 @@ pub(super) fn reconcile(db: &Connection, now: Timestamp, limit: usize) -> Result
     let from: i64 = db
         .prepare_cached("/* ams:take_reconciliation */ select at_id from reconciliation")?
         .query_row([], |row| row.get(0))?;
-    let count = i64::try_from(limit).unwrap_or(i64::MAX);
+    let count = crate::store::limit(limit);
     let (checked, to): (i64, i64) = db
         .prepare_cached(
             "/* ams:reconcile_walk */ select count(*), coalesce(max(id), 0) from ( \
@@ -34,7 +34,7 @@ pub(super) fn reconcile(db: &Connection, now: Timestamp, limit: usize) -> Result
     .execute(params![
         if finished { 0 } else { to },
         checked,
-        i64::try_from(strays.len()).unwrap_or(i64::MAX),
+        crate::store::limit(strays.len()),
         finished.then(|| now.as_micros()),
     ])?;
     Ok(Reconciled { checked: checked.unsigned_abs(), repaired: strays.len() as u64, finished, urgent: false })
@@ -47,19 +47,19 @@ fn strays(db: &Connection, from: i64, to: i64) -> Result<Vec<MessageId>> {
              and m.id <= (select position from feed where class = case when m.priority > 0 then 0 when m.priority = 0 then 1 else 2 end) \
              and not exists (select 1 from deliveries d where d.message_id = m.id) \
              and not exists (select 1 from waiting w where w.message_id = m.id) \
-             and not exists (select 1 from cancels c where c.message_id = m.id) \
-             and not exists (select 1 from batches b, json_each(b.ids) j where m.id between b.lo and b.hi \
-                 and j.value = m.id and substr(b.\"left\", j.key + 1, 1) = '1') \
-             and not exists (select 1 from leases l, json_each(l.ids) j where m.id between l.lo and l.hi \
-                 and j.value = m.id and substr(l.\"left\", j.key + 1, 1) = '1')",
+             and not exists (select 1 from cancels c where c.message_id = m.id)",
     )?;
     let ids = statement.query_map([from, to], |row| Ok(MessageId(row.get(0)?)))?;
-    Ok(ids.collect::<rusqlite::Result<_>>()?)
+    let mut ids: Vec<MessageId> = ids.collect::<rusqlite::Result<_>>()?;
+    // What is left is in batches or leases, nearly always; each of those is read once for all of its messages.
+    let found = place::find(db, &ids)?;
+    ids.retain(|id| !found.contains_key(id));
+    Ok(ids)
 }
 
 /// Lets a message wait for its first attempt.
 fn wait(db: &Connection, id: MessageId, now: Timestamp) -> Result<()> {
-    let Some(message) = as_written(db, id)? else { return Ok(()) };
+    let Some(message) = at_place(db, id, Whereabouts::NEW)? else { return Ok(()) };
     let endpoint = Endpoints::new(db).named(&message.endpoint)?.id;
     Wait {
         id,

@@ -72,7 +72,7 @@ pub(super) fn report_saturated(db: &Connection, instance: InstanceId, endpoints:
 /// The endpoints that some instance has said to be busy.
 pub(super) fn saturated(db: &Connection) -> Result<Vec<String>> {
     let mut statement =
-        db.prepare_cached("/* ams:busy */ select saturated from instances where saturated <> '[]'")?;
+        db.prepare_cached("/* ams:saturated */ select saturated from instances where saturated <> '[]'")?;
     let mut rows = statement.query([])?;
     let mut all = std::collections::BTreeSet::new();
     while let Some(row) = rows.next()? {

@@ -9,7 +9,7 @@ use crate::store::{Removal, Removed, Result};
 /// Removes the old ones among the next deliveries, and their messages and attempts with them; and at the end of a walk what
 /// belongs to no message any more. A message whose dead letter has still to be published stays.
 pub(super) fn remove_old(db: &Connection, removal: &Removal) -> Result<Removed> {
-    let limit = i64::try_from(removal.limit).unwrap_or(i64::MAX);
+    let limit = crate::store::limit(removal.limit);
     let before = removal.before.as_micros();
     let walked = db
         .prepare_cached(

@@ -4,8 +4,8 @@
 use tokio_postgres::Client;
 
 use super::*;
-use crate::store::BATCH_MAX;
 use crate::store::operate::SCAN;
+use crate::store::{BATCH_MAX, limit};
 
 /// The statements of the hot path and of repairs, by the names under which the tests prepare them.
 const STATEMENTS: [(&str, &str); 14] = [
