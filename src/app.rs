@@ -77,7 +77,7 @@ impl App {
                     .to_owned(),
             ));
         }
-        let (queue, cache) = (open_queue(&config.queue)?, open_cache(&config.cache)?);
+        let (queue, cache) = (open_queue(&config.queue, &clock)?, open_cache(&config.cache)?);
         let host = hostname();
         let presence =
             Arc::new(Presence::new(Arc::clone(&store), clock.clone(), role_name(config.role), &host));
@@ -308,13 +308,13 @@ pub fn open_store(config: &StoreConfig) -> Result<Arc<dyn Store>> {
     })
 }
 
-/// Opens the queue that is configured.
+/// Opens the queue that is configured; one in this process goes by `clock`.
 ///
 /// # Errors
 /// When a client setting can't be used.
-pub fn open_queue(config: &QueueConfig) -> Result<Arc<dyn Queue>> {
+pub fn open_queue(config: &QueueConfig, clock: &Clock) -> Result<Arc<dyn Queue>> {
     Ok(match config {
-        QueueConfig::Embedded => Arc::new(EmbeddedQueue::new(4, Clock::system())),
+        QueueConfig::Embedded => Arc::new(EmbeddedQueue::new(4, clock.clone())),
         QueueConfig::Kafka { brokers, client } => {
             let options = KafkaOptions { brokers: brokers.clone(), client: client.clone() };
             Arc::new(KafkaQueue::open(options).map_err(|error| AppError(error.to_string()))?)

@@ -1,7 +1,11 @@
 //! The only place that asks the time.
 //!
 //! Every room is given a [`Clock`]; a test gives a manual one and moves it by hand, and the
-//! simulation gives one that follows tokio's virtual time. `clippy.toml` forbids asking elsewhere.
+//! simulation gives one that goes by tokio's virtual time. `clippy.toml` forbids asking elsewhere.
+//!
+//! What processes write down and compare with what others wrote down has to be one time. So the clock of a process
+//! follows that of its store ([`Clock::follow`]) where the store has one: hosts need not agree, and nobody who sets a
+//! host's clock moves what is under way.
 
 use std::fmt;
 use std::sync::Arc;
@@ -140,15 +144,22 @@ pub struct Now {
     pub instant: Instant,
 }
 
-/// Tells the time, and how long things took.
+/// Tells the time, and how long things took. Its clones are one clock.
 #[derive(Clone, Debug)]
-pub struct Clock(Source);
+pub struct Clock {
+    source: Source,
+    /// The store's time when this process's instants began, in microseconds; [`NOT_FOLLOWED`]: the source's time is told.
+    followed: Arc<AtomicI64>,
+}
+
+/// No time that a store can have: [`Timestamp::MIN`] is later.
+const NOT_FOLLOWED: i64 = i64::MIN;
 
 #[derive(Clone, Debug)]
 enum Source {
     System,
     Manual(Arc<Hands>),
-    /// Follows tokio's time; `set` says how far somebody has set the wall clock, in microseconds.
+    /// Goes by tokio's time; `set` says how far somebody has set the wall clock, in microseconds.
     Virtual {
         start: Timestamp,
         zero: tokio::time::Instant,
@@ -170,25 +181,61 @@ static START: std::sync::LazyLock<std::time::Instant> = std::sync::LazyLock::new
 impl Clock {
     /// The machine's clock.
     pub fn system() -> Clock {
-        Clock(Source::System)
+        Clock::of(Source::System)
+    }
+
+    fn of(source: Source) -> Clock {
+        Clock { source, followed: Arc::new(NOT_FOLLOWED.into()) }
     }
 
     /// A clock that stands at `start` until [`Clock::advance`] moves it.
     pub fn manual(start: Timestamp) -> Clock {
-        Clock(Source::Manual(Arc::new(Hands { wall: start.0.into(), passed: 0.into() })))
+        Clock::of(Source::Manual(Arc::new(Hands { wall: start.0.into(), passed: 0.into() })))
     }
 
-    /// A clock that stands at `start` now and follows the tokio runtime's time, which a paused
+    /// A clock that stands at `start` now and goes by the tokio runtime's time, which a paused
     /// runtime moves without waiting. For the simulation.
     #[expect(clippy::disallowed_methods, reason = "this is the clock")]
     pub fn virtual_from(start: Timestamp) -> Clock {
-        Clock(Source::Virtual { start, zero: tokio::time::Instant::now(), set: Arc::default() })
+        Clock::of(Source::Virtual { start, zero: tokio::time::Instant::now(), set: Arc::default() })
     }
 
-    /// The time.
-    #[expect(clippy::disallowed_methods, reason = "this is the clock")]
+    /// The time: the store's, once [`Clock::follow`] has heard it.
     pub fn now(&self) -> Timestamp {
-        match &self.0 {
+        match self.followed.load(Ordering::Relaxed) {
+            NOT_FOLLOWED => self.wall(),
+            zero => Timestamp(zero).after(self.instant().0),
+        }
+    }
+
+    /// Tells the store's time from now on: it was `told` at some moment between `asked` and the present one. Between two
+    /// calls this process's instants measure what passes. The time is changed by no more than it must be for
+    /// `told` to be possible, so that a slow answer does not make it less exact.
+    ///
+    /// Returns by how many microseconds it was changed.
+    pub fn follow(&self, told: Timestamp, asked: Instant) -> i64 {
+        let answered = self.instant();
+        let zero = match self.followed.load(Ordering::Relaxed) {
+            NOT_FOLLOWED => self.wall().before(answered.0).0,
+            zero => zero,
+        };
+        let (earliest, latest) = (Timestamp(zero).after(asked.0), Timestamp(zero).after(answered.0));
+        let change = told.0.saturating_sub(told.clamp(earliest, latest.max(earliest)).0);
+        self.followed.store(zero.saturating_add(change), Ordering::Relaxed);
+        change
+    }
+
+    /// How far the time is ahead of this process's instants, in microseconds: it changes only when somebody sets the clock.
+    /// `None`: the time is a store's.
+    pub fn own_offset(&self) -> Option<i64> {
+        let is_own = self.followed.load(Ordering::Relaxed) == NOT_FOLLOWED;
+        is_own.then(|| self.wall().before(self.instant().0).0)
+    }
+
+    /// What the source's wall clock tells.
+    #[expect(clippy::disallowed_methods, reason = "this is the clock")]
+    fn wall(&self) -> Timestamp {
+        match &self.source {
             Source::System => {
                 let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
                 Timestamp::from_micros(since.map_or(0, |d| i64::try_from(d.as_micros()).unwrap_or(i64::MAX)))
@@ -203,7 +250,7 @@ impl Clock {
 
     /// The present moment of this process.
     pub fn instant(&self) -> Instant {
-        match &self.0 {
+        match &self.source {
             Source::System => Instant(START.elapsed()),
             Source::Manual(hands) => {
                 Instant(Duration::from_micros(hands.passed.load(Ordering::SeqCst).unsigned_abs()))
@@ -227,7 +274,7 @@ impl Clock {
     /// # Panics
     /// When the clock is not a manual one: only a test can call this, and it has made a mistake.
     pub fn advance(&self, by: Duration) {
-        let Source::Manual(hands) = &self.0 else { panic!("only a manual clock can be advanced") };
+        let Source::Manual(hands) = &self.source else { panic!("only a manual clock can be advanced") };
         let by = i64::try_from(by.as_micros()).unwrap_or(i64::MAX);
         hands.wall.fetch_add(by, Ordering::SeqCst);
         hands.passed.fetch_add(by, Ordering::SeqCst);
@@ -238,7 +285,7 @@ impl Clock {
     /// # Panics
     /// When the clock is the machine's: only a test can call this, and it has made a mistake.
     pub fn set_wall(&self, by_micros: i64) {
-        let wall = match &self.0 {
+        let wall = match &self.source {
             Source::System => panic!("the machine's clock can't be set"),
             Source::Manual(hands) => &hands.wall,
             Source::Virtual { set, .. } => set,
@@ -305,6 +352,32 @@ mod tests {
     }
 
     #[test]
+    fn a_clock_follows_its_store_whatever_is_done_to_its_own() {
+        let (start, hour) = (Timestamp::EPOCH.after(Duration::from_secs(36_000)), Duration::from_secs(3_600));
+        let (clock, second) = (Clock::manual(start), Duration::from_secs(1));
+        let other = clock.clone();
+        // The store is an hour ahead. It was asked a second ago.
+        let asked = clock.instant();
+        clock.advance(second);
+        let told = start.after(hour);
+        assert_eq!(clock.follow(told, asked), 3_599_000_000, "no more than it must");
+        assert_eq!(other.now(), told, "clones are one clock");
+        clock.set_wall(-7_200_000_000);
+        clock.advance(second);
+        assert_eq!(clock.now(), told.after(second), "nobody who sets the machine's clock moves it");
+        // What agrees changes nothing, however long the answer took.
+        let asked = clock.instant();
+        clock.advance(second * 9);
+        for ms in [0, 1, 9_000] {
+            assert_eq!(clock.follow(told.after(second + Duration::from_millis(ms)), asked), 0, "{ms}");
+        }
+        // The store's clock is set back by five seconds.
+        let (asked, before) = (clock.instant(), clock.now());
+        assert_eq!(clock.follow(before.before(second * 5), asked), -5_000_000);
+        assert_eq!(clock.now(), before.before(second * 5));
+    }
+
+    #[test]
     fn setting_the_wall_clock_lets_no_time_pass() {
         let start = Timestamp::EPOCH.after(Duration::from_secs(7_200));
         let clock = Clock::manual(start);
@@ -318,5 +391,17 @@ mod tests {
             (Duration::from_secs(2), Duration::from_secs(2))
         );
         assert_eq!(before.since(instant), Duration::ZERO);
+    }
+
+    #[test]
+    fn an_offset_tells_that_somebody_has_set_the_clock() {
+        let clock = Clock::manual(Timestamp::EPOCH.after(Duration::from_secs(7_200)));
+        let before = clock.own_offset().unwrap();
+        clock.advance(Duration::from_secs(2));
+        assert_eq!(clock.own_offset(), Some(before));
+        clock.set_wall(-15_000_000);
+        assert_eq!(clock.own_offset(), Some(before - 15_000_000));
+        clock.follow(clock.now(), clock.instant());
+        assert_eq!(clock.own_offset(), None);
     }
 }

@@ -59,6 +59,8 @@ const REMOVAL_REST: Duration = Duration::from_secs(600);
 /// Messages are removed one by one only a part of the retention later than partitions are removed whole, a day at most.
 const ROWS_LATER: u32 = 10;
 const ROWS_LATER_MAX: Duration = Duration::from_secs(24 * 3600);
+/// A clock that is set back by less delays nothing by much.
+const SET_BACK: Duration = Duration::from_secs(1);
 /// Waiting deliveries that are ended in one statement.
 const EXPIRED: usize = 1_000;
 
@@ -77,6 +79,7 @@ struct Duties {
     partitions: Backoff,
     retention: Backoff,
     reconcile: Backoff,
+    clock: Backoff,
 }
 
 impl Default for Duties {
@@ -90,6 +93,7 @@ impl Default for Duties {
             partitions: Backoff::new("partitions"),
             retention: Backoff::new("retention"),
             reconcile: Backoff::new("reconciliation"),
+            clock: Backoff::new("clock"),
         }
     }
 }
@@ -100,6 +104,10 @@ pub struct Janitor {
     leading: watch::Receiver<Option<Term>>,
     rounds: u64,
     silence: Silence,
+    /// [`Clock::own_offset`] in the last round.
+    ///
+    /// [`Clock::own_offset`]: crate::clock::Clock::own_offset
+    offset: Option<i64>,
     duties: Duties,
     /// Dead letters on their way: their lane may be slow or gone, and the rest of the round must not wait for it.
     letters: Option<JoinHandle<()>>,
@@ -123,11 +131,11 @@ impl Service for Janitor {
 
     /// One round.
     async fn step(&mut self) -> Result<Step, Infallible> {
-        let now = self.parts.clock.reading();
+        let instant = self.parts.clock.instant();
         let term = *self.leading.borrow();
         // After an outage the first bid says how long the store was away; nobody is judged before it.
-        if let Some(term) = term.filter(|term| now.instant < term.until) {
-            self.round(term.steady_since, now).await;
+        if let Some(term) = term.filter(|term| instant < term.until) {
+            self.round(term).await;
         }
         Ok(Step::Idle(ROUND))
     }
@@ -145,6 +153,7 @@ impl Janitor {
             leading,
             rounds: 0,
             silence: Silence::default(),
+            offset: None,
             duties: Duties::default(),
             letters: None,
             retention,
@@ -167,9 +176,12 @@ impl Janitor {
     }
 
     /// Each duty by itself: one that fails keeps no other from being done.
-    async fn round(&mut self, steady_since: Timestamp, moment: Now) {
+    async fn round(&mut self, term: Term) {
+        let looked = self.look_at_clock().await;
+        let moment = self.parts.clock.reading();
+        let sure = looked.is_ok() && term.is_sure(moment, LEASE);
+        self.duties.clock.note(looked);
         let now = moment.time;
-        let sure = now.since(steady_since) >= LEASE;
         if let Some(owner) = self.parts.presence.instance() {
             let settled = self.settle_batches(now, owner, sure).await;
             self.duties.settle.note(settled);
@@ -248,6 +260,21 @@ impl Janitor {
     /// Ends what has waited beyond its time.
     async fn expire(&self, now: Timestamp) -> Result<(), StoreError> {
         while self.parts.store.expire(now, EXPIRED).await? == EXPIRED as u64 {}
+        Ok(())
+    }
+
+    /// Hears of it first when somebody has set the clock that this process goes by. When it is this machine's that was set
+    /// back, retries wait no longer for that.
+    async fn look_at_clock(&mut self) -> Result<(), StoreError> {
+        self.parts.presence.follow_store().await?;
+        let offset = self.parts.clock.own_offset();
+        let change = self.offset.zip(offset).map_or(0, |(before, offset)| offset.saturating_sub(before));
+        let back = Duration::from_micros(change.min(0).unsigned_abs());
+        if back >= SET_BACK {
+            self.parts.store.bring_forward(back, self.parts.clock.now()).await?;
+            tracing::warn!("the clock was set back by {back:.1?}; retries come as much sooner");
+        }
+        self.offset = offset;
         Ok(())
     }
 
@@ -421,83 +448,4 @@ fn loss_of(batch: &Batch, depth: Option<&[Depth]>, now: Timestamp) -> Option<Los
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::clock::{Clock, Instant};
-    use crate::service::{Directory, Presence};
-    use crate::store::sqlite::SqliteStore;
-    use crate::store::{InstanceId, LogPosition, Store};
-
-    fn batch(log_position: Option<LogPosition>, orphaned: bool) -> Batch {
-        Batch {
-            id: BatchId(1),
-            lane: "messages".into(),
-            owner: InstanceId(1),
-            created_at: Timestamp::EPOCH,
-            log_position,
-            orphaned,
-        }
-    }
-
-    fn parts(clock: &Clock) -> Parts {
-        let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
-        Parts {
-            queue: Arc::new(crate::queue::embedded::EmbeddedQueue::new(1, clock.clone())),
-            cache: Arc::new(crate::cache::memory::MemoryCache::new()),
-            clock: clock.clone(),
-            metrics: Arc::default(),
-            presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "test", "here")),
-            directory: Arc::new(Directory::new(Arc::clone(&store))),
-            store,
-        }
-    }
-
-    /// The store is back after an outage, and the janitor is the first to reach it.
-    #[tokio::test(start_paused = true)]
-    async fn nobody_is_taken_for_dead_before_the_producer_has_bid_again() {
-        let clock = Clock::virtual_from(Timestamp::EPOCH);
-        let parts = parts(&clock);
-        parts.presence.renew().await.unwrap();
-        let instance = parts.presence.instance().unwrap();
-        let term =
-            Term { steady_since: Timestamp::EPOCH, until: Instant::START.after(Duration::from_secs(4)) };
-        let (led, leading) = watch::channel(Some(term));
-        let mut janitor = Janitor::new(parts.clone(), leading, None);
-
-        tokio::time::advance(LEASE * 2).await;
-        let now = clock.now();
-        janitor.step().await.unwrap();
-        assert!(
-            parts.store.renew(instance, now, now).await.unwrap(),
-            "its lease could not be renewed before"
-        );
-
-        led.send_replace(Some(Term { steady_since: now, until: clock.instant().after(LEASE * 2) }));
-        janitor.step().await.unwrap();
-        assert!(parts.store.renew(instance, now, now).await.unwrap(), "it has had no time to renew");
-
-        tokio::time::advance(LEASE).await;
-        janitor.step().await.unwrap();
-        assert!(!parts.store.renew(instance, now, now).await.unwrap(), "a lease's time without a word");
-    }
-
-    #[test]
-    fn a_batchs_fate_follows_from_what_the_broker_says() {
-        let at = |offset| Some(LogPosition { partition: 2, offset });
-        let depth = |position, end| vec![Depth { partition: 2, position, end }];
-        let soon = Timestamp::EPOCH.after(Duration::from_secs(1));
-        let late = Timestamp::EPOCH.after(UNACKNOWLEDGED_MAX + Duration::from_secs(1));
-        for (batch, depth, now, expected) in [
-            (batch(None, false), None, soon, None),
-            (batch(None, false), None, late, Some(Loss::Orphaned)),
-            (batch(None, true), None, soon, Some(Loss::Orphaned)),
-            (batch(at(9), true), None, late, None),
-            (batch(at(9), false), Some(depth(9, 10)), late, None),
-            (batch(at(9), false), Some(depth(10, 10)), soon, Some(Loss::Passed)),
-            (batch(at(9), false), Some(depth(0, 9)), soon, Some(Loss::Wiped)),
-            (batch(at(9), false), Some(Vec::new()), soon, Some(Loss::Wiped)),
-        ] {
-            assert_eq!(loss_of(&batch, depth.as_deref(), now), expected, "{batch:?} {depth:?}");
-        }
-    }
-}
+mod tests;

@@ -19,7 +19,7 @@ use crate::message::Held;
 use crate::publish::{self, PUBLISHING_MAX};
 use crate::service::{self, Parts, Service, Step};
 use crate::store::{
-    Bid, Claim, Due, DueNow, InstanceId, Pacing, Reissue, Result, StoreError, Suspect, Urgency,
+    Bid, Claim, Due, DueNow, InstanceId, Leadership, Pacing, Reissue, Result, StoreError, Suspect, Urgency,
 };
 use crate::ticket::{BatchId, Ticket};
 
@@ -68,8 +68,23 @@ const UNSURE_LOOK: Duration = Duration::from_secs(2);
 pub struct Term {
     /// Since when there has been an active producer without a break.
     pub steady_since: Timestamp,
+    /// When it was won or renewed.
+    pub since: Now,
     /// When it ends unless it is renewed: nothing is known of the store from then on.
     pub until: Instant,
+}
+
+impl Term {
+    /// A clock that was set by less does no harm: a lease has longer than that left.
+    const STEP: Duration = Duration::from_secs(1);
+
+    /// Whether every living instance could have renewed its lease, by a clock that nobody has set since the last bid. A bid
+    /// finds out when somebody has; nobody may be taken for dead by the new time before.
+    pub fn is_sure(&self, now: Now, lease: Duration) -> bool {
+        let expected = self.since.time.after(now.instant.since(self.since.instant));
+        let step = now.time.since(expected).max(expected.since(now.time));
+        step < Term::STEP && now.time.since(self.steady_since) >= lease
+    }
 }
 
 /// One producer: active or standing by.
@@ -233,7 +248,8 @@ impl Producer {
             }
             None => self.led_until = Instant::START,
         }
-        self.leading.send_replace(won.map(|led| Term { steady_since: led.steady_since, until: led_until }));
+        let term = |led: Leadership| Term { steady_since: led.steady_since, since: now, until: led_until };
+        self.leading.send_replace(won.map(term));
         Ok(won.is_some())
     }
 

@@ -141,7 +141,7 @@ pub struct Overview {
 pub struct About {
     /// Its version, in its own words.
     pub version: String,
-    /// What its own clock says. Only for comparing clocks: all times in the store come from callers.
+    /// What its own clock says.
     pub now: Timestamp,
     /// Those of its settings on which safety and capacity rest, in its own words.
     pub settings: std::collections::BTreeMap<String, String>,

@@ -55,12 +55,12 @@ impl Stack {
             file = Some(path);
         }
         settings(&config, &name, &mut environment);
-        let (store, queue) = (app::open_store(&config.store)?, app::open_queue(&config.queue)?);
+        let clock = Clock::system();
+        let (store, queue) = (app::open_store(&config.store)?, app::open_queue(&config.queue, &clock)?);
         let wrong = failed("the benchmark's store can't be made ready");
         store.migrate().await.map_err(|error| wrong(&error))?;
         store.put_endpoint(&Endpoint::new("default", &request_url)).await.map_err(|error| wrong(&error))?;
         let services = Mutex::default();
-        let clock = Clock::system();
         Ok(Stack { clock, store, queue, scratch, file, name, environment, services })
     }
 

@@ -209,7 +209,7 @@ async fn look_at_queue(config: &Config, store: Option<&dyn Store>) -> Vec<Findin
     let QueueConfig::Kafka { brokers, .. } = &config.queue else {
         return vec![ok(about, "in one process (KAFKA_BROKERS is not set)")];
     };
-    let queue = match app::open_queue(&config.queue) {
+    let queue = match app::open_queue(&config.queue, &Clock::system()) {
         Ok(queue) => queue,
         Err(error) => return vec![fault(about, error.0)],
     };
@@ -272,8 +272,8 @@ async fn look_around(config: &Config, store: Option<&dyn Store>) -> Vec<Finding>
         let default = Endpoint::new("default", &config.request.url);
         return reach_all(config, vec![(default, false)]).await;
     };
-    let now = Clock::system().now();
     let asked = in_time(async {
+        let now = store.time().await?.unwrap_or_else(|| Clock::system().now());
         let keys = judge::keys(config, &store.keys().await?, now);
         let lanes = store.lanes().await?.into_iter().map(|lane| (lane.topic, lane.fresh)).collect::<Vec<_>>();
         let work = judge::work(&store.overview(now).await?, &store.control(now).await?, &lanes, now);

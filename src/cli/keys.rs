@@ -56,8 +56,12 @@ pub(super) async fn run(config: &Config, matches: &ArgMatches) -> app::Result<Ex
         Err(error) => return Ok(wrong_use(&error.0)),
     };
     let store = store(&config.store).await?;
+    let now = store.time().await.map_err(sentence)?.unwrap_or(now);
     match (verb, wanted) {
         (_, Some((key, whole))) => {
+            // It is judged by the store's time, which need not be this machine's.
+            let expires_at = key.expires_at.map(|at| now.after(at.since(key.created_at)));
+            let key = ApiKey { created_at: now, expires_at, ..key };
             store.put_key(&key).await.map_err(sentence)?;
             let mut shown = shown(&key, now);
             shown["key"] = json!(whole);

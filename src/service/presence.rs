@@ -16,6 +16,9 @@ pub const LEASE: Duration = Duration::from_secs(10);
 
 const RENEWAL: Duration = Duration::from_secs(2);
 
+/// A clock that was so far off is told of: somebody has set one, or this machine follows no time server.
+const NOTEWORTHY: Duration = Duration::from_millis(500);
+
 /// The presence of one process; all of its services share it.
 pub struct Presence {
     store: Arc<dyn Store>,
@@ -49,11 +52,12 @@ impl Presence {
         self.lease.load().as_ref().is_some_and(|lease| lease.0 == instance && self.clock.instant() < lease.1)
     }
 
-    /// Renews the lease, or enrolls when there is none or it was taken away.
+    /// Sets this process's clock by the store's, and renews the lease; enrolls when there is none or it was taken away.
     ///
     /// # Errors
     /// Those of the store; the lease then runs on as it was.
     pub async fn renew(&self) -> Result<()> {
+        self.follow_store().await?;
         let (now, held_until) = (self.clock.now(), self.clock.instant().after(LEASE));
         let until = now.after(LEASE);
         let kept = match self.instance() {
@@ -76,6 +80,23 @@ impl Presence {
             }
         };
         self.lease.store(Some(Arc::new((id, held_until))));
+        Ok(())
+    }
+
+    /// Sets this process's clock by the store's, where the store has one.
+    ///
+    /// # Errors
+    /// Those of the store; the clock then goes on as it was.
+    pub async fn follow_store(&self) -> Result<()> {
+        let asked = self.clock.instant();
+        let Some(told) = self.store.time().await? else { return Ok(()) };
+        let change = self.clock.follow(told, asked);
+        if Duration::from_micros(change.unsigned_abs()) >= NOTEWORTHY {
+            tracing::warn!(
+                "the time of this process is set by {:+.3} s, to what the store's clock says",
+                change as f64 / 1e6
+            );
+        }
         Ok(())
     }
 

@@ -101,6 +101,7 @@ macro_rules! store_conformance {
             knowing::the_overview_knows_the_oldest_due_row,
             knowing::the_database_describes_itself,
             knowing::partitions_can_be_made_at_any_time,
+            healing::a_clock_that_was_set_back_delays_no_retry,
             removing::every_place_is_found_by_the_reconciliation,
             removing::what_is_old_and_final_goes,
             removing::what_has_not_ended_stays_however_old_it_is,

@@ -119,6 +119,9 @@ pub struct Leadership {
 /// Processes, the leader among the producers, endpoints and lanes.
 #[async_trait]
 pub trait Registry: Send + Sync {
+    /// What the store's clock says; `None`: it has none of its own, and all that use it are on one machine.
+    async fn time(&self) -> Result<Option<Timestamp>>;
+
     /// Registers a process, whose lease lasts until `lease_until`.
     async fn enroll(
         &self,

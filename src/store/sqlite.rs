@@ -221,6 +221,10 @@ impl Store for SqliteStore {
 
 #[async_trait]
 impl Registry for SqliteStore {
+    async fn time(&self) -> Result<Option<Timestamp>> {
+        Ok(None)
+    }
+
     async fn enroll(
         &self,
         service: &str,
@@ -406,6 +410,10 @@ impl Upkeep for SqliteStore {
 
     async fn reconciliation(&self) -> Result<Reconciliation> {
         self.read(reconcile::reconciliation).await
+    }
+
+    async fn bring_forward(&self, by: Duration, now: Timestamp) -> Result<()> {
+        self.write(move |db| hold::bring_forward(db, by, now)).await
     }
 
     async fn make_partitions(&self) -> Result<()> {

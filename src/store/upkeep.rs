@@ -1,5 +1,7 @@
 //! What a janitor asks of the store: recovery, the reconciliation, and the retention.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 
 use super::{InstanceId, LeaseId, Result};
@@ -100,6 +102,11 @@ pub trait Upkeep: Send + Sync {
 
     /// How the reconciliation stands.
     async fn reconciliation(&self) -> Result<Reconciliation>;
+
+    /// Brings what waits for another attempt forward by `by`, and nothing to before `now`: the clock that its time was
+    /// written by has been set back by so much. What its sender has scheduled stays. Does nothing where the store has a
+    /// clock of its own, which no process sets.
+    async fn bring_forward(&self, by: Duration, now: Timestamp) -> Result<()>;
 
     /// Makes partitions ahead of the ids in use. Does nothing where tables are not partitioned.
     async fn make_partitions(&self) -> Result<()>;

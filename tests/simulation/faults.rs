@@ -134,6 +134,7 @@ faulty! {
 
 faulty! {
     Registry {}
+    time() -> Option<Timestamp>;
     enroll(service: &str, host: &str, now: Timestamp, lease_until: Timestamp) -> InstanceId;
     renew(instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> bool;
     report_saturated(instance: InstanceId, endpoints: &[String]) -> ();
@@ -177,6 +178,7 @@ faulty! {
     check_feeds(now: Timestamp) -> bool;
     reconcile(now: Timestamp, limit: usize) -> Reconciled;
     reconciliation() -> Reconciliation;
+    bring_forward(by: Duration, now: Timestamp) -> ();
     make_partitions() -> ();
 }
 

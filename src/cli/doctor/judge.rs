@@ -7,11 +7,13 @@ use crate::app::FILES;
 use crate::clock::Timestamp;
 use crate::config::{Config, Raw};
 use crate::queue::Depth;
-use crate::service::LEASE;
 use crate::store::operate::{ApiKey, Control};
 use crate::store::{About, Endpoint, Overview, Reconciliation};
 
 use super::super::screen::{grouped, many, time};
+
+/// How old a signed message may be for most receivers: what the libraries of Standard Webhooks allow.
+const SIGNATURE_TOLERANCE: Duration = Duration::from_secs(300);
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -180,7 +182,8 @@ pub(super) fn reconciliation(stands: &Reconciliation) -> Finding {
     }
 }
 
-/// How far the store's clock is ahead of ours (negative: behind), give or take `unsure`.
+/// How far the store's clock is ahead of ours (negative: behind), give or take `unsure`. Services go by the store's, so
+/// a difference alone does no harm; but one of the two is wrong.
 pub(super) fn clock(ahead_us: i64, unsure: Duration) -> Finding {
     let about = "clock";
     let apart = Duration::from_micros(ahead_us.unsigned_abs());
@@ -188,10 +191,10 @@ pub(super) fn clock(ahead_us: i64, unsure: Duration) -> Finding {
     let says = format!("the store's is {} {way} this machine's (± {})", time(apart), time(unsure));
     let sure = apart.saturating_sub(unsure);
     let mend = "let both machines follow a time server (NTP)";
-    if sure >= LEASE / 2 {
-        fault(about, format!("{says}: processes will take each other for dead; {mend}"))
+    if sure >= SIGNATURE_TOLERANCE / 2 {
+        fault(about, format!("{says}: if the store's is wrong, receivers refuse signed messages; {mend}"))
     } else if sure >= Duration::from_millis(500) {
-        warning(about, format!("{says}: messages go out too early or too late; {mend}"))
+        warning(about, format!("{says}: services go by the store's, this machine's log does not; {mend}"))
     } else {
         ok(about, says)
     }

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Bench, FRESH, LEASE, RETRY, batch, recovery};
+use super::{Bench, FRESH, LEASE, RETRY, batch, recovery, text};
 use crate::clock::Timestamp;
-use crate::message::Status;
+use crate::message::{NewMessage, Status, Verdict};
 use crate::store::{
-    BatchId, Bid, Due, InstanceId, Leadership, LogPosition, Recovered, Store, Suspect, Urgency,
+    BatchId, Bid, Due, InstanceId, Leadership, LogPosition, Record, Recovered, Store, Suspect, Urgency,
 };
 
 const LOG_POSITION: LogPosition = LogPosition { partition: 3, offset: 41 };
@@ -288,4 +288,31 @@ pub(crate) async fn pacing_holds_over_all_leaders(store: Arc<dyn Store>) {
     bench.store.retire(second).await.unwrap();
     let third = bench.enroll().await;
     assert_eq!(bench.store.lead(&bid(third, bench.now())).await.unwrap(), first);
+}
+
+pub(crate) async fn a_clock_that_was_set_back_delays_no_retry(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let hour = Duration::from_secs(3_600);
+    let scheduled = NewMessage { send_at: Some(bench.in_seconds(7_200)), ..text("scheduled") };
+    bench.insert(&[scheduled]).await;
+    bench.claim_fresh().await;
+    let jobs = bench.processing(2).await;
+    // Their times were written while the clock was an hour ahead.
+    let failed = |job, at| Record {
+        verdict: Verdict::Retry { lane: RETRY.to_owned(), lane_tries: 0, at },
+        ..bench.failed(job)
+    };
+    let records = [failed(&jobs[0], bench.in_seconds(3_603)), failed(&jobs[1], bench.in_seconds(60))];
+    bench.record(&records).await;
+    bench.store.bring_forward(hour, bench.now()).await.unwrap();
+    let has_clock = bench.store.time().await.unwrap().is_some();
+    let at_once = bench.claim_timed(RETRY).await.seen;
+    assert_eq!(at_once, if has_clock { 0 } else { 1 }, "none is due before now");
+    bench.pass(3);
+    let later = bench.claim_timed(RETRY).await.seen;
+    assert_eq!(later, if has_clock { 0 } else { 1 });
+    bench.pass(7_196);
+    assert_eq!(bench.claim_timed("").await.seen, 0, "what is scheduled stays where its sender put it");
+    bench.pass(1);
+    assert_eq!(bench.claim_timed("").await.seen, 1);
 }

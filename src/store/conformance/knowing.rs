@@ -219,6 +219,9 @@ pub(crate) async fn the_database_describes_itself(store: Arc<dyn Store>) {
     let apart = Clock::system().now().as_micros().abs_diff(about.now.as_micros());
     assert!(apart < 3_000_000_000, "{} is {apart} us away", about.now);
     let setting = |name: &str| about.settings.get(name).map(String::as_str);
+    let time = store.time().await.unwrap();
+    assert_eq!(time.is_some(), store.kind() != "sqlite", "a server has a clock of its own");
+    assert!(time.is_none_or(|time| time.since(about.now) < Duration::from_secs(60) && time >= about.now));
     match store.kind() {
         "sqlite" => assert!(matches!(setting("journal_mode"), Some("wal" | "memory")), "{about:?}"),
         _ => {

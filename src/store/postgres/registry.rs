@@ -43,6 +43,11 @@ pub(super) async fn about(db: &Object) -> Result<About> {
     })
 }
 
+/// What the server's clock says.
+pub(super) async fn time(db: &Object) -> Result<Timestamp> {
+    Ok(db.query_one("/* ams:time */ select clock_timestamp()", &[]).await?.try_get(0)?)
+}
+
 /// Registers a process.
 pub(super) async fn enroll(
     db: &Object,

@@ -1,6 +1,7 @@
 //! Held deliveries: each endpoint's stand together in an index of their own. And the end of those that wait too long.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, OptionalExtension, Row, ToSql, params};
@@ -117,6 +118,16 @@ pub(super) fn unhold(
         freed += ids.len();
     }
     Ok(freed as u64)
+}
+
+/// Brings what waits forward, except what its sender has scheduled. Of the sender's own text SQLite knows milliseconds.
+pub(super) fn bring_forward(db: &Connection, by: Duration, now: Timestamp) -> Result<()> {
+    let by = i64::try_from(by.as_micros()).unwrap_or(i64::MAX);
+    let statement = "/* ams:bring_forward */ update waiting set due_at = max(due_at - ?1, ?2) where due_at > ?2 \
+                     and not exists (select 1 from messages where id = message_id \
+                         and abs((julianday(send_at) - 2440587.5) * 86400000.0 - due_at / 1000.0) < 1.0)";
+    db.prepare_cached(statement)?.execute([by, now.as_micros()])?;
+    Ok(())
 }
 
 /// Ends what waits beyond its time.

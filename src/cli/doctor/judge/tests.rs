@@ -3,6 +3,7 @@
 use super::*;
 use crate::config::Role;
 use crate::message::Status;
+use crate::service::LEASE;
 use crate::store::{Count, Instance, InstanceId};
 
 fn raw(pairs: &[(&str, &str)]) -> Raw {
@@ -78,7 +79,7 @@ fn a_database_that_can_lose_messages_is_a_fault() {
 }
 
 #[test]
-fn clocks_may_differ_by_less_than_leases_do() {
+fn clocks_may_differ_by_less_than_receivers_of_signatures_allow() {
     let ms = Duration::from_millis;
     for (ahead_us, unsure, state, says) in [
         (400, ms(1), State::Ok, "0.4 ms ahead of"),
@@ -86,7 +87,8 @@ fn clocks_may_differ_by_less_than_leases_do() {
         (-1_300_000, ms(1), State::Warning, "1.3 s behind this machine's"),
         // A slow answer proves nothing.
         (5_200_000, ms(5_100), State::Ok, "5.2 s ahead"),
-        (5_200_000, ms(10), State::Fault, "NTP"),
+        (5_200_000, ms(10), State::Warning, "NTP"),
+        (151_000_000, ms(10), State::Fault, "refuse signed messages"),
         (-86_400_000_000, ms(10), State::Fault, "1 d behind"),
     ] {
         assert_found(&[clock(ahead_us, unsure)], state, &[says]);
