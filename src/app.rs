@@ -198,7 +198,8 @@ impl App {
         }
         if matches!(role, Role::Producer | Role::Up) {
             let producer = Producer::new(self.parts.clone(), self.producer_options());
-            let janitor = Janitor::new(self.parts.clone(), producer.leading(), self.config.retention);
+            let (publisher, leading) = (producer.publisher(), producer.leading());
+            let janitor = Janitor::new(self.parts.clone(), publisher, leading, self.config.retention);
             services.push(Box::pin(producer.run(stop, &self.wake).map(Ok)));
             services.push(Box::pin(janitor.run(stop).map(Ok)));
         }

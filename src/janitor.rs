@@ -8,23 +8,22 @@
 
 mod silence;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, Semaphore, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Instant, Now, Timestamp};
 use crate::dead_letter;
 use crate::message::MessageId;
 use crate::producer::Term;
-use crate::publish::{self, PUBLISHING_MAX};
+use crate::publish::Publisher;
 use crate::queue::Depth;
 use crate::service::{self, Backoff, LEASE, Parts, Service, Step};
-use crate::store::{Batch, InstanceId, Recovery, Reissue, Removal, StoreError, Suspect};
+use crate::store::{Batch, InstanceId, LogPosition, Recovery, Removal, StoreError, Suspect};
 use crate::ticket::BatchId;
 
 use silence::Silence;
@@ -32,9 +31,10 @@ use silence::Silence;
 const ROUND: Duration = Duration::from_secs(1);
 /// A dead letter that its consumer has not published by then is published here.
 const DEAD_LETTER_AGE: Duration = Duration::from_secs(30);
-/// A batch that its living owner has not got acknowledged by then is issued again, should its owner have forgotten it. Long,
-/// because an owner tries for as long as the broker is away.
-const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(600);
+/// A batch that another living producer has not got acknowledged by then is issued again: it leads no more, and an answer
+/// of the store may have been lost on its way there. Well under the 30 s in which work must resume, and harmless where
+/// only the broker is away.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(15);
 /// A job that nobody has touched for so long has lost its caller.
 const JOB_IDLE: Duration = Duration::from_secs(5);
 /// Messages of a job that are changed in one transaction.
@@ -63,6 +63,8 @@ const ROWS_LATER_MAX: Duration = Duration::from_secs(24 * 3600);
 const SET_BACK: Duration = Duration::from_secs(1);
 /// Waiting deliveries that are ended in one statement.
 const EXPIRED: usize = 1_000;
+/// Such statements in a round: about a second of work, so that the other duties go on.
+const EXPIRY_PIECES: usize = 100;
 
 /// Why deliveries were issued again, as the metrics say it.
 const DIED: &str = "instance_died";
@@ -118,9 +120,12 @@ pub struct Janitor {
     next_removal: Instant,
     next_reconciliation: Instant,
     urgent: bool,
-    /// Batches that were issued again, on their way to their lanes.
-    publishing: JoinSet<()>,
-    turns: Arc<Semaphore>,
+    publisher: Publisher,
+    /// Batches of this process that nothing published at the last look. The answer to a claim takes its time, so one look
+    /// proves nothing.
+    unknown: BTreeSet<BatchId>,
+    /// [`Term::checks`] in the last round.
+    checks: u32,
     stop: CancellationToken,
 }
 
@@ -142,9 +147,14 @@ impl Service for Janitor {
 }
 
 impl Janitor {
-    /// A janitor that works while the producer beside it is the active one, which `leading` says.
-    /// Final messages are kept for `retention`; `None`: for ever.
-    pub fn new(parts: Parts, leading: watch::Receiver<Option<Term>>, retention: Option<Duration>) -> Janitor {
+    /// A janitor that works while the producer beside it is the active one, which `leading` says. It shares `publisher`
+    /// with that producer. Final messages are kept for `retention`; `None`: for ever.
+    pub fn new(
+        parts: Parts,
+        publisher: Publisher,
+        leading: watch::Receiver<Option<Term>>,
+        retention: Option<Duration>,
+    ) -> Janitor {
         for why in [DIED, ORPHANED, LOST] {
             parts.metrics.recovered(why, 0);
         }
@@ -161,8 +171,9 @@ impl Janitor {
             next_removal: Instant::START,
             next_reconciliation: Instant::START,
             urgent: false,
-            publishing: JoinSet::new(),
-            turns: Arc::new(Semaphore::new(PUBLISHING_MAX)),
+            publisher,
+            unknown: BTreeSet::new(),
+            checks: 0,
             stop: CancellationToken::new(),
         }
     }
@@ -172,7 +183,7 @@ impl Janitor {
         self.stop = stop.clone();
         service::run(&mut self, stop, &Notify::new()).await;
         // What is not published by then is issued again by the next janitor.
-        publish::drain(&mut self.publishing).await;
+        self.publisher.drain().await;
     }
 
     /// Each duty by itself: one that fails keeps no other from being done.
@@ -182,6 +193,9 @@ impl Janitor {
         let sure = looked.is_ok() && term.is_sure(moment, LEASE);
         self.duties.clock.note(looked);
         let now = moment.time;
+        if std::mem::replace(&mut self.checks, term.checks) != term.checks {
+            self.next_reconciliation = moment.instant;
+        }
         if let Some(owner) = self.parts.presence.instance() {
             let settled = self.settle_batches(now, owner, sure).await;
             self.duties.settle.note(settled);
@@ -259,7 +273,11 @@ impl Janitor {
 
     /// Ends what has waited beyond its time.
     async fn expire(&self, now: Timestamp) -> Result<(), StoreError> {
-        while self.parts.store.expire(now, EXPIRED).await? == EXPIRED as u64 {}
+        for _ in 0..EXPIRY_PIECES {
+            if self.parts.store.expire(now, EXPIRED).await? < EXPIRED as u64 {
+                break;
+            }
+        }
         Ok(())
     }
 
@@ -268,13 +286,13 @@ impl Janitor {
     async fn look_at_clock(&mut self) -> Result<(), StoreError> {
         self.parts.presence.follow_store().await?;
         let offset = self.parts.clock.own_offset();
-        let change = self.offset.zip(offset).map_or(0, |(before, offset)| offset.saturating_sub(before));
+        let before = std::mem::replace(&mut self.offset, offset);
+        let change = before.zip(offset).map_or(0, |(before, offset)| offset.saturating_sub(before));
         let back = Duration::from_micros(change.min(0).unsigned_abs());
         if back >= SET_BACK {
-            self.parts.store.bring_forward(back, self.parts.clock.now()).await?;
             tracing::warn!("the clock was set back by {back:.1?}; retries come as much sooner");
+            self.parts.store.bring_forward(back, self.parts.clock.now()).await?;
         }
-        self.offset = offset;
         Ok(())
     }
 
@@ -291,7 +309,7 @@ impl Janitor {
             if !self.has_capacity() {
                 break;
             }
-            count += self.reissue(Suspect::Lease(lease), owner, now).await?;
+            count += self.reissue(Suspect::Lease(lease), owner).await?;
         }
         if count > 0 {
             tracing::warn!(
@@ -304,31 +322,22 @@ impl Janitor {
     }
 
     /// Whether another batch may be issued again now.
-    fn has_capacity(&mut self) -> bool {
-        while self.publishing.try_join_next().is_some() {}
-        self.publishing.len() < REISSUED_MAX
+    fn has_capacity(&self) -> bool {
+        self.publisher.len() < REISSUED_MAX
     }
 
     /// Issues a batch or lease again, and returns how many deliveries were left in it. They go to their lane beside all
-    /// this, a few batches at once.
-    async fn reissue(
-        &mut self,
-        suspect: Suspect,
-        owner: InstanceId,
-        now: Timestamp,
-    ) -> Result<u64, StoreError> {
-        let batch = BatchId::random();
-        let Some(reissued) = self.parts.store.reissue(&Reissue { suspect, batch, owner, now }).await? else {
-            return Ok(0);
-        };
-        let count = reissued.tickets.len() as u64;
-        let (parts, stop, turns) = (self.parts.clone(), self.stop.clone(), Arc::clone(&self.turns));
-        self.publishing.spawn(async move {
-            // The semaphore is never closed.
-            let _turn = turns.acquire().await;
-            publish::publish(&parts, &reissued.lane, batch, &reissued.tickets, &stop).await;
-        });
-        Ok(count)
+    /// this.
+    async fn reissue(&self, suspect: Suspect, owner: InstanceId) -> Result<u64, StoreError> {
+        match self.publisher.reissue(suspect, owner, &self.stop).await {
+            Ok(count) => Ok(count as u64),
+            // One that can't be read keeps no other from being issued again.
+            Err(StoreError::Refused(why)) => {
+                tracing::error!("{suspect:?} can't be issued again: {why}");
+                Ok(0)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Goes on with jobs whose caller has gone away.
@@ -360,11 +369,22 @@ impl Janitor {
         let batches = self.parts.store.batches(now, BATCHES).await?;
         let depths = self.depths(&batches).await;
         let mut counts: BTreeMap<Loss, u64> = BTreeMap::new();
+        let is_unknown = |batch: &Batch| batch.owner == owner && !self.publisher.knows(batch.id);
+        let unknown = batches.iter().filter(|batch| batch.log_position.is_none() && is_unknown(batch));
+        let unknown: BTreeSet<BatchId> = unknown.map(|batch| batch.id).collect();
+        let before = std::mem::replace(&mut self.unknown, unknown);
         for batch in &batches {
-            let depth = depths.get(&batch.lane).map(Vec::as_slice);
-            let Some(loss) = loss_of(batch, depth, now) else { continue };
+            let loss = match batch.log_position {
+                Some(at) => passed_or_wiped(at, depths.get(&batch.lane).map(Vec::as_slice)),
+                None if batch.owner == owner => {
+                    let is_lost = before.contains(&batch.id) && self.unknown.contains(&batch.id);
+                    is_lost.then_some(Loss::Forgotten)
+                }
+                None => orphaned(batch, now),
+            };
+            let Some(loss) = loss else { continue };
             if (sure || loss != Loss::Orphaned) && self.has_capacity() {
-                let count = self.reissue(Suspect::Batch(batch.id), owner, now).await?;
+                let count = self.reissue(Suspect::Batch(batch.id), owner).await?;
                 *counts.entry(loss).or_default() += count;
             }
         }
@@ -413,13 +433,15 @@ enum Loss {
     Wiped,
     /// It was never acknowledged, and its producer is gone.
     Orphaned,
+    /// It is this process's own, and nothing publishes it: the store's answer was lost.
+    Forgotten,
 }
 
 impl Loss {
     fn word(self) -> &'static str {
         match self {
             Loss::Passed | Loss::Wiped => LOST,
-            Loss::Orphaned => ORPHANED,
+            Loss::Orphaned | Loss::Forgotten => ORPHANED,
         }
     }
 
@@ -428,17 +450,20 @@ impl Loss {
             Loss::Passed => "their consumers skipped their tickets",
             Loss::Wiped => "the broker has lost their tickets",
             Loss::Orphaned => "their producer died before the broker had their tickets",
+            Loss::Forgotten => "the answer to their claim was lost",
         }
     }
 }
 
-/// Whether a batch is lost, by what the broker says of its lane (`None`: it could not be asked). `None`: its tickets may
-/// still be taken.
-fn loss_of(batch: &Batch, depth: Option<&[Depth]>, now: Timestamp) -> Option<Loss> {
-    let Some(at) = batch.log_position else {
-        let stuck = now.since(batch.created_at) > UNACKNOWLEDGED_MAX;
-        return (batch.orphaned || stuck).then_some(Loss::Orphaned);
-    };
+/// Whether a batch is lost that no broker has acknowledged to its owner, another producer.
+fn orphaned(batch: &Batch, now: Timestamp) -> Option<Loss> {
+    let is_late = now.since(batch.created_at) > UNACKNOWLEDGED_MAX;
+    (batch.orphaned || is_late).then_some(Loss::Orphaned)
+}
+
+/// Whether a batch at this place is lost, by what the broker says of its lane (`None`: it could not be asked). `None`: its
+/// tickets may still be taken.
+fn passed_or_wiped(at: LogPosition, depth: Option<&[Depth]>) -> Option<Loss> {
     match depth?.iter().find(|depth| depth.partition == at.partition) {
         Some(depth) if depth.end <= at.offset => Some(Loss::Wiped),
         Some(depth) if depth.position > at.offset => Some(Loss::Passed),

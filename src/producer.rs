@@ -11,16 +11,13 @@ mod pacing;
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Instant, Now, Timestamp};
 use crate::message::Held;
-use crate::publish::{self, PUBLISHING_MAX};
+use crate::publish::Publisher;
 use crate::service::{self, Parts, Service, Step};
-use crate::store::{
-    Bid, Claim, Due, DueNow, InstanceId, Leadership, Pacing, Reissue, Result, StoreError, Suspect, Urgency,
-};
+use crate::store::{Bid, Claim, Due, DueNow, InstanceId, Leadership, Pacing, Result, StoreError, Urgency};
 use crate::ticket::{BatchId, Ticket};
 
 use capacity::Capacity;
@@ -58,10 +55,6 @@ const BURST: Duration = Duration::from_secs(1);
 const SATURATED_LOOK: Duration = Duration::from_millis(20);
 /// How often held deliveries of endpoints that are open again are looked for.
 const UNHOLD: Duration = Duration::from_secs(1);
-/// How long a claim whose answer was lost may still come to be: a little more than the store lets a statement run.
-const UNSURE: Duration = Duration::from_secs(35);
-/// How often batches of such claims are looked for meanwhile.
-const UNSURE_LOOK: Duration = Duration::from_secs(2);
 
 /// The leadership of the active producer, as the janitor beside it has to know it.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +65,9 @@ pub struct Term {
     pub since: Now,
     /// When it ends unless it is renewed: nothing is known of the store from then on.
     pub until: Instant,
+    /// How often this producer has looked whether the feeds belong to the database. Each time messages may have been found
+    /// to lack a place.
+    pub checks: u32,
 }
 
 impl Term {
@@ -96,11 +92,10 @@ pub struct Producer {
     stop: CancellationToken,
     capacity: Capacity,
     pacer: Option<Pacer>,
-    publishing: JoinSet<()>,
-    /// Until when the store may come to hold batches of ours that we don't know of, because a claim's answer was lost; and
-    /// when they are looked for again.
-    unsure_until: Instant,
-    next_unsure: Instant,
+    publisher: Publisher,
+    /// Whether the feeds belong to this database: asked at an election and after an answer was lost, before the next claim.
+    feeds_checked: bool,
+    checks: u32,
     led_until: Instant,
     /// Somebody has paused all producers.
     paused: bool,
@@ -123,7 +118,6 @@ impl Service for Producer {
     /// # Errors
     /// Those of the store; nothing is lost by any of them, and all of it passes by waiting.
     async fn step(&mut self) -> Result<Step> {
-        while self.publishing.try_join_next().is_some() {}
         let now = self.parts.clock.reading();
         let Some(instance) = self.parts.presence.instance() else {
             return Ok(Step::Idle(GAP_MAX));
@@ -135,13 +129,8 @@ impl Service for Producer {
             return Ok(Step::Idle(GAP_MAX.max(self.options.poll)));
         }
         self.capacity.refresh(&self.options.fresh_lane, now.instant).await;
-        if now.instant < self.unsure_until && now.instant >= self.next_unsure {
-            if self.parts.store.check_feeds(now.time).await? {
-                tracing::warn!(
-                    "the database has come from another server; messages without a place are looked for"
-                );
-            }
-            self.reissue_unknown(instance).await?;
+        if !self.feeds_checked {
+            self.check_feeds(now).await?;
         }
         if now.instant >= self.next_unhold {
             self.unhold(now).await?;
@@ -165,7 +154,7 @@ impl Producer {
     /// A producer that has not bid for leadership yet.
     pub fn new(parts: Parts, options: ProducerOptions) -> Producer {
         let capacity = Capacity::new(parts.clone(), options.capacity);
-        let pacer = options.pacing.map(Pacer::new);
+        let (pacer, publisher) = (options.pacing.map(Pacer::new), Publisher::new(parts.clone()));
         Producer {
             parts,
             capacity,
@@ -173,9 +162,9 @@ impl Producer {
             options,
             leading: watch::Sender::new(None),
             stop: CancellationToken::new(),
-            publishing: JoinSet::new(),
-            unsure_until: Instant::START,
-            next_unsure: Instant::START,
+            publisher,
+            feeds_checked: false,
+            checks: 0,
             led_until: Instant::START,
             paused: false,
             next_bid: Instant::START,
@@ -193,12 +182,17 @@ impl Producer {
         self.leading.subscribe()
     }
 
+    /// What publishes its batches, for the janitor beside it.
+    pub fn publisher(&self) -> Publisher {
+        self.publisher.clone()
+    }
+
     /// Works until `stop`; then waits for what is being published, so that a clean stop leaves no
     /// batch in doubt. `wake` cuts an idle wait short.
     pub async fn run(mut self, stop: &CancellationToken, wake: &Notify) {
         self.stop = stop.clone();
         service::run(&mut self, stop, wake).await;
-        let left = publish::drain(&mut self.publishing).await;
+        let left = self.publisher.drain().await;
         if left > 0 {
             tracing::warn!("{left} batches are left to another producer's janitor");
         }
@@ -239,7 +233,7 @@ impl Producer {
                 self.paused = leadership.paused;
                 if !led {
                     tracing::info!(instance = instance.0, "instance {} is the active producer", instance.0);
-                    self.note_unsure(now.instant);
+                    self.feeds_checked = false;
                     if let Some(pacer) = &mut self.pacer {
                         let left = leadership.paced_until.map_or(Duration::ZERO, |ends| ends.since(now.time));
                         pacer.inherit(left, now.instant);
@@ -248,7 +242,9 @@ impl Producer {
             }
             None => self.led_until = Instant::START,
         }
-        let term = |led: Leadership| Term { steady_since: led.steady_since, since: now, until: led_until };
+        let checks = self.checks;
+        let term =
+            |led: Leadership| Term { steady_since: led.steady_since, since: now, until: led_until, checks };
         self.leading.send_replace(won.map(term));
         Ok(won.is_some())
     }
@@ -316,7 +312,7 @@ impl Producer {
             _ => (self.options.fresh_lane.clone(), true),
         };
         let limit = match self.allowance(&lane, first_tries, owner, now).await? {
-            Some(limit) if limit > 0 && self.publishing.len() < PUBLISHING_MAX => limit,
+            Some(limit) if limit > 0 && !self.publisher.is_busy(&lane) => limit,
             Some(_) => return Ok(Taken::NoCapacity),
             None => return Ok(Taken::Nothing),
         };
@@ -324,9 +320,7 @@ impl Producer {
         let claim = Claim { due, limit, lane: &lane, batch, saturated, owner, now: now.time };
         let watch = self.parts.clock.stopwatch();
         let claimed = self.parts.store.claim(&claim).await;
-        if claimed.is_err() {
-            self.note_unsure(self.parts.clock.instant());
-        }
+        self.feeds_checked &= claimed.is_ok();
         let claimed = claimed?;
         if claimed.seen == 0 {
             return Ok(Taken::Nothing);
@@ -376,39 +370,20 @@ impl Producer {
 
     /// Publishes a claimed batch beside the next claim.
     fn publish(&mut self, lane: String, batch: BatchId, tickets: Vec<Ticket>) {
-        if tickets.is_empty() {
-            return;
+        if !tickets.is_empty() {
+            self.capacity.published(&lane, &tickets);
+            self.publisher.publish(lane, batch, tickets, &self.stop);
         }
-        self.capacity.published(&lane, &tickets);
-        let (parts, stop) = (self.parts.clone(), self.stop.clone());
-        let known = self.capacity.under_way(batch);
-        self.publishing.spawn(async move {
-            publish::publish(&parts, &lane, batch, &tickets, &stop).await;
-            drop(known);
-        });
     }
 
-    /// A claim may still be going on in the store although nobody waits for its answer any more.
-    fn note_unsure(&mut self, now: Instant) {
-        self.unsure_until = now.after(UNSURE);
-        self.next_unsure = now;
-    }
-
-    /// After a claim whose answer was lost, and after an election: batches of ours that nobody is publishing are
-    /// issued again.
-    async fn reissue_unknown(&mut self, owner: InstanceId) -> Result<()> {
-        let now = self.parts.clock.now();
-        for known in self.parts.store.batches(now, 10_000).await? {
-            if known.owner != owner || known.log_position.is_some() || self.capacity.is_under_way(known.id) {
-                continue;
-            }
-            let batch = BatchId::random();
-            let reissue = Reissue { suspect: Suspect::Batch(known.id), batch, owner, now };
-            if let Some(reissued) = self.parts.store.reissue(&reissue).await? {
-                self.publish(reissued.lane, batch, reissued.tickets);
-            }
+    /// Makes sure that the feeds mean something in this database. It may be another one than before: a restored dump.
+    async fn check_feeds(&mut self, now: Now) -> Result<()> {
+        if self.parts.store.check_feeds(now.time).await? {
+            tracing::warn!(
+                "the database has come from another server; messages without a place are looked for"
+            );
         }
-        self.next_unsure = self.parts.clock.instant().after(UNSURE_LOOK);
+        (self.feeds_checked, self.checks) = (true, self.checks.wrapping_add(1));
         Ok(())
     }
 

@@ -1,32 +1,135 @@
-//! Puts a batch on its lane, and notes in the store where it is.
+//! Puts batches on their lanes, and notes in the store where they are. Producer and janitor of a process share it, so
+//! that each knows of the other's batches.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::task::JoinSet;
-
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::lane::dead_letter_of;
 use crate::message::Verdict;
 use crate::queue::{LaneRecord, QueueError};
 use crate::service::{self, Backoff, Parts};
-use crate::store::{Begin, LeaseId, LogPosition, Record, Records, Wanted};
+use crate::store::{
+    Begin, InstanceId, LeaseId, LogPosition, Record, Records, Reissue, StoreError, Suspect, Wanted,
+};
 use crate::ticket::{BatchId, Ticket};
 
-/// Batches that a service has with the broker at once. One is enough for a broker that answers within the time that a
+/// Batches of one lane that are with the broker at once. One is enough for a broker that answers within the time that a
 /// claim takes; more bridge the pauses of one that does not.
-pub(crate) const PUBLISHING_MAX: usize = 8;
+const AT_ONCE: usize = 8;
 
 /// How long a stop waits for what is being published. A broker that answers takes milliseconds.
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// Waits for what is being published when a service stops; how many batches are left.
-pub(crate) async fn drain(publishing: &mut JoinSet<()>) -> usize {
-    let drained = async { while publishing.join_next().await.is_some() {} };
-    match tokio::time::timeout(DRAIN, drained).await {
-        Ok(()) => 0,
-        Err(_) => publishing.len(),
+/// Publishes the batches of a process, each beside the work of the service that it comes from. Its clones are one.
+#[derive(Clone)]
+pub struct Publisher {
+    parts: Parts,
+    tasks: TaskTracker,
+    // A plain lock, held for a look-up: never over an await.
+    under_way: Arc<Mutex<UnderWay>>,
+}
+
+#[derive(Default)]
+struct UnderWay {
+    /// With their lanes.
+    batches: BTreeMap<BatchId, String>,
+    /// Each lane's turns: a lane that takes nothing keeps no other waiting.
+    lanes: BTreeMap<String, Arc<Semaphore>>,
+}
+
+/// A batch that is on its way, until this is dropped.
+struct Known {
+    batch: BatchId,
+    publisher: Publisher,
+}
+
+impl Drop for Known {
+    fn drop(&mut self) {
+        self.publisher.lock().batches.remove(&self.batch);
+    }
+}
+
+impl Publisher {
+    /// A publisher with nothing on its way.
+    pub fn new(parts: Parts) -> Publisher {
+        Publisher { parts, tasks: TaskTracker::new(), under_way: Arc::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, UnderWay> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Publishes a batch as soon as its lane has a turn for it. When `stop` comes first, the janitor of another process
+    /// issues it again.
+    pub(crate) fn publish(
+        &self,
+        lane: String,
+        batch: BatchId,
+        tickets: Vec<Ticket>,
+        stop: &CancellationToken,
+    ) {
+        let turns = {
+            let mut under_way = self.lock();
+            under_way.batches.insert(batch, lane.clone());
+            let turns = under_way.lanes.entry(lane.clone());
+            Arc::clone(turns.or_insert_with(|| Arc::new(Semaphore::new(AT_ONCE))))
+        };
+        let known = Known { batch, publisher: self.clone() };
+        let (parts, stop) = (self.parts.clone(), stop.clone());
+        self.tasks.spawn(async move {
+            // The semaphore is never closed.
+            let _turn = turns.acquire().await;
+            publish(&parts, &lane, batch, &tickets, &stop).await;
+            drop(known);
+        });
+    }
+
+    /// Issues what is left in a batch or lease again, in a new batch of `owner`'s. Returns how many deliveries were left.
+    ///
+    /// # Errors
+    /// Those of the store. It may hold the new batch all the same, unknown to this process.
+    pub(crate) async fn reissue(
+        &self,
+        suspect: Suspect,
+        owner: InstanceId,
+        stop: &CancellationToken,
+    ) -> Result<usize, StoreError> {
+        let (batch, now) = (BatchId::random(), self.parts.clock.now());
+        let Some(reissued) = self.parts.store.reissue(&Reissue { suspect, batch, owner, now }).await? else {
+            return Ok(0);
+        };
+        let count = reissued.tickets.len();
+        self.publish(reissued.lane, batch, reissued.tickets, stop);
+        Ok(count)
+    }
+
+    /// Whether a batch is on its way to its lane.
+    pub(crate) fn knows(&self, batch: BatchId) -> bool {
+        self.lock().batches.contains_key(&batch)
+    }
+
+    /// Whether all turns of a lane are taken.
+    pub(crate) fn is_busy(&self, lane: &str) -> bool {
+        self.lock().batches.values().filter(|to| *to == lane).nth(AT_ONCE - 1).is_some()
+    }
+
+    /// How many batches are on their way, or wait for their turn.
+    pub(crate) fn len(&self) -> usize {
+        self.lock().batches.len()
+    }
+
+    /// Waits for what is on its way when a service stops; how many batches are left.
+    pub(crate) async fn drain(&self) -> usize {
+        self.tasks.close();
+        // What is left is issued again by another process.
+        let _ = tokio::time::timeout(DRAIN, self.tasks.wait()).await;
+        self.len()
     }
 }
 
@@ -45,14 +148,7 @@ struct Published<'a> {
 }
 
 /// Publishes a batch, and tries again until the broker has it: what is published twice is stale once it has begun.
-/// When `stop` comes first, the janitor of another process issues the batch again.
-pub(crate) async fn publish(
-    parts: &Parts,
-    lane: &str,
-    batch: BatchId,
-    tickets: &[Ticket],
-    stop: &CancellationToken,
-) {
+async fn publish(parts: &Parts, lane: &str, batch: BatchId, tickets: &[Ticket], stop: &CancellationToken) {
     let watch = parts.clock.stopwatch();
     let mut backoff = Backoff::new(&format!("publishing on {lane}"));
     let published = loop {

@@ -149,8 +149,8 @@ pub struct About {
     pub connections: u64,
 }
 
-/// The store: what every process needs of it; the other traits say what each service asks. Every call of all of them may
-/// be repeated after [`StoreError::Unavailable`] without doing harm.
+/// The store: what every process needs of it; the other traits say what each service asks. Every call of all of them but
+/// [`Upkeep::bring_forward`] may be repeated after [`StoreError::Unavailable`] without doing harm.
 #[async_trait]
 pub trait Store: Registry + Scheduling + Execution + Upkeep + Operations + Send + Sync + 'static {
     /// `postgres` or `sqlite`.

@@ -1,5 +1,7 @@
 //! Who is taken for dead and when, and what becomes of a batch.
 
+use std::sync::Arc;
+
 use super::*;
 use crate::clock::Clock;
 use crate::message::{NewMessage, Verdict};
@@ -9,6 +11,7 @@ use crate::store::{
     Begin, Claim, Due, Endpoint, InstanceId, LeaseId, LogPosition, Mask, Record, Records, Store, Urgency,
     Wanted,
 };
+use crate::ticket::Ticket;
 
 fn batch(log_position: Option<LogPosition>, orphaned: bool) -> Batch {
     Batch {
@@ -37,7 +40,7 @@ fn parts(clock: &Clock) -> Parts {
 /// A term that was won just now.
 fn term(clock: &Clock, steady_since: Timestamp) -> Term {
     let since = clock.reading();
-    Term { steady_since, since, until: since.instant.after(Duration::from_secs(4)) }
+    Term { steady_since, since, until: since.instant.after(Duration::from_secs(4)), checks: 0 }
 }
 
 /// Somebody sets the clock: all leases seem to have run out.
@@ -48,7 +51,7 @@ async fn nobody_is_taken_for_dead_because_a_clock_was_set() {
     parts.presence.renew().await.unwrap();
     let instance = parts.presence.instance().unwrap();
     let (led, leading) = watch::channel(None);
-    let mut janitor = Janitor::new(parts.clone(), leading, None);
+    let mut janitor = Janitor::new(parts.clone(), Publisher::new(parts.clone()), leading, None);
     for step in [3_600, -3_600, 15, -15] {
         // It was set before or after the instance has renewed its lease.
         for before in [true, false] {
@@ -74,7 +77,7 @@ async fn a_clock_that_is_set_back_delays_no_retry() {
     let parts = parts(&clock);
     parts.presence.renew().await.unwrap();
     let (led, leading) = watch::channel(None);
-    let mut janitor = Janitor::new(parts.clone(), leading, None);
+    let mut janitor = Janitor::new(parts.clone(), Publisher::new(parts.clone()), leading, None);
     let due_at = clock.now().after(Duration::from_secs(3));
     let waiting = |at: Timestamp| {
         let (store, lane) = (Arc::clone(&parts.store), ["messages-retry"]);
@@ -92,24 +95,57 @@ async fn a_clock_that_is_set_back_delays_no_retry() {
     }
 }
 
-/// Makes one message wait for another attempt until `due_at`.
-async fn wait_until(parts: &Parts, due_at: Timestamp) {
+/// Claims one new message in a batch of `owner`'s, which nobody publishes.
+async fn claimed(parts: &Parts, owner: InstanceId) -> Ticket {
     let (store, now) = (&parts.store, parts.clock.now());
-    let owner = parts.presence.instance().unwrap();
     store.put_endpoint(&Endpoint::new("default", "http://localhost:3000")).await.unwrap();
     store.insert(&[NewMessage { recipient: "+1".into(), ..NewMessage::default() }], now).await.unwrap();
-    let batch = BatchId::random();
-    let (due, lane) = (Due::New(Urgency::Normal), "messages");
+    let (due, lane, batch) = (Due::New(Urgency::Normal), "messages", BatchId::random());
     let claim = Claim { due, limit: 1, lane, batch, saturated: &[], owner, now };
-    let ticket = store.claim(&claim).await.unwrap().tickets.remove(0);
+    store.claim(&claim).await.unwrap().tickets.remove(0)
+}
+
+/// Makes one message wait for another attempt until `due_at`.
+async fn wait_until(parts: &Parts, due_at: Timestamp) {
+    let (store, owner) = (&parts.store, parts.presence.instance().unwrap());
+    let ticket = claimed(parts, owner).await;
     let (lease, mut positions) = (LeaseId::random(), Mask::EMPTY);
     positions.set(0);
-    let wanted = [Wanted { lease, batch, positions }];
+    let wanted = [Wanted { lease, batch: ticket.batch, positions }];
     let begun = store.begin(&Begin { wanted: &wanted, repeated: false, owner }).await.unwrap().remove(0);
     let verdict = Verdict::Retry { lane: "messages-retry".into(), lane_tries: 0, at: due_at };
     let (lane, root) = ("messages".to_owned(), begun.root);
     let record = Record { ticket, lane, lease, root, outcome: None, verdict };
-    store.record(&Records { records: &[record], now }).await.unwrap();
+    store.record(&Records { records: &[record], now: parts.clock.now() }).await.unwrap();
+}
+
+/// A claim, or a reissue, whose answer was lost came to be all the same: of this process, or of a producer that lives and
+/// leads no more.
+#[tokio::test(start_paused = true)]
+async fn a_batch_that_nobody_publishes_is_issued_again_within_the_promised_time() {
+    for is_own in [true, false] {
+        let clock = Clock::virtual_from(Timestamp::EPOCH.after(LEASE * 1_000));
+        let parts = parts(&clock);
+        parts.presence.renew().await.unwrap();
+        let (own, now) = (parts.presence.instance().unwrap(), clock.now());
+        let other = parts.store.enroll("producer", "there", now, now.after(LEASE * 9)).await.unwrap();
+        claimed(&parts, if is_own { own } else { other }).await;
+        let (led, leading) = watch::channel(None);
+        let mut janitor = Janitor::new(parts.clone(), Publisher::new(parts.clone()), leading, None);
+        let start = clock.instant();
+        let is_queued = async || {
+            let batches = parts.store.batches(clock.now(), 10).await.unwrap();
+            batches.iter().all(|batch| batch.log_position.is_some())
+        };
+        while !is_queued().await {
+            led.send_replace(Some(term(&clock, Timestamp::EPOCH)));
+            janitor.step().await.unwrap();
+            parts.presence.renew().await.unwrap();
+            tokio::time::advance(ROUND).await;
+        }
+        let limit = Duration::from_secs(if is_own { 3 } else { 20 });
+        assert!(clock.instant().since(start) <= limit, "own: {is_own}");
+    }
 }
 
 /// The store is back after an outage, and the janitor is the first to reach it.
@@ -120,7 +156,7 @@ async fn nobody_is_taken_for_dead_before_the_producer_has_bid_again() {
     parts.presence.renew().await.unwrap();
     let instance = parts.presence.instance().unwrap();
     let (led, leading) = watch::channel(Some(term(&clock, Timestamp::EPOCH)));
-    let mut janitor = Janitor::new(parts.clone(), leading, None);
+    let mut janitor = Janitor::new(parts.clone(), Publisher::new(parts.clone()), leading, None);
 
     tokio::time::advance(LEASE * 2).await;
     let now = clock.now();
@@ -139,20 +175,24 @@ async fn nobody_is_taken_for_dead_before_the_producer_has_bid_again() {
 
 #[test]
 fn a_batchs_fate_follows_from_what_the_broker_says() {
-    let at = |offset| Some(LogPosition { partition: 2, offset });
+    const AT: LogPosition = LogPosition { partition: 2, offset: 9 };
     let depth = |position, end| vec![Depth { partition: 2, position, end }];
     let soon = Timestamp::EPOCH.after(Duration::from_secs(1));
     let late = Timestamp::EPOCH.after(UNACKNOWLEDGED_MAX + Duration::from_secs(1));
-    for (batch, depth, now, expected) in [
-        (batch(None, false), None, soon, None),
-        (batch(None, false), None, late, Some(Loss::Orphaned)),
-        (batch(None, true), None, soon, Some(Loss::Orphaned)),
-        (batch(at(9), true), None, late, None),
-        (batch(at(9), false), Some(depth(9, 10)), late, None),
-        (batch(at(9), false), Some(depth(10, 10)), soon, Some(Loss::Passed)),
-        (batch(at(9), false), Some(depth(0, 9)), soon, Some(Loss::Wiped)),
-        (batch(at(9), false), Some(Vec::new()), soon, Some(Loss::Wiped)),
+    for (batch, now, expected) in [
+        (batch(None, false), soon, None),
+        (batch(None, false), late, Some(Loss::Orphaned)),
+        (batch(None, true), soon, Some(Loss::Orphaned)),
     ] {
-        assert_eq!(loss_of(&batch, depth.as_deref(), now), expected, "{batch:?} {depth:?}");
+        assert_eq!(orphaned(&batch, now), expected, "{batch:?}");
+    }
+    for (depth, expected) in [
+        (None, None),
+        (Some(depth(9, 10)), None),
+        (Some(depth(10, 10)), Some(Loss::Passed)),
+        (Some(depth(0, 9)), Some(Loss::Wiped)),
+        (Some(Vec::new()), Some(Loss::Wiped)),
+    ] {
+        assert_eq!(passed_or_wiped(AT, depth.as_deref()), expected, "{depth:?}");
     }
 }

@@ -1,8 +1,7 @@
 //! How many tickets each lane still takes: what the group has not taken up, known from the broker
 //! some moments ago, and what was published since.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
@@ -10,14 +9,14 @@ use tokio::task::JoinHandle;
 use crate::clock::Instant;
 use crate::queue::{Depth, QueueError};
 use crate::service::{Backoff, Parts};
-use crate::ticket::{BatchId, Ticket};
+use crate::ticket::Ticket;
 
 const REFRESH: Duration = Duration::from_millis(100);
 
 /// Bytes of tickets that may be on a lane and not taken up, about: embedded they are in this process's memory.
 const BYTES_MAX: usize = 128 << 20;
 
-/// How much each lane takes, and the batches on their way there.
+/// How much each lane takes.
 pub(super) struct Capacity {
     parts: Parts,
     limit: usize,
@@ -25,8 +24,6 @@ pub(super) struct Capacity {
     next_refresh: Instant,
     asking: Option<JoinHandle<Result<Answers, QueueError>>>,
     backoff: Backoff,
-    /// A lock because publishing tasks end on their own; held for a look-up only, never over an await.
-    under_way: Arc<Mutex<HashSet<BatchId>>>,
 }
 
 #[derive(Debug, Default)]
@@ -45,18 +42,6 @@ struct LaneCapacity {
 /// What the broker said: lane, what had been published when it was asked, depth.
 type Answers = Vec<(String, usize, Vec<Depth>)>;
 
-/// A batch that is being published; it stops being so when this is dropped.
-pub(super) struct UnderWay {
-    batch: BatchId,
-    all: Arc<Mutex<HashSet<BatchId>>>,
-}
-
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        self.all.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.batch);
-    }
-}
-
 impl Capacity {
     pub(super) fn new(parts: Parts, limit: usize) -> Capacity {
         Capacity {
@@ -66,7 +51,6 @@ impl Capacity {
             next_refresh: Instant::START,
             asking: None,
             backoff: Backoff::new("capacity of the lanes"),
-            under_way: Arc::default(),
         }
     }
 
@@ -148,17 +132,6 @@ impl Capacity {
         // A light batch does not make one forget at once that heavy ones are on the lane.
         let weight = tickets.iter().map(Ticket::bytes).sum::<usize>() / tickets.len().max(1);
         lane.weight = weight.max(lane.weight - lane.weight / 4);
-    }
-
-    /// Notes that a batch is being published, until the result is dropped.
-    pub(super) fn under_way(&self, batch: BatchId) -> UnderWay {
-        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).insert(batch);
-        UnderWay { batch, all: Arc::clone(&self.under_way) }
-    }
-
-    /// Whether a batch is being published by this process.
-    pub(super) fn is_under_way(&self, batch: BatchId) -> bool {
-        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).contains(&batch)
     }
 }
 

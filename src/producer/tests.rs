@@ -127,29 +127,6 @@ async fn messages_of_a_saturated_endpoint_are_held_and_the_others_go() {
     assert_eq!(counts.get("slow pending held"), Some(&760), "{counts:?}");
 }
 
-/// Its statement ran on in the store after the connection to it was lost.
-#[tokio::test]
-async fn a_claim_that_comes_to_be_after_its_answer_was_lost_is_found() {
-    let mut bench = Bench::new(None).await;
-    bench.insert(["default"].into_iter()).await;
-    bench.until("default queued", 1).await;
-    let (store, clock) = (Arc::clone(&bench.parts.store), bench.parts.clock.clone());
-    bench.producer.note_unsure(clock.instant());
-    for _ in 0..50 {
-        bench.step().await;
-    }
-    bench.insert(["default"].into_iter()).await;
-    let (owner, batch) = (bench.parts.presence.instance().unwrap(), BatchId::random());
-    let due = Due::New(Urgency::Normal);
-    let claim = Claim { due, limit: 10, lane: "messages", batch, saturated: &[], owner, now: clock.now() };
-    assert_eq!(store.claim(&claim).await.unwrap().tickets.len(), 1);
-    let lost = clock.instant();
-    while store.batches(clock.now(), 10).await.unwrap().iter().any(|known| known.log_position.is_none()) {
-        bench.step().await;
-        assert!(clock.instant().since(lost) < 2 * UNSURE_LOOK, "its batch is not published");
-    }
-}
-
 /// An urgent message waits behind no other.
 #[tokio::test]
 async fn urgent_messages_go_before_a_backlog() {
@@ -245,8 +222,8 @@ impl Queue for AwayQueue {
         away()
     }
 
-    async fn publish(&self, _lane: &str, _records: Vec<LaneRecord>) -> queue::Result<LogPosition> {
-        away()
+    async fn publish(&self, lane: &str, _records: Vec<LaneRecord>) -> queue::Result<LogPosition> {
+        if lane == "messages" { away() } else { Ok(LogPosition { partition: 0, offset: 0 }) }
     }
 
     async fn subscribe(&self, _lane: &str, _group: &str, _window: usize) -> queue::Result<Subscription> {
@@ -261,6 +238,37 @@ impl Queue for AwayQueue {
     async fn ping(&self) -> queue::Result<()> {
         away()
     }
+}
+
+/// The lane of new messages takes nothing, and the retry lane does.
+#[tokio::test(start_paused = true)]
+async fn a_lane_that_takes_nothing_keeps_no_other_waiting() {
+    let queue = |clock: Clock| {
+        let back = clock.now();
+        Arc::new(AwayQueue { clock, back, asked: Arc::default() }) as Arc<dyn Queue>
+    };
+    let mut bench = Bench::on(queue, None).await;
+    // Its batches go on trying as long as this runs.
+    for _ in 0..50 {
+        bench.insert(["default"].into_iter()).await;
+        bench.step().await;
+    }
+    let publisher = bench.producer.publisher();
+    assert!(publisher.is_busy("messages"));
+    let counts = bench.counts().await;
+    assert!(counts["default pending"] > 30, "what the lane does not take is not claimed: {counts:?}");
+    let (under_way, stop) = (publisher.len(), CancellationToken::new());
+    for number in 0..20 {
+        let ticket = Ticket { batch: BatchId(number), ..crate::ticket::tests::ticket(1) };
+        publisher.publish("messages-retry".to_owned(), BatchId(number), vec![ticket], &stop);
+    }
+    let passed = async {
+        while publisher.len() > under_way {
+            tokio::task::yield_now().await;
+        }
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(60), passed).await;
+    assert!(in_time.is_ok(), "{} are still under way", publisher.len() - under_way);
 }
 
 #[tokio::test]

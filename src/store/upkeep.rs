@@ -105,7 +105,7 @@ pub trait Upkeep: Send + Sync {
 
     /// Brings what waits for another attempt forward by `by`, and nothing to before `now`: the clock that its time was
     /// written by has been set back by so much. What its sender has scheduled stays. Does nothing where the store has a
-    /// clock of its own, which no process sets.
+    /// clock of its own, which no process sets. The one call that may not be repeated: retries would come too early.
     async fn bring_forward(&self, by: Duration, now: Timestamp) -> Result<()>;
 
     /// Makes partitions ahead of the ids in use. Does nothing where tables are not partitioned.

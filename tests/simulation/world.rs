@@ -196,7 +196,7 @@ impl World {
                 pacing: None,
             },
         );
-        let janitor = Janitor::new(parts.clone(), producer.leading(), None);
+        let janitor = Janitor::new(parts.clone(), producer.publisher(), producer.leading(), None);
         let delivery = Arc::new(Delivery::scripted(parts.clock.clone(), self.script(&parts.clock)));
         let options = |lane| ConsumerOptions { lane, window: 50, drain: Duration::from_secs(30) };
         let [fresh, retry] = lanes();
