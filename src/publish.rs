@@ -162,6 +162,7 @@ async fn publish(parts: &Parts, lane: &str, batch: BatchId, tickets: &[Ticket], 
             tracing::debug!(lane, "{lane} could not be made sure of: {error}");
         }
         tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             () = tokio::time::sleep(wait) => {}
         }

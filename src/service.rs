@@ -92,6 +92,7 @@ pub async fn run<S: Service>(service: &mut S, stop: &CancellationToken, wake: &N
             Err(error) => backoff.failed(&error),
         };
         tokio::select! {
+            biased;
             () = stop.cancelled() => {}
             () = woken => {}
             () = tokio::time::sleep(wait) => {}
@@ -115,6 +116,7 @@ pub async fn persist<T, E: Display, F: Future<Output = Result<T, E>>>(
             Err(error) => {
                 let wait = backoff.failed(&error);
                 tokio::select! {
+                    biased;
                     () = stop.cancelled() => return None,
                     () = tokio::time::sleep(wait) => {}
                 }

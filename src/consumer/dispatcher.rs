@@ -394,6 +394,7 @@ impl Dispatcher {
         }
         while self.limits.in_flight() > 0 || self.unrecorded > 0 {
             tokio::select! {
+                biased;
                 Some(Finished { begun, tried, took }) = self.finished.recv() => {
                     // What was put off has not been tried, and is given back as well.
                     self.finish(begun, tried.and_then(Result::ok), took);
