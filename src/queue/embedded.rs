@@ -69,6 +69,44 @@ impl EmbeddedQueue {
         EmbeddedQueue { partitions, clock, lanes: Arc::default() }
     }
 
+    /// Loses all records and positions, as a broker does that comes back without its disk. Members stay. For the
+    /// simulation.
+    pub fn wipe(&self) {
+        for lane in self.lock().values_mut() {
+            lane.partitions.iter_mut().for_each(|partition| *partition = Partition::default());
+            for group in lane.groups.values_mut() {
+                group.partitions.iter_mut().for_each(|progress| *progress = Progress::default());
+                group.rebalance();
+            }
+        }
+    }
+
+    /// Loses the newest records of each partition, at most so many, as a broker does that goes on from a copy which was
+    /// behind. For the simulation.
+    pub fn truncate(&self, records: usize) {
+        for lane in self.lock().values_mut() {
+            for partition in &mut lane.partitions {
+                let kept = partition.records.len().saturating_sub(records);
+                let lost: usize = partition.records.drain(kept..).map(|(_, lost)| lost.value.len()).sum();
+                partition.bytes -= lost;
+            }
+            let ends: Vec<_> = lane.partitions.iter().map(Partition::end).collect();
+            for group in lane.groups.values_mut() {
+                for (progress, end) in group.partitions.iter_mut().zip(&ends) {
+                    progress.committed = progress.committed.min(*end);
+                }
+                group.rebalance();
+            }
+        }
+    }
+
+    /// Shares all partitions out anew: what was taken and is not done is given once more. For the simulation.
+    pub fn rebalance(&self) {
+        for lane in self.lock().values_mut() {
+            lane.groups.values_mut().for_each(Group::rebalance);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Lane>> {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -357,6 +395,27 @@ mod tests {
             queue.publish("messages", vec![letter(n)]).await.unwrap();
         }
         assert_eq!(queue.depth("messages", "late").await.unwrap()[0].position, 0);
+    }
+
+    #[tokio::test]
+    async fn a_broker_that_forgets_gives_what_it_still_has_and_what_comes_after() {
+        let queue = EmbeddedQueue::new(1, Clock::system());
+        let mut subscription = queue.subscribe("lane", "group", 1_000).await.unwrap();
+        let mut next = async |queue: &EmbeddedQueue, published: std::ops::Range<u32>| {
+            if !published.is_empty() {
+                queue.publish("lane", conformance::records(published)).await.unwrap();
+            }
+            let taken = subscription.taken.recv().await.unwrap();
+            taken.iter().map(|taken| taken.receipt.offset).collect::<Vec<_>>()
+        };
+        assert_eq!(next(&queue, 0..4).await, [0, 1, 2, 3]);
+        queue.rebalance();
+        assert_eq!(next(&queue, 0..0).await, [0, 1, 2, 3], "nothing was done");
+        queue.truncate(2);
+        assert_eq!(next(&queue, 4..5).await, [0, 1, 2], "the third is another record now");
+        queue.wipe();
+        assert_eq!(queue.depth("lane", "group").await.unwrap()[0].end, 0);
+        assert_eq!(next(&queue, 5..7).await, [0, 1]);
     }
 
     #[tokio::test]
