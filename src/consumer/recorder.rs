@@ -90,7 +90,8 @@ async fn write(
     let mut responses = Vec::new();
     let mut letters = Vec::new();
     for (record, judged_at) in records.into_iter().zip(judged_at) {
-        if refused.contains(&record.ticket.id) {
+        // A success is never refused; another try of its message may be, in the same write.
+        if record.verdict != Verdict::Sent && refused.contains(&record.ticket.id) {
             continue;
         }
         let ticket = record.ticket;
