@@ -55,6 +55,9 @@ const BURST: Duration = Duration::from_secs(1);
 const SATURATED_LOOK: Duration = Duration::from_millis(20);
 /// How often held deliveries of endpoints that are open again are looked for.
 const UNHOLD: Duration = Duration::from_secs(1);
+/// How often, while there are more of them than were freed: the store may know of a closed endpoint before we do, and
+/// then each claim holds again what was freed.
+const UNHOLD_MORE: Duration = Duration::from_millis(20);
 
 /// The leadership of the active producer, as the janitor beside it has to know it.
 #[derive(Clone, Copy, Debug)]
@@ -397,9 +400,7 @@ impl Producer {
                 more |= freed > 0;
             }
         }
-        if !more {
-            self.next_unhold = now.instant.after(UNHOLD);
-        }
+        self.next_unhold = now.instant.after(if more { UNHOLD_MORE } else { UNHOLD });
         Ok(())
     }
 }

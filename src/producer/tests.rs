@@ -127,6 +127,23 @@ async fn messages_of_a_saturated_endpoint_are_held_and_the_others_go() {
     assert_eq!(counts.get("slow pending held"), Some(&760), "{counts:?}");
 }
 
+/// Somebody has closed an endpoint again, and the producer has not heard of it yet: what it frees, its claim holds.
+#[tokio::test]
+async fn a_producer_that_frees_in_vain_rests_between() {
+    let mut bench = Bench::new(None).await;
+    let closed = Endpoint { enabled: false, ..Endpoint::new("slow", "http://localhost:3000") };
+    bench.parts.store.put_endpoint(&closed).await.unwrap();
+    bench.insert(std::iter::repeat_n("slow", 100)).await;
+    bench.until("slow pending held", 100).await;
+    bench.parts.clock.advance(UNHOLD);
+    // As many as one claim takes, so that each claim is full.
+    let mut worked = 0;
+    while worked < 10 && bench.producer.step().await.unwrap() == Step::Worked {
+        worked += 1;
+    }
+    assert!(worked < 10, "it works without a rest, and nothing comes of it");
+}
+
 /// An urgent message waits behind no other.
 #[tokio::test]
 async fn urgent_messages_go_before_a_backlog() {
