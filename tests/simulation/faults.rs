@@ -1,204 +1,166 @@
-//! A store whose calls fail: before they happen, after they happened, by the end of the process, or
-//! because the store is away for a while.
+//! What goes wrong, and how often: calls that fail before they happen or after they happened, parts that are away for a
+//! while, and processes that end in the middle of a call.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+pub mod cache;
+pub mod queue;
+pub mod store;
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use ams::clock::{Clock, Timestamp};
-use ams::lane::{Lane, LaneGroup};
-use ams::message::{Attempt, Held, Message, MessageId, NewMessage};
-use ams::store::operate::*;
-use ams::store::*;
-use ams::ticket::{BatchId, Ticket};
-use async_trait::async_trait;
-use tokio::sync::Notify;
-use uuid::Uuid;
 
-/// How often what goes wrong, in thousandths of calls.
-#[derive(Clone, Copy, Debug)]
-pub struct Rates {
-    pub before: u32,
-    pub after: u32,
-    pub crash: u32,
-    pub outage: u32,
-    /// In thousandths of attempts.
-    pub short: u32,
+use crate::node::Process;
+use crate::report::Report;
+use crate::world::wait;
+
+/// A part that all processes share.
+#[derive(Clone, Copy)]
+pub enum Part {
+    Store,
+    Queue,
+    Cache,
 }
 
-/// Decides the fate of each call, and remembers how often.
-pub struct Faults {
-    rates: Rates,
-    pub crashed: Notify,
-    pub count: AtomicU64,
-    /// Until when the store is away, in microseconds.
-    away_until: AtomicI64,
-    /// Off while the world is set up and inspected.
-    pub on: std::sync::atomic::AtomicBool,
-}
+impl Part {
+    const ALL: [Part; 3] = [Part::Store, Part::Queue, Part::Cache];
 
-impl Faults {
-    pub fn new(rates: Rates) -> Faults {
-        Faults {
-            rates,
-            crashed: Notify::new(),
-            count: AtomicU64::new(0),
-            away_until: AtomicI64::new(0),
-            on: true.into(),
+    fn faults(self) -> &'static str {
+        match self {
+            Part::Store => "faults of the store",
+            Part::Queue => "faults of the queue",
+            Part::Cache => "faults of the cache",
         }
     }
 
-    fn happens(&self, per_mille: u32) -> bool {
-        let happens = self.on.load(Ordering::Relaxed) && fastrand::u32(0..1000) < per_mille;
-        self.count.fetch_add(u64::from(happens), Ordering::Relaxed);
+    fn outages(self) -> &'static str {
+        match self {
+            Part::Store => "outages of the store",
+            Part::Queue => "outages of the queue",
+            Part::Cache => "outages of the cache",
+        }
+    }
+}
+
+/// How often calls of a part go wrong, in thousandths.
+#[derive(Clone, Copy, Debug)]
+struct Rates {
+    before: u32,
+    after: u32,
+    outage: u32,
+}
+
+/// Decides the fate of each call, and counts.
+pub struct Faults {
+    clock: Clock,
+    /// Nothing goes wrong from then on.
+    calm_at: Timestamp,
+    parts: [Rates; 3],
+    crash: u32,
+    /// In thousandths of attempts.
+    short: u32,
+    /// In thousandths of batches.
+    partly: u32,
+    /// Until when a part is away, in microseconds.
+    away_until: [AtomicI64; 3],
+    pub report: Mutex<Report>,
+}
+
+impl Faults {
+    /// Faults at random rates until `calm_at`, by the world's own clock.
+    pub fn random(clock: Clock, calm_at: Timestamp) -> Faults {
+        // Half of the worlds are without each kind, so that every kind is also seen apart from others.
+        let rate = |max| if fastrand::bool() { 0 } else { fastrand::u32(1..=max) };
+        Faults {
+            clock,
+            calm_at,
+            // The fewer calls a part has, the more of them fail.
+            parts: Part::ALL.map(|part| {
+                let times = [1, 3, 20][part as usize];
+                Rates { before: rate(20 * times), after: rate(20 * times), outage: rate(3 * times) }
+            }),
+            crash: rate(3),
+            short: rate(300),
+            partly: rate(50),
+            away_until: [0, 0, 0].map(AtomicI64::new),
+            report: Mutex::default(),
+        }
+    }
+
+    /// Whether things may still go wrong.
+    pub fn are_on(&self) -> bool {
+        self.clock.now() < self.calm_at
+    }
+
+    pub fn count(&self, what: &'static str, times: u64) {
+        self.report.lock().unwrap().count(what, times);
+    }
+
+    fn happens(&self, per_mille: u32, what: &'static str) -> bool {
+        let happens = self.are_on() && fastrand::u32(0..1000) < per_mille;
+        if happens {
+            self.count(what, 1);
+        }
         happens
     }
 
     /// Ends the process here, or not.
-    pub async fn maybe_crash(&self) {
-        if self.happens(self.rates.crash) {
-            self.crashed.notify_one();
-            std::future::pending::<()>().await;
+    pub async fn maybe_crash(&self, process: &Process) {
+        if self.are_on() && fastrand::u32(0..1000) < self.crash {
+            process.kill();
         }
+        process.is_alive().await;
     }
 
-    /// Whether the process is short of what this attempt needs.
+    /// Whether the process is short of what an attempt needs.
     pub fn is_short(&self) -> bool {
-        self.happens(self.rates.short)
+        self.happens(self.short, "shortages")
     }
 
-    /// Whether the store is away; it leaves for up to half a minute, so that leases run out and others do not.
-    fn away(&self, clock: &Clock) -> bool {
-        if self.happens(self.rates.outage) {
-            let back = clock.now().after(Duration::from_millis(fastrand::u64(100..30_000)));
-            self.away_until.fetch_max(back.as_micros(), Ordering::Relaxed);
+    /// Whether a batch is only published in part.
+    fn is_partial(&self) -> bool {
+        self.happens(self.partly, "half-published batches")
+    }
+
+    /// Whether a part is away. It leaves for up to 20 s, so that some leases run out and others do not.
+    fn is_away(&self, part: Part) -> bool {
+        let (now, until) = (self.clock.now(), &self.away_until[part as usize]);
+        if self.happens(self.parts[part as usize].outage, part.outages()) {
+            let back = now.after(Duration::from_millis(fastrand::u64(100..20_000))).min(self.calm_at);
+            until.fetch_max(back.as_micros(), Ordering::Relaxed);
         }
-        clock.now().as_micros() < self.away_until.load(Ordering::Relaxed)
+        now.as_micros() < until.load(Ordering::Relaxed)
     }
 
     /// Carries a call out, or fails it on one side or the other.
-    pub async fn call<T>(&self, clock: &Clock, call: impl Future<Output = Result<T>>) -> Result<T> {
-        self.maybe_crash().await;
-        let lost = || StoreError::Unavailable("the simulation cut the connection".to_owned());
-        if self.happens(self.rates.before) {
-            return Err(lost());
-        }
-        if self.away(clock) {
+    pub async fn call<T, E>(
+        &self,
+        part: Part,
+        process: &Process,
+        lost: impl Fn(String) -> E,
+        call: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        self.maybe_crash(process).await;
+        let rates = self.parts[part as usize];
+        if self.is_away(part) {
             // Some calls are refused, others hear nothing for a while.
-            let silence = Duration::from_millis(fastrand::u64(0..1_000) * fastrand::u64(0..3));
-            let _ = tokio::time::timeout(silence, std::future::pending::<()>()).await;
-            return Err(lost());
+            wait(Duration::from_millis(fastrand::u64(0..1_000) * fastrand::u64(0..3))).await;
+            process.is_alive().await;
+            return Err(lost("the simulation took it away".to_owned()));
+        }
+        if self.happens(rates.before, part.faults()) {
+            return Err(lost("the simulation cut the connection before the call".to_owned()));
         }
         let answer = call.await;
         // The other services get their turn between any two calls.
         for _ in 0..fastrand::u32(0..3) {
             tokio::task::yield_now().await;
         }
-        self.maybe_crash().await;
-        if self.happens(self.rates.after) { Err(lost()) } else { answer }
-    }
-}
-
-/// The store that the services see.
-pub struct FaultyStore {
-    pub inner: Arc<dyn Store>,
-    pub faults: Arc<Faults>,
-    pub clock: Clock,
-}
-
-macro_rules! faulty {
-    ($trait:ident { $($as_is:tt)* } $($name:ident($($argument:ident: $type:ty),*) -> $answer:ty;)*) => {
-        #[async_trait]
-        impl $trait for FaultyStore {
-            $($as_is)*
-            $(async fn $name(&self, $($argument: $type),*) -> Result<$answer> {
-                self.faults.call(&self.clock, self.inner.$name($($argument),*)).await
-            })*
+        self.maybe_crash(process).await;
+        if self.happens(rates.after, part.faults()) {
+            return Err(lost("the simulation cut the connection after the call".to_owned()));
         }
-    };
-}
-
-faulty! {
-    Store {
-        fn kind(&self) -> &'static str {
-            self.inner.kind()
-        }
+        answer
     }
-    migrate() -> Vec<String>;
-    schema_version() -> SchemaVersion;
-    installation() -> Uuid;
-    insert(messages: &[NewMessage], now: Timestamp) -> Vec<Inserted>;
-    insert_whole(messages: &[NewMessage], now: Timestamp) -> AllOrNone;
-    about() -> About;
-}
-
-faulty! {
-    Registry {}
-    time() -> Option<Timestamp>;
-    enroll(service: &str, host: &str, now: Timestamp, lease_until: Timestamp) -> InstanceId;
-    renew(instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> bool;
-    report_saturated(instance: InstanceId, endpoints: &[String]) -> ();
-    saturated() -> Vec<String>;
-    retire(instance: InstanceId) -> ();
-    lead(bid: &Bid) -> Option<Leadership>;
-    endpoints() -> Vec<Endpoint>;
-    put_endpoint(endpoint: &Endpoint) -> ();
-    delete_endpoint(name: &str) -> Deletion;
-    lanes() -> Vec<Lane>;
-    put_lane(lane: &Lane, now: Timestamp) -> Option<Lane>;
-    lane_groups() -> Vec<LaneGroup>;
-    put_lane_group(group: &LaneGroup) -> ();
-}
-
-faulty! {
-    Scheduling {}
-    due(lanes: &[&str], by: Timestamp) -> DueNow;
-    claim(claim: &Claim<'_>) -> Claimed;
-    acknowledge(batch: BatchId, at: LogPosition) -> ();
-    batches(now: Timestamp, limit: usize) -> Vec<Batch>;
-    reissue(reissue: &Reissue) -> Option<Reissued>;
-    held() -> Vec<(String, Held)>;
-    unhold(endpoint: &str, held: Held, limit: usize, now: Timestamp) -> u64;
-    expire(now: Timestamp, limit: usize) -> u64;
-}
-
-faulty! {
-    Execution {}
-    begin(begin: &Begin<'_>) -> Vec<Begun>;
-    record(records: &Records<'_>) -> Vec<MessageId>;
-    hold(lane: &str, tickets: &[Ticket], held: Held, now: Timestamp) -> u64;
-    dead_letters(before: Timestamp, limit: usize) -> Vec<DeadLetter>;
-    dead_lettered(ids: &[MessageId]) -> ();
-}
-
-faulty! {
-    Upkeep {}
-    recover(recovery: &Recovery<'_>) -> Recovered;
-    remove_old(removal: &Removal) -> Removed;
-    check_feeds(now: Timestamp) -> bool;
-    reconcile(now: Timestamp, limit: usize) -> Reconciled;
-    reconciliation() -> Reconciliation;
-    bring_forward(by: Duration, now: Timestamp) -> ();
-    make_partitions() -> ();
-}
-
-faulty! {
-    Operations {}
-    message(id: MessageId) -> Option<Message>;
-    messages(ids: &[MessageId]) -> Vec<Message>;
-    search(filter: &Filter, from: Cursor, limit: usize) -> Page;
-    change(change: Change, ids: &[MessageId], now: Timestamp) -> Vec<MessageId>;
-    open_job(change: Change, filter: &Filter, now: Timestamp) -> Job;
-    work_job(id: JobId, limit: usize, now: Timestamp) -> Option<Job>;
-    job(id: JobId) -> Option<Job>;
-    idle_jobs(before: Timestamp) -> Vec<JobId>;
-    dead_reasons() -> Vec<DeadReason>;
-    set_paused(paused: bool) -> ();
-    control(now: Timestamp) -> Control;
-    put_key(key: &ApiKey) -> ();
-    keys() -> Vec<ApiKey>;
-    revoke_key(id: &str, now: Timestamp) -> bool;
-    keys_used(ids: &[String], now: Timestamp) -> ();
-    attempts(id: MessageId) -> Vec<Attempt>;
-    overview(now: Timestamp) -> Overview;
 }

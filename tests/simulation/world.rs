@@ -1,379 +1,73 @@
-//! One world: a store that outlives its processes, receivers that remember, and processes that come and go.
+//! One world: what all processes share, the hosts they run on, and how long it goes on.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ams::cache::memory::MemoryCache;
 use ams::clock::{Clock, Timestamp};
-use ams::consumer::{self, ConsumerOptions};
-use ams::delivery::{Delivery, Script};
-use ams::janitor::Janitor;
 use ams::lane::Lane;
-use ams::message::{Class, MessageId, NewMessage, Outcome, Status, Times};
-use ams::producer::{Producer, ProducerOptions};
+use ams::message::{Message, MessageId};
+use ams::queue::Queue;
 use ams::queue::embedded::EmbeddedQueue;
-use ams::service::{Directory, Parts, Presence};
-use ams::shortage::{Resource, Shortage};
 use ams::store::sqlite::SqliteStore;
-use ams::store::{Endpoint, Operations, Registry, Store};
-use ams::telemetry::Metrics;
-use ams::ticket::Ticket;
-use tokio::sync::Notify;
+use ams::store::{Claimed, Operations, Registry, Store};
+use futures_util::FutureExt;
+use rusqlite::Connection;
 use tokio_util::sync::CancellationToken;
 
-use crate::faults::{Faults, FaultyStore, Rates};
+use crate::check;
+use crate::events;
+use crate::faults::Faults;
+use crate::faults::cache::SharedCache;
+use crate::healing::Stays;
+use crate::history::{History, Story};
+use crate::node::{self, Host};
+use crate::receivers;
+use crate::report::Report;
 
-/// What a run came to.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    pub sent: u64,
-    pub dead: u64,
-    pub duplicates: u64,
-    pub crashes: u64,
-    pub stops: u64,
-    pub faults: u64,
-    pub virtual_s: u64,
-}
+const START: i64 = 1_800_000_000_000_000;
 
-impl Report {
-    pub fn add(&mut self, other: &Report) {
-        self.sent += other.sent;
-        self.dead += other.dead;
-        self.duplicates += other.duplicates;
-        self.crashes += other.crashes;
-        self.stops += other.stops;
-        self.faults += other.faults;
-        self.virtual_s += other.virtual_s;
-    }
-}
+/// So long after the last fault everything must be over: a process may be down for 12 s, what had died is found within
+/// 30 s, and the tries of one message take 24 s and wait for a slow receiver.
+const LIMIT: Duration = Duration::from_secs(90);
 
-/// What the receivers saw, and what they may see twice.
-#[derive(Default)]
-struct Receivers {
-    accepted: BTreeMap<MessageId, u64>,
-    tried: BTreeMap<MessageId, u64>,
-    /// Second deliveries that the promises allow: of what was in flight at a crash, and of what was
-    /// accepted although the answer was lost.
-    allowed: BTreeMap<MessageId, u64>,
-    /// Tries that began before they were due.
-    early: Vec<String>,
+/// A leader hears of a pause when it bids, and leads for 4 s when it can't.
+const PAUSE_HEARD: Duration = Duration::from_secs(4);
+
+/// What a run came to. Two runs of one seed are equal.
+#[derive(Debug, PartialEq)]
+pub struct Run {
+    pub report: Report,
+    tries: Vec<(MessageId, Vec<crate::history::Try>)>,
 }
 
 pub struct World {
-    store: Arc<SqliteStore>,
-    receivers: Arc<Mutex<Receivers>>,
-    faults: Arc<Faults>,
-    now: Timestamp,
-    messages: i64,
-    report: Report,
+    pub store: SqliteStore,
+    /// A second connection to the store's database.
+    pub database: Mutex<Connection>,
+    pub queue: EmbeddedQueue,
+    pub cache: SharedCache,
+    /// The time itself, which no host need know.
+    pub clock: Clock,
+    /// How far the store's clock is from it, in microseconds; `None`: the store has none of its own, and all processes
+    /// are on one machine.
+    pub store_clock: Option<AtomicI64>,
+    pub faults: Faults,
+    pub history: Mutex<History>,
+    pub hosts: [Host; 2],
+    pub processes: AtomicU64,
+    /// From then on nothing goes wrong.
+    pub calm_at: Timestamp,
 }
 
-/// How one process ended.
-enum End {
-    Crashed,
-    Stopped,
-    Done,
+/// Lets so much time pass.
+pub async fn wait(time: Duration) {
+    let _ = tokio::time::timeout(time, std::future::pending::<()>()).await;
 }
 
-const START: i64 = 1_800_000_000_000_000;
-/// After this much virtual time everything must be over: tries take 21 s, a recovery 20 s, a crash may follow another.
-const LIMIT: Duration = Duration::from_secs(3600);
-
-impl World {
-    pub fn new(seed: u64) -> World {
-        fastrand::seed(seed);
-        let calm = fastrand::u32(0..4) == 0;
-        let rate = |max| if calm { 0 } else { fastrand::u32(0..=max) };
-        let rates =
-            Rates { before: rate(20), after: rate(20), crash: rate(4), outage: rate(2), short: rate(300) };
-        World {
-            store: Arc::new(SqliteStore::in_memory().unwrap()),
-            receivers: Arc::default(),
-            faults: Arc::new(Faults::new(rates)),
-            now: Timestamp::from_micros(START),
-            messages: fastrand::i64(1..=30),
-            report: Report::default(),
-        }
-    }
-
-    /// Runs processes one after the other until every message is final, then checks the promises.
-    pub fn run(mut self) -> Result<Report, String> {
-        loop {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_time()
-                .start_paused(true)
-                .build()
-                .unwrap();
-            let (end, now) = runtime.block_on(self.process());
-            // Whatever the process was doing ends here, as with kill -9.
-            drop(runtime);
-            self.now = now;
-            match end {
-                End::Done => break,
-                End::Stopped => self.report.stops += 1,
-                End::Crashed => {
-                    self.report.crashes += 1;
-                    self.allow_repeats_of_what_was_in_flight();
-                }
-            }
-            if now.since(Timestamp::from_micros(START)) > LIMIT {
-                return Err(format!("not over after {LIMIT:?}: {}", self.open()));
-            }
-        }
-        self.report.faults = self.faults.count.load(Ordering::Relaxed);
-        self.report.virtual_s = self.now.since(Timestamp::from_micros(START)).as_secs();
-        self.check()
-    }
-
-    /// A crash between a request and its record hides the answer: what was begun may be sent again.
-    fn allow_repeats_of_what_was_in_flight(&self) {
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        for id in (1..=self.messages).map(MessageId) {
-            let message = runtime.block_on(self.store.message(id)).unwrap();
-            if message.is_some_and(|message| message.status == Status::Processing) {
-                *self.receivers.lock().unwrap().allowed.entry(id).or_default() += 1;
-            }
-        }
-    }
-
-    /// One process's life.
-    async fn process(&self) -> (End, Timestamp) {
-        let clock = Clock::virtual_from(self.now);
-        let parts = self.parts(&clock);
-        let (stop, alive) = (CancellationToken::new(), CancellationToken::new());
-        let life = self.live(&parts, &stop, &alive);
-        // A rolling restart now and then, at a random time.
-        let restart = Duration::from_millis(fastrand::u64(1_000..120_000));
-        let watched = async {
-            let end = tokio::select! {
-                () = self.all_final() => End::Done,
-                () = std::future::pending::<()>() => End::Stopped,
-            };
-            stop.cancel();
-            end
-        };
-        let restarted = async {
-            let ended = tokio::time::timeout(restart, watched).await;
-            stop.cancel();
-            ended.unwrap_or(End::Stopped)
-        };
-        let end = tokio::select! {
-            biased;
-            () = self.faults.crashed.notified() => End::Crashed,
-            (end, ()) = async { tokio::join!(restarted, life) } => end,
-        };
-        (end, clock.now())
-    }
-
-    fn parts(&self, clock: &Clock) -> Parts {
-        let store: Arc<dyn Store> = Arc::new(FaultyStore {
-            inner: self.store.clone(),
-            faults: Arc::clone(&self.faults),
-            clock: clock.clone(),
-        });
-        Parts {
-            presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "simulation")),
-            directory: Arc::new(Directory::new(Arc::clone(&store))),
-            queue: Arc::new(EmbeddedQueue::new(3, clock.clone())),
-            cache: Arc::new(MemoryCache::new()),
-            clock: clock.clone(),
-            metrics: Arc::new(Metrics::default()),
-            store,
-        }
-    }
-
-    async fn live(&self, parts: &Parts, stop: &CancellationToken, alive: &CancellationToken) {
-        self.set_up(parts).await;
-        let producer = Producer::new(
-            parts.clone(),
-            ProducerOptions {
-                fresh_lane: "messages".into(),
-                batch: fastrand::usize(1..10),
-                capacity: 100,
-                poll: Duration::from_millis(100),
-                pacing: None,
-            },
-        );
-        let janitor = Janitor::new(parts.clone(), producer.publisher(), producer.leading(), None);
-        let delivery = Arc::new(Delivery::scripted(parts.clock.clone(), self.script(&parts.clock)));
-        let options = |lane| ConsumerOptions { lane, window: 50, drain: Duration::from_secs(30) };
-        let [fresh, retry] = lanes();
-        let wake = Notify::new();
-        let work = async {
-            let ((), (), fresh, retry) = tokio::join!(
-                producer.run(stop, &wake),
-                janitor.run(stop),
-                consumer::run(parts.clone(), Arc::clone(&delivery), options(fresh), stop),
-                consumer::run(parts.clone(), Arc::clone(&delivery), options(retry), stop),
-            );
-            fresh.and(retry).unwrap();
-            alive.cancel();
-        };
-        tokio::join!(work, parts.presence.run(alive), parts.directory.run(alive));
-        parts.presence.retire().await;
-    }
-
-    /// The first process finds an empty store; later ones find what is there.
-    async fn set_up(&self, parts: &Parts) {
-        let store = self.store.as_ref();
-        if store.endpoints().await.unwrap().is_empty() {
-            let endpoint = Endpoint { in_flight_max: 3, ..Endpoint::new("default", "http://localhost:3000") };
-            store.put_endpoint(&endpoint).await.unwrap();
-            // A third is scheduled, some of it sooner than its ticket may go ahead.
-            let send_at = || parts.clock.now().after(Duration::from_millis(fastrand::u64(0..5_000)));
-            let messages: Vec<_> = (0..self.messages)
-                .map(|i| NewMessage {
-                    recipient: format!("+{i}"),
-                    content: "Hi".into(),
-                    send_at: (fastrand::u32(0..3) == 0).then(send_at),
-                    ..NewMessage::default()
-                })
-                .collect();
-            store.insert(&messages, parts.clock.now()).await.unwrap();
-        }
-        ams::service::persist("presence", &CancellationToken::new(), || parts.presence.renew()).await;
-        ams::service::persist("directory", &CancellationToken::new(), || parts.directory.refresh()).await;
-    }
-
-    /// A receiver that takes its time, refuses a share, and sometimes accepts without our hearing of it.
-    fn script(&self, clock: &Clock) -> Script {
-        let clock = clock.clone();
-        let (receivers, faults) = (Arc::clone(&self.receivers), Arc::clone(&self.faults));
-        let store = Arc::clone(&self.store);
-        Arc::new(move |ticket, _endpoint| {
-            let (receivers, faults, clock) = (Arc::clone(&receivers), Arc::clone(&faults), clock.clone());
-            let store = Arc::clone(&store);
-            Box::pin(async move {
-                let due_at = due_at(store.as_ref(), &ticket).await;
-                if due_at > Some(clock.now()) {
-                    let early = format!("{ticket:?} was tried at {}, due at {due_at:?}", clock.now());
-                    receivers.lock().unwrap().early.push(early);
-                }
-                if faults.is_short() {
-                    return Err(Shortage {
-                        of: Resource::Descriptors,
-                        why: "the simulation took them".into(),
-                    });
-                }
-                *receivers.lock().unwrap().tried.entry(ticket.id).or_default() += 1;
-                faults.maybe_crash().await;
-                let took = Duration::from_millis(fastrand::u64(0..200));
-                let _ = tokio::time::timeout(took, std::future::pending::<()>()).await;
-                let (accepted, class) = match fastrand::u32(0..10) {
-                    0..=5 => (true, Class::Accepted),
-                    6 => (true, Class::Timeout),
-                    7 => (false, Class::Timeout),
-                    8 => (false, Class::Refused),
-                    _ => (false, Class::Rejected),
-                };
-                {
-                    let mut receivers = receivers.lock().unwrap();
-                    *receivers.accepted.entry(ticket.id).or_default() += u64::from(accepted);
-                    if accepted && class == Class::Timeout {
-                        *receivers.allowed.entry(ticket.id).or_default() += 1;
-                    }
-                }
-                faults.maybe_crash().await;
-                Ok(Outcome { started_at: clock.now(), ..outcome(class) })
-            })
-        })
-    }
-
-    /// Looks straight into the store, past the faults, as the tester's eye.
-    async fn all_final(&self) {
-        loop {
-            let mut open = 0;
-            for id in 1..=self.messages {
-                let message = self.store.message(MessageId(id)).await.unwrap();
-                open += usize::from(message.is_none_or(|message| !message.status.is_final()));
-            }
-            if open == 0 {
-                return;
-            }
-            let _ = tokio::time::timeout(Duration::from_millis(500), std::future::pending::<()>()).await;
-        }
-    }
-
-    fn open(&self) -> String {
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let messages =
-            (1..=self.messages).map(|id| runtime.block_on(self.store.message(MessageId(id))).unwrap());
-        let open: Vec<_> = messages
-            .flatten()
-            .filter(|message| !message.status.is_final())
-            .map(|m| {
-                let attempts = m.attempts;
-                format!("{} is {} held {:?} attempts {attempts} due {:?}", m.id, m.status, m.held, m.due_at)
-            })
-            .collect();
-        open.join("; ")
-    }
-
-    fn check(mut self) -> Result<Report, String> {
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let receivers = self.receivers.lock().unwrap();
-        if let Some(early) = receivers.early.first() {
-            return Err(format!("{} tries were too early: {early}", receivers.early.len()));
-        }
-        let of = |map: &BTreeMap<MessageId, u64>, id| map.get(&id).copied().unwrap_or(0);
-        for id in (1..=self.messages).map(MessageId) {
-            let message =
-                runtime.block_on(self.store.message(id)).unwrap().ok_or(format!("message {id} is gone"))?;
-            let attempts = runtime.block_on(self.store.attempts(id)).unwrap();
-            let (accepted, tried, allowed) =
-                (of(&receivers.accepted, id), of(&receivers.tried, id), of(&receivers.allowed, id));
-            match message.status {
-                Status::Sent => {
-                    self.report.sent += 1;
-                    if accepted == 0 {
-                        return Err(format!("message {id} is sent, and nobody has it"));
-                    }
-                    self.report.duplicates += accepted - 1;
-                    if accepted - 1 > allowed {
-                        return Err(format!(
-                            "message {id} was accepted {accepted} times; {allowed} repeats are allowed"
-                        ));
-                    }
-                }
-                Status::Dead => {
-                    self.report.dead += 1;
-                    let failed = attempts.iter().filter(|attempt| attempt.class != Class::Accepted).count();
-                    if failed != 4 || attempts.len() != 4 {
-                        return Err(format!(
-                            "message {id} is dead after {} attempts instead of 4",
-                            attempts.len()
-                        ));
-                    }
-                }
-                status => return Err(format!("message {id} ended {status}")),
-            }
-            if (attempts.len() as u64) > tried {
-                return Err(format!(
-                    "message {id} has {} attempts on record and {tried} were made",
-                    attempts.len()
-                ));
-            }
-        }
-        drop(receivers);
-        Ok(self.report)
-    }
-}
-
-/// When a ticket's attempt may begin at the earliest: at the time its sender gave, and after a failure no sooner than
-/// the wait before this attempt. Of one attempt number there may be two on record, when a lease was taken away: the
-/// older one counts, because the other may be the one that was refused.
-async fn due_at(store: &SqliteStore, ticket: &Ticket) -> Option<Timestamp> {
-    let message = store.message(ticket.id).await.unwrap().unwrap();
-    let [_, retry] = lanes();
-    let attempts = store.attempts(ticket.id).await.unwrap();
-    let before = attempts.iter().filter(|before| before.attempt == ticket.attempt - 1);
-    let waited = before.map(|before| before.started_at.after(retry.wait(ticket.attempt - 1))).min();
-    message.send_at.max(waited)
-}
-
-fn lanes() -> [Lane; 2] {
+/// The two lanes: one try, then three more after 3, 6 and 12 s.
+pub fn lanes() -> [Lane; 2] {
     let lane = |topic: &str, next: &str, fresh, tries| Lane {
         topic: topic.into(),
         group: format!("group-{topic}"),
@@ -386,21 +80,174 @@ fn lanes() -> [Lane; 2] {
     [lane("messages", "messages-retry", true, 1), lane("messages-retry", "messages-dlq", false, 3)]
 }
 
-fn outcome(class: Class) -> Outcome {
-    Outcome {
-        class,
-        status: match class {
-            Class::Accepted => Some(200),
-            Class::Rejected => Some(500),
-            _ => None,
-        },
-        address: "http://localhost:3000/".into(),
-        error: None,
-        answer: String::new(),
-        provider_message_id: None,
-        provider_message: None,
-        retry_after_ms: None,
-        started_at: Timestamp::from_micros(START),
-        times: Times::default(),
+/// Runs the world of a seed until every message is where it belongs, and checks the promises.
+pub fn run(seed: u64) -> Result<Run, String> {
+    fastrand::seed(seed);
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let world = Arc::new(World::new().await);
+        world.live().await?;
+        check::all(&world).await?;
+        let history = world.history.lock().unwrap();
+        let tries = |(id, story): (&MessageId, &Story)| (*id, story.tries.clone());
+        let tries = history.stories().iter().map(tries).collect();
+        Ok(Run { report: world.faults.report.lock().unwrap().clone(), tries })
+    })
+}
+
+impl World {
+    async fn new() -> World {
+        static WORLDS: AtomicU64 = AtomicU64::new(0);
+        let number = WORLDS.fetch_add(1, Ordering::Relaxed);
+        let database = || Connection::open(format!("file:/world-{number}?vfs=memdb")).unwrap();
+        let store = SqliteStore::inline(database()).unwrap();
+        store.migrate().await.unwrap();
+        let clock = Clock::virtual_from(Timestamp::from_micros(START));
+        let calm_at = clock.now().after(Duration::from_millis(fastrand::u64(3_000..60_000)));
+        let world = World {
+            database: Mutex::new(database()),
+            queue: EmbeddedQueue::new(3, clock.clone()),
+            cache: SharedCache::default(),
+            faults: Faults::random(clock.clone(), calm_at),
+            history: Mutex::default(),
+            hosts: [Host::default(), Host::default()],
+            store_clock: fastrand::bool().then(AtomicI64::default),
+            processes: AtomicU64::new(0),
+            calm_at,
+            store,
+            clock,
+        };
+        for endpoint in receivers::endpoints() {
+            world.store.put_endpoint(&endpoint).await.unwrap();
+        }
+        world
+    }
+
+    /// What the store's clock says.
+    pub fn store_time(&self) -> Option<Timestamp> {
+        let error = self.store_clock.as_ref()?.load(Ordering::Relaxed);
+        Some(Timestamp::from_micros(self.clock.now().as_micros() + error))
+    }
+
+    /// The time that all processes go by: the store's, or that of the one machine.
+    pub fn time(&self) -> Timestamp {
+        self.store_time().unwrap_or_else(|| self.hosts[0].now(self))
+    }
+
+    async fn live(self: &Arc<World>) -> Result<(), String> {
+        let over = CancellationToken::new();
+        let watched = async {
+            events::play(self).await;
+            let settled = self.settled().await;
+            over.cancel();
+            settled
+        };
+        let [one, other] = &self.hosts;
+        let nodes = async { tokio::join!(node::run(self, one, &over), node::run(self, other, &over)) };
+        tokio::pin!(nodes);
+        // A world that does not settle is left as it is.
+        tokio::select! {
+            biased;
+            settled = watched => settled?,
+            _ = &mut nodes => return Err("the nodes have ended before the world".to_owned()),
+        }
+        nodes.await;
+        self.faults.count("virtual seconds", self.clock.now().since(Timestamp::from_micros(START)).as_secs());
+        Ok(())
+    }
+
+    /// Waits until every message has ended and nothing is left in any place on the way.
+    async fn settled(&self) -> Result<(), String> {
+        let mut stays = Stays::default();
+        loop {
+            let messages = self.messages().await;
+            stays.look(self, &messages)?;
+            let open = messages.iter().any(|message| !message.status.is_final());
+            if !open && self.left().is_empty() {
+                let healed = self.clock.now().since(self.calm_at).as_secs();
+                self.faults.report.lock().unwrap().most("most seconds until all was well again", healed);
+                return Ok(());
+            }
+            if self.clock.now() > self.calm_at.after(LIMIT) {
+                return Err(format!("not over {LIMIT:?} after the last fault: {}", self.open(&messages)));
+            }
+            self.pass_far_waits(&messages);
+            wait(Duration::from_millis(500)).await;
+        }
+    }
+
+    /// A time that a clock has written while it was ahead comes when that clock says so. The clock is set on, because to
+    /// live through the hours would show nothing.
+    fn pass_far_waits(&self, messages: &[Message]) {
+        if self.faults.are_on() || self.history.lock().unwrap().steps.is_zero() {
+            return;
+        }
+        let waiting = self.waiting();
+        let open: Vec<_> = messages.iter().filter(|message| !message.status.is_final()).collect();
+        let due_at: Option<Vec<_>> = open.iter().map(|message| waiting.get(&message.id).copied()).collect();
+        let wait = due_at.and_then(|all| all.into_iter().min()).map(|next| next.since(self.time()));
+        if let Some(wait) = wait.filter(|wait| *wait > Duration::from_secs(30)) {
+            events::set_time(self, wait.as_micros() as i64);
+        }
+    }
+
+    /// When what waits is due; what is held is so at once.
+    pub fn waiting(&self) -> BTreeMap<MessageId, Timestamp> {
+        let database = self.database.lock().unwrap();
+        let waiting = "select message_id, iif(held is null, due_at, 0) from waiting";
+        let mut waiting = database.prepare_cached(waiting).unwrap();
+        let read =
+            |row: &rusqlite::Row<'_>| Ok((MessageId(row.get(0)?), Timestamp::from_micros(row.get(1)?)));
+        waiting.query_map([], read).unwrap().map(Result::unwrap).collect()
+    }
+
+    /// All messages, past all faults.
+    pub async fn messages(&self) -> Vec<Message> {
+        let ids: Vec<MessageId> = self.history.lock().unwrap().stories().keys().copied().collect();
+        let mut messages = self.store.messages(&ids).await.unwrap();
+        messages.sort_by_key(|message| message.id);
+        messages
+    }
+
+    /// The places on the way in which something stands.
+    pub fn left(&self) -> Vec<&'static str> {
+        let database = self.database.lock().unwrap();
+        let holds = |place: &str| {
+            let any = format!("select exists (select 1 from {place})");
+            database.query_row(&any, [], |row| row.get::<_, bool>(0)).unwrap()
+        };
+        let mut places = vec!["batches", "leases", "waiting", "cancels"];
+        // A letter that its consumer could not publish waits until it is 30 s old, by a clock that may be set meanwhile.
+        if self.history.lock().unwrap().steps.is_zero() {
+            places.push("dead_letters");
+        }
+        places.retain(|place| holds(place));
+        places
+    }
+
+    fn open(&self, messages: &[Message]) -> String {
+        let open = messages.iter().filter(|message| !message.status.is_final()).map(|m| {
+            let attempts = m.attempts;
+            format!("{} is {} held {:?} attempts {attempts} due {:?}", m.id, m.status, m.held, m.due_at)
+        });
+        format!("{}; {}", self.state(), open.collect::<Vec<_>>().join("; "))
+    }
+
+    /// Where something stands, and how far the lanes have been read.
+    pub fn state(&self) -> String {
+        let depth = |lane: Lane| self.queue.depth(&lane.topic, &lane.group).now_or_never().unwrap().unwrap();
+        format!("{:?} hold something; lanes {:?}", self.left(), lanes().map(depth))
+    }
+
+    /// Notes a claim: while producers are paused there is none.
+    pub fn claimed(&self, claimed: &Claimed) {
+        let mut history = self.history.lock().unwrap();
+        let now = self.clock.now();
+        if let Some(since) = history.paused_since.filter(|since| now.since(*since) > PAUSE_HEARD)
+            && claimed.seen > 0
+        {
+            history.broken.push(format!("a claim at {now} although producers are paused since {since}"));
+        }
     }
 }
