@@ -8,7 +8,7 @@
 
 mod silence;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -35,6 +35,9 @@ const DEAD_LETTER_AGE: Duration = Duration::from_secs(30);
 /// of the store may have been lost on its way there. Well under the 30 s in which work must resume, and harmless where
 /// only the broker is away.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(15);
+/// The answer to a claim or a reissue of this process may take so long, and needs no more than that. A batch that was issued
+/// again in vain does no harm.
+const ANSWERED: Duration = ROUND;
 /// A job that nobody has touched for so long has lost its caller.
 const JOB_IDLE: Duration = Duration::from_secs(5);
 /// Messages of a job that are changed in one transaction.
@@ -121,9 +124,8 @@ pub struct Janitor {
     next_reconciliation: Instant,
     urgent: bool,
     publisher: Publisher,
-    /// Batches of this process that nothing published at the last look. The answer to a claim takes its time, so one look
-    /// proves nothing.
-    unknown: BTreeSet<BatchId>,
+    /// Batches that this process does not publish and nobody has acknowledged, and since when that is seen.
+    unpublished: BTreeMap<BatchId, Instant>,
     /// [`Term::checks`] in the last round.
     checks: u32,
     stop: CancellationToken,
@@ -172,7 +174,7 @@ impl Janitor {
             next_reconciliation: Instant::START,
             urgent: false,
             publisher,
-            unknown: BTreeSet::new(),
+            unpublished: BTreeMap::new(),
             checks: 0,
             stop: CancellationToken::new(),
         }
@@ -197,12 +199,10 @@ impl Janitor {
             self.next_reconciliation = moment.instant;
         }
         if let Some(owner) = self.parts.presence.instance() {
-            let settled = self.settle_batches(now, owner, sure).await;
+            let settled = self.settle_batches(owner, moment, sure).await;
             self.duties.settle.note(settled);
-            if sure {
-                let recovered = self.recover(owner, moment).await;
-                self.duties.recover.note(recovered);
-            }
+            let recovered = self.recover(owner, moment, sure).await;
+            self.duties.recover.note(recovered);
         }
         if sure {
             let published = self.publish_left_letters(now).await;
@@ -296,12 +296,16 @@ impl Janitor {
         Ok(())
     }
 
-    /// Takes dead instances away, and issues again what they had begun.
-    async fn recover(&mut self, owner: InstanceId, moment: Now) -> Result<(), StoreError> {
-        let now = moment.time;
-        let silent = self.silence.longer_than(LEASE, moment.instant);
-        // Hosts whose clocks differ by a little have leases that end a little later.
-        let latest = now.after(LEASE * 2);
+    /// Takes dead instances away when it is `sure`, and issues again what those had begun that are gone. Whose clock seems
+    /// to be ahead is watched all the time.
+    async fn recover(&mut self, owner: InstanceId, moment: Now, sure: bool) -> Result<(), StoreError> {
+        let (now, silent) = match sure {
+            true => (moment.time, self.silence.longer_than(LEASE, moment.instant)),
+            // No lease has run out by then.
+            false => (Timestamp::MIN, Vec::new()),
+        };
+        // A clock that was read a little earlier or later makes leases that end a little later.
+        let latest = moment.time.after(LEASE * 2);
         let recovered = self.parts.store.recover(&Recovery { now, latest, silent: &silent }).await?;
         self.silence.watch(&recovered.ahead, moment.instant);
         let mut count = 0;
@@ -359,28 +363,18 @@ impl Janitor {
     }
 
     /// Issues lost batches again.
-    async fn settle_batches(
-        &mut self,
-        now: Timestamp,
-        owner: InstanceId,
-        sure: bool,
-    ) -> Result<(), StoreError> {
+    async fn settle_batches(&mut self, owner: InstanceId, moment: Now, sure: bool) -> Result<(), StoreError> {
         // The store first: a batch that is there was published before the broker is asked.
-        let batches = self.parts.store.batches(now, BATCHES).await?;
+        let batches = self.parts.store.batches(moment.time, BATCHES).await?;
         let depths = self.depths(&batches).await;
         let mut counts: BTreeMap<Loss, u64> = BTreeMap::new();
-        let is_unknown = |batch: &Batch| batch.owner == owner && !self.publisher.knows(batch.id);
-        let unknown = batches.iter().filter(|batch| batch.log_position.is_none() && is_unknown(batch));
-        let unknown: BTreeSet<BatchId> = unknown.map(|batch| batch.id).collect();
-        let before = std::mem::replace(&mut self.unknown, unknown);
+        self.note_unpublished(&batches, moment.instant);
         for batch in &batches {
             let loss = match batch.log_position {
                 Some(at) => passed_or_wiped(at, depths.get(&batch.lane).map(Vec::as_slice)),
-                None if batch.owner == owner => {
-                    let is_lost = before.contains(&batch.id) && self.unknown.contains(&batch.id);
-                    is_lost.then_some(Loss::Forgotten)
-                }
-                None => orphaned(batch, now),
+                None => self.unpublished.get(&batch.id).and_then(|since| {
+                    unpublished(batch.owner == owner, batch.orphaned, moment.instant.since(*since))
+                }),
             };
             let Some(loss) = loss else { continue };
             if (sure || loss != Loss::Orphaned) && self.has_capacity() {
@@ -395,6 +389,15 @@ impl Janitor {
             self.parts.metrics.recovered(loss.word(), count);
         }
         Ok(())
+    }
+
+    /// Notes since when nobody has acknowledged batches that this process does not publish. By its own watch: when they were
+    /// made is told by a clock that may have been set since.
+    fn note_unpublished(&mut self, batches: &[Batch], now: Instant) {
+        let before = std::mem::take(&mut self.unpublished);
+        let is_unpublished = |batch: &&Batch| batch.log_position.is_none() && !self.publisher.knows(batch.id);
+        let since = |batch: &Batch| (batch.id, *before.get(&batch.id).unwrap_or(&now));
+        self.unpublished = batches.iter().filter(is_unpublished).map(since).collect();
     }
 
     /// How far the groups of all lanes in these batches have come; lanes that can't be asked are left out.
@@ -455,10 +458,13 @@ impl Loss {
     }
 }
 
-/// Whether a batch is lost that no broker has acknowledged to its owner, another producer.
-fn orphaned(batch: &Batch, now: Timestamp) -> Option<Loss> {
-    let is_late = now.since(batch.created_at) > UNACKNOWLEDGED_MAX;
-    (batch.orphaned || is_late).then_some(Loss::Orphaned)
+/// Whether a batch is lost that this process does not publish and no broker has acknowledged, as far as anybody has noted.
+/// It may be this process's `own`, or its owner may be dead; it was first seen so `ago`.
+fn unpublished(own: bool, orphaned: bool, ago: Duration) -> Option<Loss> {
+    match own {
+        true => (ago >= ANSWERED).then_some(Loss::Forgotten),
+        false => (orphaned || ago >= UNACKNOWLEDGED_MAX).then_some(Loss::Orphaned),
+    }
 }
 
 /// Whether a batch at this place is lost, by what the broker says of its lane (`None`: it could not be asked). `None`: its

@@ -13,17 +13,6 @@ use crate::store::{
 };
 use crate::ticket::Ticket;
 
-fn batch(log_position: Option<LogPosition>, orphaned: bool) -> Batch {
-    Batch {
-        id: BatchId(1),
-        lane: "messages".into(),
-        owner: InstanceId(1),
-        created_at: Timestamp::EPOCH,
-        log_position,
-        orphaned,
-    }
-}
-
 fn parts(clock: &Clock) -> Parts {
     let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
     Parts {
@@ -177,14 +166,15 @@ async fn nobody_is_taken_for_dead_before_the_producer_has_bid_again() {
 fn a_batchs_fate_follows_from_what_the_broker_says() {
     const AT: LogPosition = LogPosition { partition: 2, offset: 9 };
     let depth = |position, end| vec![Depth { partition: 2, position, end }];
-    let soon = Timestamp::EPOCH.after(Duration::from_secs(1));
-    let late = Timestamp::EPOCH.after(UNACKNOWLEDGED_MAX + Duration::from_secs(1));
-    for (batch, now, expected) in [
-        (batch(None, false), soon, None),
-        (batch(None, false), late, Some(Loss::Orphaned)),
-        (batch(None, true), soon, Some(Loss::Orphaned)),
+    let seconds = Duration::from_secs;
+    for (own, orphaned, ago, expected) in [
+        (true, false, seconds(0), None),
+        (true, false, ANSWERED, Some(Loss::Forgotten)),
+        (false, false, seconds(5), None),
+        (false, false, UNACKNOWLEDGED_MAX, Some(Loss::Orphaned)),
+        (false, true, seconds(0), Some(Loss::Orphaned)),
     ] {
-        assert_eq!(orphaned(&batch, now), expected, "{batch:?}");
+        assert_eq!(unpublished(own, orphaned, ago), expected, "{own} {orphaned} {ago:?}");
     }
     for (depth, expected) in [
         (None, None),

@@ -106,7 +106,6 @@ pub struct Batch {
     pub id: BatchId,
     pub lane: String,
     pub owner: InstanceId,
-    pub created_at: Timestamp,
     /// Where the broker acknowledged it; `None` while it has not.
     pub log_position: Option<LogPosition>,
     /// Whether the owner's lease has run out.

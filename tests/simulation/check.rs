@@ -103,8 +103,7 @@ fn dead(world: &World, message: &Message, story: &Story, attempts: &[Attempt]) -
         // The try that was under way when it was cancelled had a number that was given again.
         numbers.dedup();
     }
-    let last = attempts.iter().max_by_key(|attempt| attempt.attempt);
-    let refused = last.is_some_and(|last| last.status == Some(410));
+    let refused = attempts.iter().any(|one| one.attempt == message.attempts && one.status == Some(410));
     let all: Vec<i32> = (story.attempts_before + 1..=message.attempts).collect();
     let made = message.attempts - story.attempts_before;
     if numbers != all || made > TRIES || made < TRIES && !refused {

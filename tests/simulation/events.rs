@@ -188,7 +188,7 @@ async fn cancel(world: &World) {
         let processing = message.status == Status::Processing;
         let story = history.of(message.id);
         story.overlaps += usize::from(processing);
-        story.cancel = Some(Cancel { processing, tries: story.tries.len() });
+        story.cancel = Some(Cancel { tries: story.tries.len() });
     }
 }
 

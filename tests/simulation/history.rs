@@ -50,8 +50,6 @@ impl Try {
 /// A cancel that stands.
 #[derive(Clone, Copy, Debug)]
 pub struct Cancel {
-    /// Whether the message was processing: one try was under way or about to begin.
-    pub processing: bool,
     /// Tries that had begun before.
     pub tries: usize,
 }
@@ -125,8 +123,9 @@ impl History {
             why.push("the store knows that it is sent");
         }
         if let Some(cancel) = story.cancel {
+            // What was processing at a cancel may still be tried: also when it was redriven since, and is cancelled again.
             let since = story.tries.len() - cancel.tries;
-            if !cancel.processing || since > 0 {
+            if since >= story.overlaps {
                 why.push("it is cancelled");
             }
         }

@@ -458,21 +458,20 @@ pub(super) async fn acknowledge(db: &Object, batch: BatchId, at: LogPosition) ->
 pub(super) async fn batches(db: &Object, now: Timestamp, count: usize) -> Result<Vec<Batch>> {
     let statement = db
         .prepare_cached(
-            "/* ams:batches */ select id, lane, owner, created_at, partition, last_offset, not exists ( \
+            "/* ams:batches */ select id, lane, owner, partition, last_offset, not exists ( \
                  select 1 from instances where instances.id = batches.owner and lease_until > $1) \
              from batches order by created_at, id limit $2",
         )
         .await?;
     let rows = db.query(&statement, &[&now, &limit(count)]).await?;
     read_all(&rows, |row| {
-        let (partition, offset): (Option<i32>, Option<i64>) = (row.try_get(4)?, row.try_get(5)?);
+        let (partition, offset): (Option<i32>, Option<i64>) = (row.try_get(3)?, row.try_get(4)?);
         Ok(Batch {
             id: BatchId(row.try_get(0)?),
             lane: row.try_get(1)?,
             owner: InstanceId(row.try_get(2)?),
-            created_at: row.try_get(3)?,
             log_position: partition.zip(offset).map(|(partition, offset)| LogPosition { partition, offset }),
-            orphaned: row.try_get(6)?,
+            orphaned: row.try_get(5)?,
         })
     })
 }

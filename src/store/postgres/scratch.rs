@@ -65,6 +65,8 @@ impl Scratch {
     /// When the server can't be reached.
     pub async fn remove(self) -> Result<()> {
         let client = connect(&self.server).await?;
+        // It waits for a checkpoint, and that for a disk that the benchmark has kept busy.
+        client.batch_execute("set statement_timeout = 0").await?;
         client.batch_execute(&format!("drop database \"{}\" with (force)", self.name)).await?;
         Ok(())
     }

@@ -7,7 +7,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use super::claim::{MESSAGE, ticket, unreadable};
 use super::endpoint::Endpoints;
 use super::place::End;
-use super::{json, list, optional_text, our_time, text};
+use super::{json, list, optional_text, text};
 use crate::clock::Timestamp;
 use crate::message::{MessageId, Status};
 use crate::store::{
@@ -104,21 +104,20 @@ pub(super) fn acknowledge(db: &Connection, batch: BatchId, at: LogPosition) -> R
 /// The oldest batches.
 pub(super) fn batches(db: &Connection, now: Timestamp, limit: usize) -> Result<Vec<Batch>> {
     let mut statement = db.prepare_cached(
-        "/* ams:batches */ select id, lane, owner, created_at, partition, last_offset, not exists ( \
+        "/* ams:batches */ select id, lane, owner, partition, last_offset, not exists ( \
              select 1 from instances where instances.id = batches.owner and lease_until > ?1) \
          from batches order by created_at, id limit ?2",
     )?;
     let limit = crate::store::limit(limit);
     let batches = statement.query_map(params![now.as_micros(), limit], |row| {
-        let partition: Option<i32> = row.get(4)?;
-        let offset: Option<i64> = row.get(5)?;
+        let partition: Option<i32> = row.get(3)?;
+        let offset: Option<i64> = row.get(4)?;
         Ok(Batch {
             id: BatchId(row.get(0)?),
             lane: text(row, 1)?,
             owner: InstanceId(row.get(2)?),
-            created_at: our_time(row, 3)?,
             log_position: partition.zip(offset).map(|(partition, offset)| LogPosition { partition, offset }),
-            orphaned: row.get(6)?,
+            orphaned: row.get(5)?,
         })
     })?;
     Ok(batches.collect::<rusqlite::Result<_>>()?)
