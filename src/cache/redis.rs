@@ -19,6 +19,9 @@ const DEADLINE: Duration = Duration::from_millis(500);
 /// After a failure calls fail at once for this long.
 const REST: Duration = Duration::from_secs(1);
 
+/// Bytes of a server's complaint that are passed on: one sentence.
+const SAID_MAX: usize = 200;
+
 /// A cache in a Redis that may come and go.
 pub struct RedisCache {
     client: redis::Client,
@@ -63,7 +66,7 @@ impl RedisCache {
         }
         let call = async { pipeline.query_async(&mut self.connection().await?).await };
         let answer = match timeout(DEADLINE, call).await {
-            Ok(answer) => answer.map_err(|error: redis::RedisError| CacheError(error.to_string())),
+            Ok(answer) => answer.map_err(|error: redis::RedisError| CacheError(brief(error.to_string()))),
             Err(_) => Err(CacheError(format!("no answer within {DEADLINE:?}"))),
         };
         if answer.is_err() {
@@ -76,6 +79,15 @@ impl RedisCache {
         let resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
         resting.as_ref().is_some_and(|since| since.elapsed() < REST)
     }
+}
+
+/// The start of what a server says: it complains of every command of a pipeline, which fills a page when its memory is full.
+fn brief(mut said: String) -> String {
+    if said.len() > SAID_MAX {
+        said.truncate(said.floor_char_boundary(SAID_MAX));
+        said.push('…');
+    }
+    said
 }
 
 fn key(id: MessageId) -> String {
@@ -122,6 +134,13 @@ mod tests {
     #[test]
     fn a_url_that_is_not_of_redis_is_refused() {
         assert!(RedisCache::open("http://localhost").is_err());
+    }
+
+    #[test]
+    fn a_complaint_about_every_command_becomes_a_sentence() {
+        assert_eq!(brief("Pipeline failure: é".to_owned()), "Pipeline failure: é");
+        let long = brief("é".repeat(1_000));
+        assert!(long.len() <= SAID_MAX + '…'.len_utf8() && long.ends_with("é…"), "{long}");
     }
 
     #[tokio::test]
