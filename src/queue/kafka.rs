@@ -188,11 +188,13 @@ impl Queue for KafkaQueue {
     async fn depth(&self, lane: &str, group: &str) -> Result<Vec<Depth>> {
         let (offset_client, name) = (self.offset_client(group)?, lane.to_owned());
         let depth = blocking(move || depth(&offset_client, &name)).await?;
-        if !depth.is_empty() && self.publisher.known_partitions(lane).is_none() {
-            // Whoever asks for a lane's depth will publish there: the first batch must not wait for this.
+        let count = i32::try_from(depth.len()).unwrap_or(i32::MAX);
+        if count > 0 && self.publisher.known_partitions(lane) != Some(count) {
+            // Whoever asks for a lane's depth will publish there: the first batch must not wait for this, and partitions that
+            // were added take their share.
             let (client, name) = (self.publisher.client(), lane.to_owned());
             blocking(move || client.client().fetch_metadata(Some(&name), ANSWER).map(drop)).await?;
-            self.publisher.know(lane, i32::try_from(depth.len()).unwrap_or(i32::MAX));
+            self.publisher.know(lane, count);
         }
         Ok(depth)
     }
@@ -215,6 +217,8 @@ fn depth(
     offset_client: &BaseConsumer<LogContext>,
     lane: &str,
 ) -> std::result::Result<Vec<Depth>, KafkaError> {
+    // Nobody reads with this client. What it reports of a broker that is away would be kept for ever.
+    while offset_client.poll(Duration::ZERO).is_some() {}
     let count = partitions(offset_client, lane)?;
     if count == 0 {
         return Ok(Vec::new());

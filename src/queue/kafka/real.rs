@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use rdkafka::admin::NewPartitions;
+
 use super::*;
 use crate::queue::conformance::{self, receipts, records, take};
 
@@ -47,6 +49,25 @@ async fn asking_for_depth_does_not_disturb_the_group() {
     let taken = take(&mut subscription, 200).await;
     assert_eq!(taken.len(), 200, "nothing came twice: there was no second rebalance");
     subscription.close().await;
+}
+
+#[tokio::test]
+async fn partitions_that_are_added_take_their_share() {
+    let (queue, lane) = (queue(), conformance::lane());
+    let admin: AdminClient<DefaultClientContext> = queue.config.create().unwrap();
+    let topic = NewTopic::new(&lane, 2, TopicReplication::Fixed(1));
+    admin.create_topics(&[topic], &AdminOptions::new()).await.unwrap();
+    queue.publish(&lane, records(0..1)).await.unwrap();
+    let more = NewPartitions::new(&lane, 5);
+    admin.create_partitions(&[more], &AdminOptions::new()).await.unwrap();
+    let all = async {
+        let mut used = BTreeSet::new();
+        while used.len() < 5 {
+            queue.depth(&lane, &lane).await.unwrap();
+            used.extend(queue.publish(&lane, records(0..1)).await.map(|at| at.partition));
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), all).await.expect("each partition gets records");
 }
 
 /// Reads on and marks all as done, until nothing is left in the partitions that `mine` picks.
