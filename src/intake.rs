@@ -10,6 +10,7 @@ mod rules;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::clock::Clock;
@@ -105,9 +106,25 @@ impl Intake {
 
 /// About how much memory these messages hold.
 fn weight_kib(messages: &[NewMessage]) -> u32 {
-    let bytes: usize =
-        messages.iter().map(|message| message.content.len() + message.recipient.len() + OVERHEAD).sum();
+    let weight = |message: &NewMessage| {
+        let json = [&message.headers, &message.tags].into_iter().flatten().map(json_weight).sum::<usize>();
+        message.content.len() + message.recipient.len() + json + OVERHEAD
+    };
+    let bytes: usize = messages.iter().map(weight).sum();
     u32::try_from(bytes.div_ceil(1_024)).unwrap_or(u32::MAX)
+}
+
+/// About how much memory a JSON value holds: each part of it has its own place, and a name or text its bytes beside.
+fn json_weight(value: &Value) -> usize {
+    size_of::<Value>()
+        + match value {
+            Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+            Value::String(text) => text.len(),
+            Value::Array(list) => list.iter().map(json_weight).sum(),
+            Value::Object(map) => {
+                map.iter().map(|(name, value)| size_of::<String>() + name.len() + json_weight(value)).sum()
+            }
+        }
 }
 
 struct Committer {
@@ -222,6 +239,20 @@ mod tests {
 
     fn message(text: &str) -> NewMessage {
         NewMessage { recipient: "+90".into(), content: text.into(), ..NewMessage::default() }
+    }
+
+    #[test]
+    fn headers_and_tags_weigh_what_they_hold_in_memory() {
+        let tags = |count: usize| {
+            let tags: Vec<_> = (0..count).map(|number| number.to_string()).collect();
+            NewMessage { tags: Some(tags.into()), ..message("Hi") }
+        };
+        assert_eq!(weight_kib(&[message("Hi")]), 1);
+        // 16 KiB of tags as text, of which each is a value and a text of its own.
+        let least = 3_000 * size_of::<Value>() / 1_024;
+        assert!(weight_kib(&[tags(3_000)]) as usize > least);
+        let headers = serde_json::json!({ "x-a": "b".repeat(10_000) });
+        assert!(weight_kib(&[NewMessage { headers: Some(headers), ..message("Hi") }]) > 9);
     }
 
     #[tokio::test]
