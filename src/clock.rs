@@ -216,7 +216,7 @@ impl Clock {
     pub fn follow(&self, told: Timestamp, asked: Instant) -> i64 {
         let answered = self.instant();
         let zero = match self.followed.load(Ordering::Relaxed) {
-            NOT_FOLLOWED => self.wall().before(answered.0).0,
+            NOT_FOLLOWED => self.own_zero(),
             zero => zero,
         };
         let (earliest, latest) = (Timestamp(zero).after(asked.0), Timestamp(zero).after(answered.0));
@@ -229,7 +229,12 @@ impl Clock {
     /// `None`: the time is a store's.
     pub fn own_offset(&self) -> Option<i64> {
         let is_own = self.followed.load(Ordering::Relaxed) == NOT_FOLLOWED;
-        is_own.then(|| self.wall().before(self.instant().0).0)
+        is_own.then(|| self.own_zero())
+    }
+
+    /// What the source's wall clock told, or would have told, when this process's instants began.
+    fn own_zero(&self) -> i64 {
+        self.wall().before(self.instant().0).0
     }
 
     /// What the source's wall clock tells.

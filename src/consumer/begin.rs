@@ -78,7 +78,7 @@ pub(super) fn parse(taken: &Taken) -> Result<Ticket, String> {
     Ticket::decode(&taken.value)
 }
 
-/// Does what is to be done with a group of to_begin; waits for the store as long as it takes. When
+/// Begins a group of admitted tickets; waits for the store as long as it takes. When
 /// `stop` comes first, nothing is said to be done, and the tickets will come again.
 pub(super) async fn start(parts: Parts, to_begin: ToBegin, stop: CancellationToken) -> Started {
     let watch = parts.clock.stopwatch();

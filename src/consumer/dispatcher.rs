@@ -220,7 +220,7 @@ impl Dispatcher {
                 },
             };
             self.bytes = self.bytes.saturating_sub(arrival.ticket.bytes());
-            self.holding.add(arrival.ticket, held, receipt, now);
+            self.holding.add(&arrival.ticket, held, receipt, now);
         }
         if self.holding.len() >= BATCH {
             self.hold();

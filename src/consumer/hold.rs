@@ -35,14 +35,13 @@ impl Holding {
         now >= self.hold_at
     }
 
-    /// Keeps a refused ticket. Without its content, because a held delivery needs none.
-    pub(super) fn add(&mut self, mut ticket: Ticket, held: Held, receipt: Receipt, now: Instant) {
+    /// Keeps a refused ticket, without the message that a held delivery does not need.
+    pub(super) fn add(&mut self, ticket: &Ticket, held: Held, receipt: Receipt, now: Instant) {
         if self.refused.is_empty() {
             self.hold_at = now.after(HOLD_AFTER);
         }
-        (ticket.content, ticket.headers) = (String::new(), None);
         self.receipts.push(receipt);
-        self.refused.push((ticket, held));
+        self.refused.push((ticket.without_message(), held));
     }
 
     /// Holds the deliveries of refused tickets, unless a call is under way.

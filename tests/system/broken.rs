@@ -1,6 +1,6 @@
 //! Bad input and parts that are not there: one sentence with what, where and how to mend it; nothing lost.
 
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 use std::time::Duration;
 
 use ams::testclient::TestClientOptions;
@@ -11,12 +11,7 @@ use crate::harness::*;
 
 fn ams(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
     let folder = tempfile::tempdir().unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ams"));
-    command.args(arguments).current_dir(folder.path()).stdin(Stdio::null());
-    for name in ["DATABASE_URL", "KAFKA_BROKERS", "REDIS_URL"] {
-        command.env_remove(name);
-    }
-    command.envs(environment.iter().copied()).output().unwrap()
+    embedded(folder.path()).args(arguments).envs(environment.iter().copied()).output().unwrap()
 }
 
 #[test]

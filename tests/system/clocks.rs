@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use ams::testclient::TestClientOptions;
@@ -66,14 +66,10 @@ async fn a_dead_leader_from_the_future_is_succeeded_on_postgres() {
 }
 
 /// `ams up` without settings, in `folder`.
-fn embedded(receiver: &Receiver, folder: &Path, more: &[(&str, &str)]) -> Child {
-    let program = setting("AMS_TEST_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_ams").to_owned());
-    let mut command = Command::new(program);
-    for name in ["DATABASE_URL", "KAFKA_BROKERS", "REDIS_URL"] {
-        command.env_remove(name);
-    }
-    command.args(["up", "--port", "0"]).env("REQUEST_URL", &receiver.url).current_dir(folder);
-    command.envs(more.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
+fn up(receiver: &Receiver, folder: &Path, more: &[(&str, &str)]) -> Child {
+    let mut command = embedded(folder);
+    command.args(["up", "--port", "0"]).env("REQUEST_URL", &receiver.url);
+    command.envs(more.iter().copied()).stdout(Stdio::null()).spawn().unwrap()
 }
 
 #[tokio::test]
@@ -81,7 +77,7 @@ async fn a_dead_leader_from_the_future_is_succeeded_on_sqlite() {
     let _alone = tokio::task::spawn_blocking(alone).await.unwrap();
     let receiver = slow().await;
     let folder = tempfile::tempdir().unwrap();
-    let start = || embedded(&receiver, folder.path(), &[]);
+    let start = || up(&receiver, folder.path(), &[]);
     let mut up = start();
     let file = folder.path().join("ams-data/ams.db");
     until("the store is there", Duration::from_secs(10), async || file.exists()).await;
@@ -187,7 +183,7 @@ async fn a_clock_that_is_set_stops_and_repeats_nothing_on_sqlite() {
     let receiver = Receiver::start(options).await;
     let folder = tempfile::tempdir().unwrap();
     let clock = WallClock::new(folder.path(), "clock", 0);
-    let mut up = embedded(&receiver, folder.path(), &clock.environment());
+    let mut up = up(&receiver, folder.path(), &clock.environment());
     let file = folder.path().join("ams-data/ams.db");
     until("the store is there", Duration::from_secs(10), async || file.exists()).await;
     let sql = rusqlite::Connection::open(&file).unwrap();

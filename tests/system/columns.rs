@@ -303,24 +303,23 @@ async fn random_values_in_postgres_are_refused_or_end_and_can_be_read() {
     up.stop().await;
 }
 
-fn embedded(folder: &Path, receiver: &Receiver) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ams"));
-    command.current_dir(folder).env("REQUEST_URL", &receiver.url);
-    for name in ["DATABASE_URL", "KAFKA_BROKERS", "REDIS_URL"] {
-        command.env_remove(name);
-    }
-    command
-}
-
 fn up(folder: &Path, receiver: &Receiver) -> Command {
-    let mut command = embedded(folder, receiver);
-    command.arg("up");
+    let mut command = embedded(folder);
+    command.arg("up").env("REQUEST_URL", &receiver.url);
     command
 }
 
 /// A migrated, empty store in this folder, and a connection to it.
 fn store(folder: &Path, receiver: &Receiver) -> rusqlite::Connection {
-    assert!(embedded(folder, receiver).arg("migrate").stdout(Stdio::null()).status().unwrap().success());
+    assert!(
+        embedded(folder)
+            .env("REQUEST_URL", &receiver.url)
+            .arg("migrate")
+            .stdout(Stdio::null())
+            .status()
+            .unwrap()
+            .success()
+    );
     rusqlite::Connection::open(folder.join("ams-data/ams.db")).unwrap()
 }
 

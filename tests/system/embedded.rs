@@ -1,25 +1,16 @@
 //! Everything in one process: the demo, the embedded store beside a shell, and the benchmark.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use crate::harness::*;
 use ams::testclient::TestClientOptions;
 
-fn ams(folder: &std::path::Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ams"));
-    command.current_dir(folder).stdin(Stdio::null());
-    for name in ["DATABASE_URL", "KAFKA_BROKERS", "REDIS_URL"] {
-        command.env_remove(name);
-    }
-    command
-}
-
 #[test]
 fn the_demo_ends_with_its_summary() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
-    let output = ams(folder.path()).args(["demo", "--exit-when-done"]).output().unwrap();
+    let output = embedded(folder.path()).args(["demo", "--exit-when-done"]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
     assert!(
@@ -35,7 +26,7 @@ fn a_reader_that_has_seen_enough_is_no_failure() {
     for arguments in [["config"].as_slice(), &["config", "--json"], &["migrate"]] {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
-        let output = ams(folder.path()).args(arguments).stdout(writer).output().unwrap();
+        let output = embedded(folder.path()).args(arguments).stdout(writer).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && !said.contains("panicked"), "{arguments:?}: {said}");
     }
@@ -46,8 +37,9 @@ async fn a_shell_inserts_into_the_embedded_store_and_a_kill_loses_nothing() {
     let _alone = tokio::task::spawn_blocking(alone).await.unwrap();
     let folder = tempfile::tempdir().unwrap();
     let receiver = Receiver::start(TestClientOptions::default()).await;
-    let start =
-        || ams(folder.path()).args(["up", "--port", "0"]).env("REQUEST_URL", &receiver.url).spawn().unwrap();
+    let start = || {
+        embedded(folder.path()).args(["up", "--port", "0"]).env("REQUEST_URL", &receiver.url).spawn().unwrap()
+    };
     let mut up = start();
     let file = folder.path().join("ams-data/ams.db");
     until("the store is there", Duration::from_secs(10), async || file.exists()).await;
@@ -80,7 +72,7 @@ fn the_benchmark_prints_what_the_contract_names() {
     let arguments = ["bench", "--json", "--messages", "5000", "--seconds", "1", "--rate", "200"];
     let full =
         Command::new(env!("CARGO_BIN_EXE_ams")).args(arguments).current_dir(folder.path()).output().unwrap();
-    let embedded = ams(folder.path()).args(arguments).output().unwrap();
+    let embedded = embedded(folder.path()).args(arguments).output().unwrap();
     for (output, stack) in [(full, "full"), (embedded, "embedded")] {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();

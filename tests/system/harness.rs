@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -212,6 +212,28 @@ impl Drop for Service {
     }
 }
 
+/// An `ams` command on embedded parts, in `folder`.
+pub fn embedded(folder: &Path) -> Command {
+    let mut command = Command::new(program());
+    command.current_dir(folder).stdin(Stdio::null());
+    without_services(&mut command);
+    command
+}
+
+/// Takes away what would have a command use the services of the tests.
+pub fn without_services(command: &mut Command) {
+    for name in ["DATABASE_URL", "KAFKA_BROKERS", "REDIS_URL"] {
+        command.env_remove(name);
+    }
+}
+
+/// The program under test.
+pub fn program() -> PathBuf {
+    // Commands run in folders of their own.
+    setting("AMS_TEST_BINARY")
+        .map_or_else(|| env!("CARGO_BIN_EXE_ams").into(), |path| std::fs::canonicalize(path).unwrap())
+}
+
 /// A full stack: its database and lanes are named after it.
 pub struct Stack {
     pub name: String,
@@ -251,8 +273,7 @@ impl Stack {
     /// An `ams` command in this stack's environment, logging to its file.
     pub fn command(&self, verb: &str, more: &[(&str, &str)]) -> Command {
         let log = || File::options().append(true).create(true).open(&self.log).unwrap();
-        let program = setting("AMS_TEST_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_ams").to_owned());
-        let mut command = Command::new(program);
+        let mut command = Command::new(program());
         command.arg(verb).envs(&self.environment).stdin(Stdio::null()).stdout(log()).stderr(log());
         if verb == "retry-consumer" {
             let retry = [format!("{}-retry", self.name), format!("{}-dlq", self.name)];

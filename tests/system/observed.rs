@@ -37,11 +37,8 @@ fn get(url: &str) -> String {
 
 /// `ams up` on embedded parts.
 fn up(folder: &Path, port: u16, environment: &[(&str, &str)], log: &Path) -> Ended {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ams"));
-    command.args(["up", "--port", &port.to_string()]).current_dir(folder).stdin(Stdio::null());
-    for name in ["DATABASE_URL", "KAFKA_BROKERS", "REDIS_URL"] {
-        command.env_remove(name);
-    }
+    let mut command = embedded(folder);
+    command.args(["up", "--port", &port.to_string()]);
     let log = std::fs::File::options().append(true).create(true).open(log).unwrap();
     command.envs(environment.iter().copied()).stdout(log.try_clone().unwrap()).stderr(log);
     Ended(command.spawn().unwrap())

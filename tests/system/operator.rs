@@ -33,12 +33,8 @@ impl Here {
     }
 
     fn ams(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ams"));
-        command.current_dir(self.folder.path()).args(arguments).stdin(Stdio::null());
-        for name in ["DATABASE_URL", "KAFKA_BROKERS", "REDIS_URL"] {
-            command.env_remove(name);
-        }
-        command.envs(self.store.as_ref().map(|url| ("DATABASE_URL", url)));
+        let mut command = embedded(self.folder.path());
+        command.args(arguments).envs(self.store.as_ref().map(|url| ("DATABASE_URL", url)));
         command.env("PORT", self.port.to_string()).env("AMS_URL", format!("http://127.0.0.1:{}", self.port));
         command
     }

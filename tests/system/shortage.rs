@@ -1,6 +1,5 @@
 //! A process that is short of file descriptors: its receivers are healthy, so no message may pay for it.
 
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -19,18 +18,15 @@ impl Up {
     async fn start(files: u32, receiver: &Receiver) -> Up {
         let folder = tempfile::tempdir().unwrap();
         let port = free_port().await;
-        let program = setting("AMS_TEST_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_ams").to_owned());
         let mut command = Command::new("sh");
         command
             .arg("-c")
             .arg(format!("ulimit -n {files} && exec \"$0\" up --port {port}"))
-            .arg(std::fs::canonicalize(Path::new(&program)).unwrap())
+            .arg(program())
             .current_dir(folder.path())
             .env("REQUEST_URL", &receiver.url)
             .stdin(Stdio::null());
-        for name in ["DATABASE_URL", "KAFKA_BROKERS", "REDIS_URL"] {
-            command.env_remove(name);
-        }
+        without_services(&mut command);
         let up = Up { child: command.spawn().unwrap(), base: format!("http://127.0.0.1:{port}"), folder };
         until("the API answers", Duration::from_secs(30), async || up.get("/readyz").is_some()).await;
         up

@@ -65,11 +65,8 @@ async fn the_embedded_store_goes_on_after_a_newer_program() {
     let receiver = Receiver::start(TestClientOptions::default()).await;
     let folder = tempfile::tempdir().unwrap();
     let ams = |verb: &str| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ams"));
-        command.current_dir(folder.path()).arg(verb).env("REQUEST_URL", &receiver.url).env("PORT", "0");
-        for name in ["DATABASE_URL", "KAFKA_BROKERS", "REDIS_URL"] {
-            command.env_remove(name);
-        }
+        let mut command = embedded(folder.path());
+        command.arg(verb).env("REQUEST_URL", &receiver.url).env("PORT", "0");
         command
     };
     assert!(said(&mut ams("migrate")).0);
