@@ -234,6 +234,9 @@ pub fn program() -> PathBuf {
         .map_or_else(|| env!("CARGO_BIN_EXE_ams").into(), |path| std::fs::canonicalize(path).unwrap())
 }
 
+/// Enough to see what the processes last waited for.
+const LOG_LINES: usize = 60;
+
 /// A full stack: its database and lanes are named after it.
 pub struct Stack {
     pub name: String,
@@ -334,6 +337,19 @@ impl Stack {
                 return last;
             }
             assert!(!is_over, "after {limit:?} not all final: {last:?}; log: {}", self.log.display());
+        }
+    }
+}
+
+impl Drop for Stack {
+    /// A test that fails shows what the processes said last: their log may go with the machine.
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Ok(log) = std::fs::read_to_string(&self.log)
+        {
+            let lines: Vec<_> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(LOG_LINES)..];
+            eprintln!("the last lines of {}:\n{}", self.log.display(), last.join("\n"));
         }
     }
 }

@@ -6,8 +6,8 @@
 //!
 //! A client can be left behind for good: librdkafka ignores the leaders of a lane that was made anew when their
 //! epoch is lower than the one it knew, and goes on at its old position in the new log. So somebody else asks the
-//! broker now and then how far the group has come (`watch`): where records wait and none comes, the client is
-//! made anew and starts at what the group has committed, or at the beginning.
+//! broker now and then how far the group has come (`watch`): where records wait and none comes, or nobody moves on
+//! while no partition is ours, the client is made anew and starts at what the group has committed, or at the beginning.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,7 +25,8 @@ use tokio::sync::mpsc::{self, error::TryRecvError, error::TrySendError};
 use tokio::sync::oneshot;
 
 use super::log::LogContext;
-use super::{blocking, depth, refused};
+use super::positions::Positions;
+use super::refused;
 use crate::clock::{Clock, Stopwatch, Timestamp};
 use crate::queue::{
     Depth, QueueError, RECORD_CUT, RECORD_MAX, Receipt, Result, Subscription, Taken, Watermark,
@@ -63,7 +64,7 @@ pub(super) fn subscribe(
     lane: &str,
     group: &str,
     window: usize,
-    offset_client: Arc<BaseConsumer<LogContext>>,
+    positions: Arc<Positions>,
 ) -> Result<Subscription> {
     let mut config = config.clone();
     config
@@ -86,7 +87,7 @@ pub(super) fn subscribe(
     let client = connect(&config, lane)?;
     let clock = Clock::system();
     let (tell, told) = mpsc::channel(1);
-    tokio::spawn(watch(offset_client, lane.to_owned(), tell));
+    tokio::spawn(watch(positions, lane.to_owned(), group.to_owned(), tell));
     let poller = Poller {
         lane: lane.to_owned(),
         config,
@@ -121,14 +122,13 @@ fn connect(config: &ClientConfig, lane: &str) -> Result<Client> {
 }
 
 /// Asks how far the group has come, for as long as anybody wants to know.
-async fn watch(offset_client: Arc<BaseConsumer<LogContext>>, lane: String, tell: mpsc::Sender<Vec<Depth>>) {
+async fn watch(positions: Arc<Positions>, lane: String, group: String, tell: mpsc::Sender<Vec<Depth>>) {
     loop {
         tokio::select! {
             () = tell.closed() => return,
             () = tokio::time::sleep(WATCH) => {}
         }
-        let (offset_client, name) = (Arc::clone(&offset_client), lane.clone());
-        match blocking(move || depth(&offset_client, &name)).await {
+        match positions.depth(&lane, &group).await {
             // When the poller has gone the next turn ends this.
             Ok(depths) => drop(tell.send(depths).await),
             Err(error) => tracing::debug!(target: "kafka", "how far {lane} was read is unknown: {error}"),
@@ -246,8 +246,9 @@ impl Poller {
                 client.context().trackers().generation = old.generation + 1;
                 old.partitions.clear();
                 drop(old);
-                self.client = client;
+                let old = std::mem::replace(&mut self.client, client);
                 self.paused = false;
+                close(old);
             }
             Err(error) => tracing::warn!(target: "kafka", lane = self.lane, "{}: {error}", self.lane),
         }
@@ -308,6 +309,15 @@ impl Poller {
     }
 }
 
+/// Closes a client beside the work of the next: one that is stuck may never have left its group, and the crate waits
+/// for that.
+fn close(client: Client) {
+    let closing = std::thread::Builder::new().name("kafka close".to_owned()).spawn(move || drop(client));
+    if let Err(error) = closing {
+        tracing::debug!(target: "kafka", "a client was closed at once, because no thread was to be had: {error}");
+    }
+}
+
 fn commit(client: &BaseConsumer<Assignment>, lane: &str, positions: &[(i32, i64)]) {
     let mut list = TopicPartitionList::with_capacity(positions.len());
     for (partition, offset) in positions {
@@ -336,6 +346,10 @@ struct Trackers {
     partitions: BTreeMap<i32, Tracker>,
     generation: u32,
     reassigned: bool,
+    /// What the broker last said of the group, and how often in a row it has now said that records wait where nobody moves
+    /// on. Kept while no partition is ours.
+    heard: Vec<Depth>,
+    unmoved: u32,
 }
 
 #[derive(Default)]
@@ -352,6 +366,7 @@ impl Trackers {
     fn assign(&mut self, partitions: &[i32]) {
         self.generation += 1;
         self.reassigned = true;
+        (self.heard, self.unmoved) = (Vec::new(), 0);
         for partition in partitions {
             let tracker = Tracker { generation: self.generation, ..Tracker::default() };
             self.partitions.insert(*partition, tracker);
@@ -397,8 +412,11 @@ impl Trackers {
 
     /// Compares with what the broker says of the group. Returns how often in a row it has now said of some partition
     /// of ours that records wait there while we have none of them, and whether it says so of any. Means nothing
-    /// while we do not take (`takes`).
+    /// while we do not take (`takes`). While no partition is ours, those count where nobody moves on.
     fn unread(&mut self, depths: &[Depth], takes: bool) -> (u32, bool) {
+        if self.partitions.is_empty() {
+            return self.unmoved(depths);
+        }
         let (mut most, mut behind) = (0, false);
         for depth in depths {
             let Some(tracker) = self.partitions.get_mut(&depth.partition) else { continue };
@@ -408,6 +426,18 @@ impl Trackers {
             most = most.max(tracker.unread);
         }
         (most, behind)
+    }
+
+    /// The same while no partition is ours: perhaps the group has forgotten us.
+    fn unmoved(&mut self, depths: &[Depth]) -> (u32, bool) {
+        let mut behind = depths.iter().filter(|depth| depth.position < depth.end).peekable();
+        let is_behind = behind.peek().is_some();
+        let stands = |depth: &Depth| {
+            self.heard.iter().any(|last| (last.partition, last.position) == (depth.partition, depth.position))
+        };
+        self.unmoved = if behind.any(stands) { self.unmoved + 1 } else { 0 };
+        self.heard = depths.to_vec();
+        (self.unmoved, is_behind)
     }
 
     /// Has all positions count as moved.
@@ -510,5 +540,25 @@ mod tests {
         trackers.unread(&behind, true);
         trackers.assign(&[0, 1]);
         assert_eq!(trackers.unread(&behind, true), (1, true), "a new assignment has its time");
+    }
+
+    #[test]
+    fn without_a_partition_those_count_where_nobody_moves_on() {
+        let mut trackers = Trackers::default();
+        for (depths, said) in [
+            (vec![depth(0, 3, 9)], (0, true)),
+            (vec![depth(0, 5, 9)], (0, true)),
+            (vec![depth(0, 5, 12)], (1, true)),
+            (vec![depth(0, 5, 12), depth(1, 0, 4)], (2, true)),
+            (vec![depth(0, 12, 12), depth(1, 0, 4)], (3, true)),
+            (vec![depth(0, 12, 12), depth(1, 4, 4)], (0, false)),
+            (vec![], (0, false)),
+        ] {
+            assert_eq!(trackers.unread(&depths, true), said, "{depths:?}");
+        }
+        trackers.unread(&[depth(1, 0, 4)], true);
+        assert_eq!(trackers.unread(&[depth(1, 0, 4)], true), (1, true));
+        trackers.assign(&[]);
+        assert_eq!(trackers.unread(&[depth(1, 0, 4)], true), (0, true), "a new assignment has its time");
     }
 }
