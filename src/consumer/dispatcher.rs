@@ -30,9 +30,11 @@ use crate::telemetry::LaneMetrics;
 use crate::ticket::Ticket;
 
 /// Under load, tickets wait for others before they are begun together, because a call costs the store more than a
-/// ticket: until there are so many, or the first has waited for so long.
-const GROUP: usize = 512;
+/// ticket: until there are so many, or one has waited for so long. Longer where so many of its endpoint are here before
+/// it: that is busy meanwhile.
+const GROUP: usize = 1_000;
 const LINGER: Duration = Duration::from_millis(5);
+const LONG_LINGER: Duration = Duration::from_millis(30);
 /// There is load while this many messages wait for a slot or have one: then nothing idles meanwhile.
 const LOADED: usize = 64;
 /// Bytes of tickets in memory, at most: then no more is taken from the lane. What was taken at once may come on top.
@@ -201,9 +203,10 @@ impl Dispatcher {
                         self.admission.push_front(arrival);
                         return;
                     }
-                    Admission::Admitted => {
-                        if self.to_begin.is_empty() {
-                            self.to_begin.begin_at = now.after(LINGER);
+                    Admission::Admitted { ahead } => {
+                        let by = now.after(if ahead >= GROUP { LONG_LINGER } else { LINGER });
+                        if self.to_begin.is_empty() || by < self.to_begin.begin_at {
+                            self.to_begin.begin_at = by;
                         }
                         self.to_begin.receipts.push(receipt);
                         let endpoint = Arc::clone(endpoint);

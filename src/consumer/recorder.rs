@@ -21,7 +21,7 @@ use crate::telemetry::LaneMetrics;
 const BATCH: usize = 2_000;
 /// With at least this many results at once there is load, and waiting a moment makes fewer, larger writes.
 const LOADED: usize = 64;
-const LINGER: Duration = Duration::from_millis(10);
+const LINGER: Duration = Duration::from_millis(25);
 
 /// A try with its verdict, on the way to the store.
 pub(super) struct Judged {

@@ -77,8 +77,8 @@ struct Pause {
 /// What is to become of a message that asks for admission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// It is in, and counted.
-    Admitted,
+    /// It is in, and counted. Of its endpoint `ahead` messages wait here before it.
+    Admitted { ahead: usize },
     /// There will be room in a moment.
     Wait,
     /// Its endpoint is slow: its delivery is to be held.
@@ -113,9 +113,10 @@ impl Limits {
     /// Admits one message of `endpoint`, or says what to do with it.
     pub fn admit(&mut self, endpoint: &str, in_flight_max: u32, now: Instant) -> Admission {
         if self.available(endpoint, in_flight_max, now) > 0 {
-            self.load(endpoint).admitted += 1;
             self.total += 1;
-            return Admission::Admitted;
+            let load = self.load(endpoint);
+            load.admitted += 1;
+            return Admission::Admitted { ahead: load.admitted - 1 - load.in_flight as usize };
         }
         match self.loads.get(endpoint) {
             Some(load) if load.is_slow(in_flight_max, now) => Admission::Hold,
@@ -272,8 +273,23 @@ mod tests {
 
     const NOW: Instant = Instant::START;
 
+    fn is_in(admission: Admission) -> bool {
+        matches!(admission, Admission::Admitted { .. })
+    }
+
+    #[test]
+    fn the_admitted_are_told_how_many_wait_before_them() {
+        let mut limits = Limits::new(1_000);
+        for ahead in 0..10 {
+            assert_eq!(limits.admit("a", 64, NOW), Admission::Admitted { ahead });
+        }
+        assert!(limits.start("a", 64, NOW) && limits.start("a", 64, NOW));
+        assert_eq!(limits.admit("a", 64, NOW), Admission::Admitted { ahead: 8 }, "two are in flight");
+        assert_eq!(limits.admit("b", 64, NOW), Admission::Admitted { ahead: 0 });
+    }
+
     fn fill(limits: &mut Limits, endpoint: &str, max: u32) -> usize {
-        (0..).take_while(|_| limits.admit(endpoint, max, NOW) == Admission::Admitted).count()
+        (0..).take_while(|_| is_in(limits.admit(endpoint, max, NOW))).count()
     }
 
     #[test]
@@ -294,7 +310,7 @@ mod tests {
     fn a_silent_endpoint_is_given_only_what_it_can_have_in_flight() {
         let mut limits = Limits::new(8_000);
         let late = NOW.after(Duration::from_millis(60));
-        assert_eq!(limits.admit("a", 64, NOW), Admission::Admitted);
+        assert!(is_in(limits.admit("a", 64, NOW)));
         assert!(limits.start("a", 64, NOW));
         assert_eq!(limits.available("a", 64, NOW), 3_999, "half of the window, while it may yet answer");
         assert_eq!(limits.available("a", 64, late), 63, "the other connections, once it is silent");
@@ -433,7 +449,7 @@ mod tests {
         now = now.after(PAUSE_MAX);
         assert!(limits.start("a", 64, now));
         limits.finish("a", Duration::from_millis(1), now);
-        assert_eq!((limits.total(), limits.admit("a", 64, now)), (held - 1, Admission::Admitted));
+        assert_eq!((limits.total(), is_in(limits.admit("a", 64, now))), (held - 1, true));
     }
 
     #[test]
@@ -450,7 +466,7 @@ mod tests {
             for (what, which) in moves {
                 let (name, i) = (format!("e{which}"), usize::from(which));
                 match what {
-                    0 => waiting[i] += usize::from(limits.admit(&name, 5, NOW) == Admission::Admitted),
+                    0 => waiting[i] += usize::from(is_in(limits.admit(&name, 5, NOW))),
                     1 if waiting[i] > 0 && limits.start(&name, 5, NOW) => { waiting[i] -= 1; flying[i] += 1; }
                     2 if flying[i] > 0 => { limits.finish(&name, Duration::from_millis(1), NOW); flying[i] -= 1; }
                     4 if flying[i] > 0 => { limits.put_off(&name, NOW); flying[i] -= 1; waiting[i] += 1; }

@@ -117,12 +117,15 @@ impl Capacity {
         match self.lanes.get(lane) {
             // Its consumer is known, and how far it has come is not yet.
             Some(lane_capacity) if lane_capacity.registered && !lane_capacity.known => 0,
-            Some(lane_capacity) => {
-                let limit = self.limit.min(BYTES_MAX / lane_capacity.weight.max(1)).max(1);
-                limit.saturating_sub(lane_capacity.lag + lane_capacity.since)
-            }
+            Some(lane_capacity) => self.whole(lane).saturating_sub(lane_capacity.lag + lane_capacity.since),
             None => self.limit,
         }
+    }
+
+    /// How many tickets `lane` takes when it is empty.
+    pub(super) fn whole(&self, lane: &str) -> usize {
+        let weight = self.lanes.get(lane).map_or(0, |lane_capacity| lane_capacity.weight);
+        self.limit.min(BYTES_MAX / weight.max(1)).max(1)
     }
 
     /// Notes that these tickets are on their way to `lane`.

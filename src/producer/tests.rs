@@ -309,3 +309,18 @@ async fn a_broker_that_is_away_is_asked_ever_more_seldom_and_stops_no_step() {
     let waits: Vec<_> = asked.lock().unwrap().windows(2).map(wait).collect();
     assert_eq!(waits, [100, 100, 200, 400, 800, 1_600, 2_000, 2_000, 2_000]);
 }
+
+#[tokio::test]
+async fn a_lane_that_is_nearly_full_gets_no_small_batches() {
+    for (capacity, queued) in [(130, 100), (150, 150), (1, 1)] {
+        let mut bench = Bench::new(None).await;
+        bench.producer.capacity = Capacity::new(bench.parts.clone(), capacity);
+        bench.insert(std::iter::repeat_n("default", 300)).await;
+        let counts = bench.until("default queued", queued).await;
+        assert_eq!(counts.get("default pending"), Some(&(300 - queued)), "{counts:?}");
+        for _ in 0..50 {
+            bench.step().await;
+        }
+        assert_eq!(bench.counts().await, counts, "a lane for {capacity}");
+    }
+}
