@@ -78,13 +78,15 @@ impl PostgresOptions {
         // A generic plan that is made while a partition is empty would read that partition whole, later when it
         // is full; every statement has its index. A bitmap reads all that an index has, whatever order and limit ask for,
         // and for a table that an `analyze` has seen empty it seems as good as any. Costs that only rule out a plan must not start the JIT compiler.
+        // Last, so that of a setting that the URL has as well ours counts; its other ones do, such as a search path.
         let options = format!(
-            "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c enable_bitmapscan=off -c jit=off \
-             -c statement_timeout={STATEMENT_TIMEOUT_MS} -c timezone=UTC"
+            "{} -c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c enable_bitmapscan=off -c jit=off \
+             -c statement_timeout={STATEMENT_TIMEOUT_MS} -c timezone=UTC",
+            config.get_options().unwrap_or_default()
         );
         config
             .application_name("ams")
-            .options(options)
+            .options(options.trim_start())
             .connect_timeout(CONNECT)
             .keepalives_idle(Duration::from_secs(10))
             .keepalives_interval(Duration::from_secs(5))

@@ -193,6 +193,23 @@ async fn deliver_all(store: &PostgresStore, db: &tokio_postgres::Client) -> i64 
 }
 
 #[tokio::test]
+async fn the_urls_own_options_count_and_ours_win() {
+    let scratch = scratch().await;
+    client(scratch.url()).await.batch_execute("create schema app").await.unwrap();
+    let url = format!("{}?options=-c%20search_path%3Dapp%20-c%20jit%3Don", scratch.url());
+    let store = ready(&url).await;
+    let db = client(&url).await;
+    db.execute(INSERT, &[]).await.unwrap();
+    assert_eq!(deliver_all(&store, &db).await, 1);
+    let tables = "select count(*) filter (where schemaname = 'app'), count(*) filter (where schemaname = 'public') \
+                  from pg_tables where tablename in ('messages', 'deliveries', 'batches', 'refinery_schema_history')";
+    let tables = db.query_one(tables, &[]).await.unwrap();
+    assert_eq!((tables.get(0), tables.get(1)), (4_i64, 0_i64), "all of it is in the schema that was named");
+    let jit: String = store.pool.get().await.unwrap().query_one("show jit", &[]).await.unwrap().get(0);
+    assert_eq!(jit, "off");
+}
+
+#[tokio::test]
 async fn partitions_are_made_ahead_while_a_writer_holds_a_transaction_open() {
     let scratch = scratch().await;
     let store = open(scratch.url());
