@@ -1,30 +1,27 @@
 //! The benchmark's receiver: a process of its own that answers at once, counts what arrives, and
-//! says how old it was.
+//! says how old it was. Here as the benchmark sees it; `server` is what that process does.
 
-use std::convert::Infallible;
+mod server;
+
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
-use hyper::{Method, Request, Response};
+use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 
+pub use self::server::serve;
 use super::stack::Stack;
 use super::{Latency, failed};
-use crate::app::{self, Result};
-use crate::clock::{Clock, Timestamp};
+use crate::app::Result;
+use crate::clock::Clock;
 
 /// Below the ephemeral range, so that no client can take the port first.
 const PORTS: std::ops::Range<u16> = 21_000..21_100;
 /// Without a single new arrival for this long, the rest is believed lost.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How long nothing is accepted after an accept failed.
-const PAUSE: Duration = Duration::from_millis(50);
 
 /// The receiver's process, seen from the benchmark.
 pub(super) struct Receiver {
@@ -158,104 +155,4 @@ async fn free_port() -> Result<u16> {
         }
     }
     Err(failed("no port is free")(&format!("{PORTS:?}")))
-}
-
-/// What the receiver's process keeps.
-#[derive(Default)]
-struct Counts {
-    arrivals: usize,
-    ids: std::collections::HashSet<i64>,
-    first_us: i64,
-    last_us: i64,
-    ages_us: Vec<i64>,
-}
-
-/// The receiver's process: `POST` counts, `GET /counts` and `GET /ages` tell, `DELETE` forgets.
-///
-/// # Errors
-/// When the port can't be listened on.
-pub async fn serve(port: u16, stop: CancellationToken) -> Result<()> {
-    let listener = app::listen("127.0.0.1", port, "--port").await?;
-    let clock = Clock::system();
-    // One short lock for each request, on a single thread: never waited for.
-    let counts: Arc<Mutex<Counts>> = Arc::default();
-    loop {
-        let stream = tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                // Out of files, most likely: others must end first.
-                Err(_) => {
-                    let _ = tokio::time::timeout(PAUSE, stop.cancelled()).await;
-                    continue;
-                }
-            },
-        };
-        // A connection without it only answers later; it still answers.
-        let _ = stream.set_nodelay(true);
-        let (counts, clock) = (Arc::clone(&counts), clock.clone());
-        let service =
-            hyper::service::service_fn(move |request| answer(Arc::clone(&counts), clock.clone(), request));
-        tokio::spawn(
-            hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service),
-        );
-    }
-}
-
-async fn answer(
-    counts: Arc<Mutex<Counts>>,
-    clock: Clock,
-    request: Request<Incoming>,
-) -> std::result::Result<Response<Full<Bytes>>, Infallible> {
-    #[derive(serde::Deserialize)]
-    struct Body {
-        id: i64,
-        created_at: Timestamp,
-    }
-    let (method, with_ages) = (request.method().clone(), request.uri().path() == "/ages");
-    let body =
-        request.into_body().collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
-    let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
-    let answer = match method {
-        Method::POST => {
-            if let Ok(body) = serde_json::from_slice::<Body>(&body) {
-                let now = clock.now();
-                counts.arrivals += 1;
-                counts.last_us = now.as_micros();
-                if counts.arrivals == 1 {
-                    counts.first_us = now.as_micros();
-                }
-                if counts.ids.insert(body.id) && counts.ages_us.len() < 1_000_000 {
-                    counts.ages_us.push(now.as_micros() - body.created_at.as_micros());
-                }
-            }
-            Bytes::from_static(
-                br#"{"message":"Accepted","messageId":"00000000-0000-4000-8000-000000000000"}"#,
-            )
-        }
-        Method::GET => told(&mut counts, with_ages),
-        _ => {
-            *counts = Counts::default();
-            Bytes::new()
-        }
-    };
-    Ok(Response::new(Full::new(answer)))
-}
-
-fn told(counts: &mut Counts, with_ages: bool) -> Bytes {
-    let ages_us = if with_ages {
-        counts.ages_us.sort_unstable();
-        counts.ages_us.clone()
-    } else {
-        Vec::new()
-    };
-    let arrived = Arrived {
-        arrivals: counts.arrivals,
-        distinct: counts.ids.len(),
-        first_us: counts.first_us,
-        last_us: counts.last_us,
-        ages_us,
-    };
-    // Numbers always serialize.
-    serde_json::to_vec(&arrived).map(Bytes::from).unwrap_or_default()
 }
