@@ -14,6 +14,7 @@ mod caller;
 mod connect;
 mod connection;
 pub mod limits;
+mod names;
 mod pool;
 mod request;
 mod signature;

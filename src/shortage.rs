@@ -72,21 +72,6 @@ impl Shortage {
         Some(Shortage { of, why: why.to_owned() })
     }
 
-    /// The shortage that an error of a name look-up tells of. The resolver tells its own lack of memory only in
-    /// words: those of glibc or of musl.
-    pub fn in_look_up(error: &io::Error) -> Option<Shortage> {
-        let text = error.to_string();
-        let memory = ["Memory allocation failure", "Out of memory"].iter().any(|words| text.ends_with(words));
-        let of_words = memory.then(|| Shortage { of: Resource::Memory, why: MEMORY.to_owned() });
-        Shortage::in_error(error).or(of_words)
-    }
-
-    /// The runtime has no thread for a name look-up.
-    pub fn of_threads() -> Shortage {
-        let why = "a name look-up was stopped: no thread was left for it; raise the limit of threads, or give the system more memory";
-        Shortage { of: Resource::Memory, why: why.to_owned() }
-    }
-
     /// All connections that deliveries may have open are in use, or as many as one receiver may have of them.
     pub fn of_budget(max: usize) -> Shortage {
         let why = format!(
@@ -129,7 +114,6 @@ mod tests {
         ] {
             let error = io::Error::from_raw_os_error(code);
             assert_eq!(Shortage::in_error(&error).map(|shortage| shortage.of), of, "{name}");
-            assert_eq!(Shortage::in_look_up(&error).map(|shortage| shortage.of), of, "{name} of a look-up");
         }
     }
 
@@ -137,19 +121,6 @@ mod tests {
     fn an_error_that_the_system_did_not_tell_is_no_shortage() {
         for kind in [io::ErrorKind::WouldBlock, io::ErrorKind::AddrInUse, io::ErrorKind::OutOfMemory] {
             assert_eq!(Shortage::in_error(&io::Error::new(kind, "told by a library")), None, "{kind}");
-        }
-    }
-
-    #[test]
-    fn a_look_up_tells_of_memory_in_words() {
-        let said = |words: &str| io::Error::other(format!("failed to lookup address information: {words}"));
-        for (words, of) in [
-            ("Memory allocation failure", Some(Resource::Memory)),
-            ("Out of memory", Some(Resource::Memory)),
-            ("Name or service not known", None),
-            ("Temporary failure in name resolution", None),
-        ] {
-            assert_eq!(Shortage::in_look_up(&said(words)).map(|shortage| shortage.of), of, "{words}");
         }
     }
 }

@@ -37,6 +37,7 @@ const DRIVERS: &[(&str, &[&str])] = &[
     ("moka", &["src/cache/memory"]),
     ("axum", &["src/api", "src/testclient"]),
     ("clap", &["src/cli"]),
+    ("hickory_resolver", &["src/delivery/names"]),
     ("prometheus_client", &["src/telemetry"]),
     ("std::env::var", &["src/config"]),
 ];

@@ -1,9 +1,9 @@
-//! Opens connections: name look-up, TCP, TLS. Nothing here has sent a request yet.
+//! Opens connections: TCP and TLS, after a name was looked up (`names`). Nothing here has sent a request yet.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -17,18 +17,10 @@ use url::Host;
 use super::DeliveryError;
 use super::budget::Permit;
 use super::connection::{Connection, Stream};
+use super::names::{AddressCache, Resolver};
 use super::target::{AddressRule, Origin};
 use crate::clock::Stopwatch;
 use crate::shortage::{Resource, Shortage};
-
-/// A looked-up name is believed for this long. Deliveries open few connections, but hundreds at once.
-const KNOWN_FOR: Duration = Duration::from_secs(10);
-
-/// A failed look-up is believed for this long, so that a queue of tries does not become a queue of look-ups.
-const UNKNOWN_FOR: Duration = Duration::from_secs(1);
-
-/// Addresses of one name that are tried, at most.
-const ADDRESSES_MAX: usize = 8;
 
 /// Opens a TCP connection; tests have one that fails as they say.
 pub(super) type Dial = Box<dyn Fn(SocketAddr) -> BoxFuture<'static, io::Result<TcpStream>> + Send + Sync>;
@@ -37,6 +29,7 @@ pub(super) type Dial = Box<dyn Fn(SocketAddr) -> BoxFuture<'static, io::Result<T
 pub(super) struct Connector {
     tls: TlsConnector,
     rule: AddressRule,
+    resolver: Arc<Resolver>,
     watch: Stopwatch,
     dial: Dial,
 }
@@ -89,7 +82,8 @@ impl Connector {
             .with_no_client_auth();
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         let dial: Dial = Box::new(|address| Box::pin(TcpStream::connect(address)));
-        Ok(Connector { tls: TlsConnector::from(Arc::new(config)), rule, watch, dial })
+        let (tls, resolver) = (TlsConnector::from(Arc::new(config)), Arc::new(Resolver::of_system()));
+        Ok(Connector { tls, rule, resolver, watch, dial })
     }
 
     /// The same, with another way to open a TCP connection.
@@ -114,7 +108,9 @@ impl Connector {
         let addresses = match &origin.host {
             Host::Ipv4(v4) => vec![SocketAddr::new(IpAddr::V4(*v4), origin.port)],
             Host::Ipv6(v6) => vec![SocketAddr::new(IpAddr::V6(*v6), origin.port)],
-            Host::Domain(name) => names.resolve(name, origin.port, &self.watch, &permit).await?,
+            Host::Domain(name) => {
+                names.resolve(&self.resolver, name, origin.port, &self.watch, &permit).await?
+            }
         };
         let share = within / u32::try_from(addresses.len()).unwrap_or(1).max(1);
         let last = addresses.len().saturating_sub(1);
@@ -211,90 +207,6 @@ pub(super) fn describe(error: &io::Error) -> String {
     };
     match text.find(" (os error") {
         Some(end) => text[..end].to_owned(),
-        None => text,
-    }
-}
-
-/// The addresses of one origin's name.
-#[derive(Debug, Default)]
-pub(super) struct AddressCache {
-    known: Mutex<Option<Known>>,
-    /// Held during a look-up. A look-up occupies a thread until the system gives up on it, so there
-    /// is never more than one for a name, however many tries have given up waiting for it.
-    turn: Arc<tokio::sync::Mutex<()>>,
-}
-
-#[derive(Clone, Debug)]
-struct Known {
-    until: Duration,
-    addresses: Result<Vec<SocketAddr>, String>,
-}
-
-impl AddressCache {
-    async fn resolve(
-        self: &Arc<Self>,
-        name: &str,
-        port: u16,
-        watch: &Stopwatch,
-        permit: &Arc<Permit>,
-    ) -> Result<Vec<SocketAddr>, NotConnected> {
-        if let Some(addresses) = self.fresh(watch) {
-            return addresses.map_err(NotConnected::Refused);
-        }
-        let turn = Arc::clone(&self.turn).lock_owned().await;
-        if let Some(addresses) = self.fresh(watch) {
-            return addresses.map_err(NotConnected::Refused);
-        }
-        let (names, name, watch) = (Arc::clone(self), name.to_owned(), watch.clone());
-        // The look-up has a descriptor open for as long as it takes, also when the try has given up.
-        let permit = Arc::clone(permit);
-        let look_up = tokio::spawn(async move {
-            let addresses = match tokio::net::lookup_host((name.as_str(), port)).await {
-                Ok(found) => Ok(found.take(ADDRESSES_MAX).collect()),
-                Err(error) => Err(unresolved(&name, &error)),
-            };
-            names.learn(&addresses, &watch);
-            drop((turn, permit));
-            addresses
-        });
-        // Only a runtime that has no thread for it, or that ends, stops a look-up.
-        let stopped = |_| Err(NotConnected::Short(Shortage::of_threads()));
-        look_up.await.unwrap_or_else(stopped)
-    }
-
-    /// Keeps what a look-up came to; a shortage of ours tells nothing about the name.
-    pub(super) fn learn(&self, found: &Result<Vec<SocketAddr>, NotConnected>, watch: &Stopwatch) {
-        let (addresses, wait) = match found {
-            Ok(addresses) => (Ok(addresses.clone()), KNOWN_FOR),
-            Err(NotConnected::Refused(why)) => (Err(why.clone()), UNKNOWN_FOR),
-            Err(NotConnected::Short(_)) => return,
-        };
-        let known = Known { until: watch.elapsed() + wait, addresses };
-        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(known);
-    }
-
-    fn fresh(&self, watch: &Stopwatch) -> Option<Result<Vec<SocketAddr>, String>> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = known.as_ref().filter(|known| watch.elapsed() < known.until)?;
-        Some(known.addresses.clone())
-    }
-}
-
-/// What a failed look-up comes to. A resolver that can open neither its files nor a socket says the same as one
-/// whose server is away, so it is seen whether a socket can be opened.
-fn unresolved(name: &str, error: &io::Error) -> NotConnected {
-    let socket = || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).err();
-    match Shortage::in_look_up(error).or_else(|| Shortage::in_error(&socket()?)) {
-        Some(shortage) => NotConnected::Short(shortage),
-        None => NotConnected::Refused(format!("the name `{name}` can't be resolved: {}", reason(error))),
-    }
-}
-
-/// What the resolver says, without the words that every such error begins with.
-fn reason(error: &io::Error) -> String {
-    let text = describe(error);
-    match text.split_once(": ") {
-        Some((_, reason)) => reason.to_owned(),
         None => text,
     }
 }

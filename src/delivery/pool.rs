@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::budget::{Budget, Permit};
-use super::connect::{AddressCache, Connector, NotConnected};
+use super::connect::{Connector, NotConnected};
 use super::connection::Connection;
+use super::names::AddressCache;
 use super::target::Origin;
 use crate::shortage::Shortage;
 

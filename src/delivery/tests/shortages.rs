@@ -71,7 +71,8 @@ async fn deliveries_go_on_when_the_shortage_is_over() {
 /// Of several addresses the one that could not be tried may be the one that works.
 #[tokio::test]
 async fn an_address_that_could_not_be_tried_counts_for_more_than_one_that_refuses() {
-    use connect::{AddressCache, NotConnected};
+    use connect::NotConnected;
+    use names::AddressCache;
     let clock = Clock::manual(Timestamp::EPOCH);
     let origin = Target::parse("http://two.example/").unwrap().origin;
     let names = Arc::new(AddressCache::default());
