@@ -32,7 +32,7 @@ use utoipa_axum::routes;
 use utoipa_swagger_ui::SwaggerUi;
 
 use crate::intake::Intake;
-use crate::service::Parts;
+use crate::service::Context;
 use crate::shortage::Shortage;
 
 pub use guard::{Access, Guard};
@@ -62,7 +62,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// What the calls need.
 #[derive(Clone)]
 pub struct ApiState {
-    parts: Parts,
+    context: Context,
     intake: Intake,
     guard: Guard,
     survey: Survey,
@@ -71,8 +71,8 @@ pub struct ApiState {
 impl ApiState {
     /// The state of an API beside these parts, behind this guard. `tells_all`: its metrics tell of the whole
     /// installation as well as of this process.
-    pub fn new(parts: &Parts, intake: Intake, guard: Guard, tells_all: bool) -> ApiState {
-        ApiState { parts: parts.clone(), intake, guard, survey: Survey::new(tells_all) }
+    pub fn new(context: &Context, intake: Intake, guard: Guard, tells_all: bool) -> ApiState {
+        ApiState { context: context.clone(), intake, guard, survey: Survey::new(tells_all) }
     }
 }
 
@@ -111,7 +111,7 @@ fn routes_of_the_document() -> OpenApiRouter<ApiState> {
         .routes(routes!(messages::response))
         .routes(routes!(operate::cancel))
         .routes(routes!(operate::redrive))
-        .routes(routes!(operate::job))
+        .routes(routes!(operate::operation))
         .routes(routes!(endpoints::list))
         .routes(routes!(endpoints::create))
         .routes(routes!(endpoints::show))
@@ -190,7 +190,7 @@ async fn front_page() -> Html<&'static str> {
 pub async fn serve(
     listener: TcpListener,
     router: Router,
-    parts: Parts,
+    context: Context,
     connections: usize,
     stop: CancellationToken,
 ) {
@@ -205,7 +205,7 @@ pub async fn serve(
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    not_accepted(&error, &parts);
+                    not_accepted(&error, &context);
                     // The stop is seen again above.
                     let _ = tokio::time::timeout(PAUSE, stop.cancelled()).await;
                     continue;
@@ -213,7 +213,7 @@ pub async fn serve(
             },
         };
         // The log says when a shortage is over, also in a process that has no other timer for it.
-        parts.metrics.shortages(parts.clock.instant());
+        context.metrics.shortages(context.clock.instant());
         // A connection without it only answers later; it still answers.
         let _ = stream.set_nodelay(true);
         let (router, stop) = (router.clone(), stop.clone());
@@ -228,9 +228,9 @@ pub async fn serve(
 }
 
 /// Says why no connection could be accepted: what this process is short of, or that a client went away meanwhile.
-fn not_accepted(error: &std::io::Error, parts: &Parts) {
+fn not_accepted(error: &std::io::Error, context: &Context) {
     match Shortage::in_error(error) {
-        Some(shortage) => parts.metrics.put_off(&shortage, parts.clock.reading()),
+        Some(shortage) => context.metrics.put_off(&shortage, context.clock.reading()),
         None => tracing::debug!("a connection could not be accepted: {error}"),
     }
 }
@@ -280,9 +280,9 @@ fn typed(content_type: &'static str, body: String) -> impl IntoResponse {
 
 /// The endpoints' names as they are known, asked anew when one is missing.
 async fn endpoint_exists(state: &ApiState, names: &[&str]) -> HashMap<String, bool> {
-    let known = |name: &str| state.parts.directory.snapshot().endpoints.contains_key(name);
+    let known = |name: &str| state.context.directory.snapshot().endpoints.contains_key(name);
     if !names.iter().all(|name| known(name))
-        && let Err(error) = state.parts.directory.refresh().await
+        && let Err(error) = state.context.directory.refresh().await
     {
         tracing::debug!("endpoints could not be looked up: {error}");
     }

@@ -29,7 +29,7 @@ use crate::producer::{Producer, ProducerOptions};
 use crate::queue::Queue;
 use crate::queue::embedded::EmbeddedQueue;
 use crate::queue::kafka::{KafkaOptions, KafkaQueue};
-use crate::service::{self, Directory, Parts, Presence};
+use crate::service::{self, Context, Directory, Presence};
 use crate::store::postgres::{PostgresOptions, PostgresStore};
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Endpoint, SchemaVersion, Store, StoreError};
@@ -56,7 +56,7 @@ const WINDOW: usize = 8_000;
 
 /// A whole AMS, or the part of it that a role runs.
 pub struct App {
-    pub parts: Parts,
+    pub context: Context,
     pub config: Config,
     wake: Arc<Notify>,
 }
@@ -83,8 +83,8 @@ impl App {
             Arc::new(Presence::new(Arc::clone(&store), clock.clone(), role_name(config.role), &host));
         let directory = Arc::new(Directory::new(Arc::clone(&store)));
         let metrics = Arc::new(Metrics::default());
-        let parts = Parts { store, queue, cache, clock, metrics, presence, directory };
-        Ok(App { parts, config, wake: Arc::default() })
+        let context = Context { store, queue, cache, clock, metrics, presence, directory };
+        Ok(App { context, config, wake: Arc::default() })
     }
 
     /// Waits for the store, brings it to where this program needs it, and enrolls. `false`: stopped meanwhile.
@@ -108,15 +108,15 @@ impl App {
     }
 
     async fn migrate(&self) -> std::result::Result<(), StoreError> {
-        for name in self.parts.store.migrate().await? {
+        for name in self.context.store.migrate().await? {
             tracing::info!("migration {name} applied");
         }
-        say_newer(&self.parts.store.schema_version().await?.newer);
+        say_newer(&self.context.store.schema_version().await?.newer);
         Ok(())
     }
 
     async fn check_version(&self) -> std::result::Result<(), StoreError> {
-        let SchemaVersion { missing, newer } = self.parts.store.schema_version().await?;
+        let SchemaVersion { missing, newer } = self.context.store.schema_version().await?;
         if missing.is_empty() {
             say_newer(&newer);
             return Ok(());
@@ -128,20 +128,20 @@ impl App {
     }
 
     async fn begin_service(&self) -> std::result::Result<(), StoreError> {
-        let endpoints = self.parts.store.endpoints().await?;
+        let endpoints = self.context.store.endpoints().await?;
         let default = endpoints.into_iter().find(|endpoint| endpoint.name == "default");
         let url = &self.config.request.url;
         match default {
-            None => self.parts.store.put_endpoint(&Endpoint::new("default", url)).await?,
+            None => self.context.store.put_endpoint(&Endpoint::new("default", url)).await?,
             Some(old) if self.config.request.is_set && old.url != *url => {
                 let (new, old_one) = (origin_of(url), origin_of(&old.url));
                 tracing::info!("the endpoint default now points to {new}; it was {old_one}");
-                self.parts.store.put_endpoint(&Endpoint { url: url.clone(), ..old }).await?;
+                self.context.store.put_endpoint(&Endpoint { url: url.clone(), ..old }).await?;
             }
             Some(_) => {}
         }
-        self.parts.presence.renew().await?;
-        self.parts.directory.refresh().await
+        self.context.presence.renew().await?;
+        self.context.directory.refresh().await
     }
 
     /// Prepares, then serves.
@@ -160,7 +160,8 @@ impl App {
         // What keeps a process alive in the eyes of others goes on while its services drain.
         let alive = CancellationToken::new();
         let services = self.services(stop).await?;
-        let keep = async { tokio::join!(self.parts.presence.run(&alive), self.parts.directory.run(&alive)) };
+        let keep =
+            async { tokio::join!(self.context.presence.run(&alive), self.context.directory.run(&alive)) };
         let work = async {
             // Each has a waker of its own: what wakes one does not have the others look.
             let mut services: FuturesUnordered<_> = services.into_iter().collect();
@@ -177,7 +178,7 @@ impl App {
             ended
         };
         let (_, ended) = tokio::join!(keep, work);
-        self.parts.presence.retire().await;
+        self.context.presence.retire().await;
         ended
     }
 
@@ -188,18 +189,18 @@ impl App {
         if matches!(role, Role::Api | Role::Up) {
             let listener = listen(&self.config.listen.host, self.config.listen.port, "PORT").await?;
             let state = self.api_state(address(&listener)?);
-            let (router, parts) = (api::router(state), self.parts.clone());
-            services.push(Box::pin(api::serve(listener, router, parts, shares.api, stop.clone()).map(Ok)));
+            let (router, context) = (api::router(state), self.context.clone());
+            services.push(Box::pin(api::serve(listener, router, context, shares.api, stop.clone()).map(Ok)));
         } else if let Some(port) = self.config.metrics_port {
             let listener = listen(&self.config.listen.host, port, "METRICS_PORT").await?;
             let state = self.api_state(address(&listener)?);
-            let (router, parts) = (api::health_router(state), self.parts.clone());
-            services.push(Box::pin(api::serve(listener, router, parts, shares.api, stop.clone()).map(Ok)));
+            let (router, context) = (api::health_router(state), self.context.clone());
+            services.push(Box::pin(api::serve(listener, router, context, shares.api, stop.clone()).map(Ok)));
         }
         if matches!(role, Role::Producer | Role::Up) {
-            let producer = Producer::new(self.parts.clone(), self.producer_options());
+            let producer = Producer::new(self.context.clone(), self.producer_options());
             let (publisher, leading) = (producer.publisher(), producer.leading());
-            let janitor = Janitor::new(self.parts.clone(), publisher, leading, self.config.retention);
+            let janitor = Janitor::new(self.context.clone(), publisher, leading, self.config.retention);
             services.push(Box::pin(producer.run(stop, &self.wake).map(Ok)));
             services.push(Box::pin(janitor.run(stop).map(Ok)));
         }
@@ -218,7 +219,7 @@ impl App {
                     window: WINDOW,
                     drain: self.config.shutdown_timeout,
                 };
-                let consumer = consumer::run(self.parts.clone(), Arc::clone(&delivery), options, stop);
+                let consumer = consumer::run(self.context.clone(), Arc::clone(&delivery), options, stop);
                 services.push(Box::pin(consumer.map_err(AppError)));
             }
         }
@@ -227,7 +228,7 @@ impl App {
 
     fn producer_options(&self) -> ProducerOptions {
         // The embedded store tells cheaply whether anything changed, so it is asked more often.
-        let poll = if self.parts.store.kind() == "sqlite" { 7 } else { 20 };
+        let poll = if self.context.store.kind() == "sqlite" { 7 } else { 20 };
         ProducerOptions {
             fresh_lane: self.config.lane.topic.clone(),
             batch: CLAIM,
@@ -239,26 +240,26 @@ impl App {
 
     async fn delivery(&self, shares: Shares) -> Result<Arc<Delivery>> {
         let installation =
-            self.parts.store.installation().await.map_err(|error| AppError(error.to_string()))?;
+            self.context.store.installation().await.map_err(|error| AppError(error.to_string()))?;
         let options = DeliveryOptions {
             ca_file: self.config.request.ca_file.clone(),
             connections_max: shares.deliveries,
             ..DeliveryOptions::default()
         };
-        let delivery = Delivery::new(self.parts.clock.clone(), installation, options);
+        let delivery = Delivery::new(self.context.clock.clone(), installation, options);
         delivery.map(Arc::new).map_err(|error| AppError(error.to_string()))
     }
 
     fn api_state(&self, address: SocketAddr) -> ApiState {
         let intake = Intake::new(
-            Arc::clone(&self.parts.store),
-            self.parts.clock.clone(),
-            Arc::clone(&self.parts.metrics),
+            Arc::clone(&self.context.store),
+            self.context.clock.clone(),
+            Arc::clone(&self.context.metrics),
             Arc::clone(&self.wake),
         );
         // One of these is there in every installation, and a question to the store from each consumer is saved.
         let tells_all = matches!(self.config.role, Role::Api | Role::Up | Role::Producer);
-        ApiState::new(&self.parts, intake, self.guard(address), tells_all)
+        ApiState::new(&self.context, intake, self.guard(address), tells_all)
     }
 
     /// What only this machine reaches asks for no keys.
@@ -272,7 +273,7 @@ impl App {
         }
         let keyed = reached && !self.config.listen.insecure;
         let access = Access { keyed, reached, hosts: self.config.listen.names.clone() };
-        Guard::new(Arc::clone(&self.parts.store), self.parts.clock.clone(), access)
+        Guard::new(Arc::clone(&self.context.store), self.context.clock.clone(), access)
     }
 }
 

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::delivery::Delivery;
 use crate::lane::Lane;
 use crate::queue::{QueueError, Subscription};
-use crate::service::{self, Parts};
+use crate::service::{self, Context};
 
 use dispatcher::Dispatcher;
 use heartbeat::Heartbeat;
@@ -48,22 +48,22 @@ pub struct ConsumerOptions {
 /// # Errors
 /// The name of the lane when its subscription ended by itself: nothing is taken from it any more.
 pub async fn run(
-    parts: Parts,
+    context: Context,
     delivery: std::sync::Arc<Delivery>,
     options: ConsumerOptions,
     stop: &CancellationToken,
 ) -> Result<(), String> {
     let lane = &options.lane;
     let name = format!("consumer of {}", lane.topic);
-    if service::persist(&name, stop, || register(&parts, lane)).await.is_none() {
+    if service::persist(&name, stop, || register(&context, lane)).await.is_none() {
         return Ok(());
     }
     // Ends with the work, which may end by itself.
     let reads = stop.child_token();
-    let heartbeat = Heartbeat::new(parts.clone(), lane.clone());
+    let heartbeat = Heartbeat::new(context.clone(), lane.clone());
     let work = async {
-        if let Some(subscription) = service::persist(&name, stop, || subscribe(&parts, &options)).await {
-            work(&parts, delivery, &options, subscription, stop).await;
+        if let Some(subscription) = service::persist(&name, stop, || subscribe(&context, &options)).await {
+            work(&context, delivery, &options, subscription, stop).await;
         }
         reads.cancel();
     };
@@ -76,7 +76,7 @@ pub async fn run(
 }
 
 async fn work(
-    parts: &Parts,
+    context: &Context,
     delivery: std::sync::Arc<Delivery>,
     options: &ConsumerOptions,
     subscription: Subscription,
@@ -84,12 +84,12 @@ async fn work(
 ) {
     let (records, taken) = mpsc::unbounded_channel();
     let (recorded, written) = mpsc::unbounded_channel();
-    let metrics = parts.metrics.lane(&options.lane.topic);
+    let metrics = context.metrics.lane(&options.lane.topic);
     // Results are written until the stop has run out of patience.
     let give_up = CancellationToken::new();
-    let recorder = recorder::run(parts.clone(), metrics.clone(), taken, recorded, &give_up);
+    let recorder = recorder::run(context.clone(), metrics.clone(), taken, recorded, &give_up);
     let dispatcher = Dispatcher::new(
-        parts.clone(),
+        context.clone(),
         metrics,
         delivery,
         options.clone(),
@@ -106,10 +106,10 @@ async fn work(
     subscription.close().await;
 }
 
-async fn register(parts: &Parts, lane: &Lane) -> Result<(), crate::store::StoreError> {
+async fn register(context: &Context, lane: &Lane) -> Result<(), crate::store::StoreError> {
     // Said first: settings of a group that nobody has heard of would be replaced.
-    heartbeat::announce(parts, lane).await?;
-    if let Some(before) = parts.store.put_lane(lane, parts.clock.now()).await? {
+    heartbeat::announce(context, lane).await?;
+    if let Some(before) = context.store.put_lane(lane, context.clock.now()).await? {
         tracing::warn!(
             lane = lane.topic,
             "lane {} was registered with other settings ({} tries, then {}); the newest win",
@@ -118,13 +118,13 @@ async fn register(parts: &Parts, lane: &Lane) -> Result<(), crate::store::StoreE
             before.next
         );
     }
-    parts.directory.refresh().await.map(drop)
+    context.directory.refresh().await.map(drop)
 }
 
-async fn subscribe(parts: &Parts, options: &ConsumerOptions) -> Result<Subscription, QueueError> {
+async fn subscribe(context: &Context, options: &ConsumerOptions) -> Result<Subscription, QueueError> {
     let lane = &options.lane;
-    parts.queue.ensure(&[lane.topic.clone(), lane.next.clone()]).await?;
-    parts.queue.subscribe(&lane.topic, &lane.group, options.window).await
+    context.queue.ensure(&[lane.topic.clone(), lane.next.clone()]).await?;
+    context.queue.subscribe(&lane.topic, &lane.group, options.window).await
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::message::MessageId;
 use crate::queue::{LaneRecord, QueueError, RECORD_CUT};
-use crate::service::{self, Parts};
+use crate::service::{self, Context};
 use crate::store::DeadLetter;
 use crate::ticket::{OTHER_FIELDS, Ticket, to_json};
 
@@ -62,44 +62,44 @@ fn cut(whole: &LaneRecord) -> LaneRecord {
 }
 
 /// Publishes dead letters and marks them in the store. One that its lane does not take keeps no other from it.
-pub async fn publish(parts: Parts, letters: Vec<DeadLetter>) {
+pub async fn publish(context: Context, letters: Vec<DeadLetter>) {
     let mut lanes: BTreeMap<&str, Vec<&DeadLetter>> = BTreeMap::new();
     for letter in &letters {
         lanes.entry(&letter.lane).or_default().push(letter);
     }
     for (lane, letters) in lanes {
-        match publish_on(&parts, lane, &letters).await {
-            Ok(()) => mark(&parts, &letters).await,
+        match publish_on(&context, lane, &letters).await {
+            Ok(()) => mark(&context, &letters).await,
             Err(QueueError::Unavailable(why)) => {
                 tracing::warn!(lane, "{} dead letters will be published later: {why}", letters.len());
             }
             // One of them may be to blame: each goes alone.
             Err(_) => {
                 for letter in letters {
-                    publish_alone(&parts, lane, letter).await;
+                    publish_alone(&context, lane, letter).await;
                 }
             }
         }
     }
 }
 
-async fn publish_on(parts: &Parts, lane: &str, letters: &[&DeadLetter]) -> Result<(), QueueError> {
-    parts.queue.ensure(&[lane.to_owned()]).await?;
+async fn publish_on(context: &Context, lane: &str, letters: &[&DeadLetter]) -> Result<(), QueueError> {
+    context.queue.ensure(&[lane.to_owned()]).await?;
     let records = letters.iter().map(|letter| record(letter)).collect();
-    parts.queue.publish(lane, records).await.map(drop)
+    context.queue.publish(lane, records).await.map(drop)
 }
 
 /// Publishes one letter whole, else cut, else gives it up: the store still has the message.
-async fn publish_alone(parts: &Parts, lane: &str, letter: &DeadLetter) {
+async fn publish_alone(context: &Context, lane: &str, letter: &DeadLetter) {
     let whole = record(letter);
     let short = cut(&whole);
-    let sent = match parts.queue.publish(lane, vec![whole]).await {
-        Err(QueueError::TooLarge(_)) => parts.queue.publish(lane, vec![short]).await,
+    let sent = match context.queue.publish(lane, vec![whole]).await {
+        Err(QueueError::TooLarge(_)) => context.queue.publish(lane, vec![short]).await,
         sent => sent,
     };
     let id = letter.ticket.id;
     match sent {
-        Ok(_) => mark(parts, &[letter]).await,
+        Ok(_) => mark(context, &[letter]).await,
         Err(QueueError::Unavailable(why)) => {
             tracing::warn!(lane, id = id.0, "the dead letter of message {id} will be published later: {why}");
         }
@@ -110,14 +110,14 @@ async fn publish_alone(parts: &Parts, lane: &str, letter: &DeadLetter) {
                 "{lane} does not take the dead letter of message {id} ({error}); it is given up, and the message \
                  stays in the store"
             );
-            mark(parts, &[letter]).await;
+            mark(context, &[letter]).await;
         }
     }
 }
 
-async fn mark(parts: &Parts, letters: &[&DeadLetter]) {
+async fn mark(context: &Context, letters: &[&DeadLetter]) {
     let ids: Vec<MessageId> = letters.iter().map(|letter| letter.ticket.id).collect();
-    let mark = || parts.store.dead_lettered(&ids);
+    let mark = || context.store.dead_lettered(&ids);
     service::persist("dead letters", &CancellationToken::new(), mark).await;
 }
 

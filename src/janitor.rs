@@ -22,7 +22,7 @@ use crate::message::MessageId;
 use crate::producer::Term;
 use crate::publish::Publisher;
 use crate::queue::Depth;
-use crate::service::{self, Backoff, LEASE, Parts, Service, Step};
+use crate::service::{self, Backoff, Context, LEASE, Service, Step};
 use crate::store::{Batch, InstanceId, LogPosition, Recovery, Removal, StoreError, Suspect};
 use crate::ticket::BatchId;
 
@@ -38,12 +38,12 @@ const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(15);
 /// The answer to a claim or a reissue of this process may take so long, and needs no more than that. A batch that was issued
 /// again in vain does no harm.
 const ANSWERED: Duration = ROUND;
-/// A job that nobody has touched for so long has lost its caller.
-const JOB_IDLE: Duration = Duration::from_secs(5);
-/// Messages of a job that are changed in one transaction.
-pub const JOB_PIECE: usize = 500;
-/// Pieces of a job in one round, so that the rest of the round is not late.
-const JOB_PIECES: usize = 20;
+/// An operation that nobody has touched for so long has lost its caller.
+const OPERATION_IDLE: Duration = Duration::from_secs(5);
+/// Messages of an operation that are changed in one transaction.
+pub const OPERATION_PIECE: usize = 500;
+/// Pieces of an operation in one round, so that the rest of the round is not late.
+const OPERATION_PIECES: usize = 20;
 /// Batches looked at in a round: more than all lanes together can hold in batches of one.
 const BATCHES: usize = 100_000;
 /// Batches on their way, with those that wait for their turn: what is left has to wait for a later round.
@@ -80,7 +80,7 @@ struct Duties {
     recover: Backoff,
     letters: Backoff,
     expire: Backoff,
-    jobs: Backoff,
+    operations: Backoff,
     partitions: Backoff,
     retention: Backoff,
     reconcile: Backoff,
@@ -94,7 +94,7 @@ impl Default for Duties {
             recover: Backoff::new("recovery"),
             letters: Backoff::new("dead letters"),
             expire: Backoff::new("expiry"),
-            jobs: Backoff::new("bulk changes"),
+            operations: Backoff::new("bulk changes"),
             partitions: Backoff::new("partitions"),
             retention: Backoff::new("retention"),
             reconcile: Backoff::new("reconciliation"),
@@ -105,7 +105,7 @@ impl Default for Duties {
 
 /// The janitor of one process.
 pub struct Janitor {
-    parts: Parts,
+    context: Context,
     leading: watch::Receiver<Option<Term>>,
     rounds: u64,
     silence: Silence,
@@ -138,7 +138,7 @@ impl Service for Janitor {
 
     /// One round.
     async fn step(&mut self) -> Result<Step, Infallible> {
-        let instant = self.parts.clock.instant();
+        let instant = self.context.clock.instant();
         let term = *self.leading.borrow();
         // After an outage the first bid says how long the store was away; nobody is judged before it.
         if let Some(term) = term.filter(|term| instant < term.until) {
@@ -152,16 +152,16 @@ impl Janitor {
     /// A janitor that works while the producer beside it is the active one, which `leading` says. It shares `publisher`
     /// with that producer. Final messages are kept for `retention`; `None`: for ever.
     pub fn new(
-        parts: Parts,
+        context: Context,
         publisher: Publisher,
         leading: watch::Receiver<Option<Term>>,
         retention: Option<Duration>,
     ) -> Janitor {
         for why in [DIED, ORPHANED, LOST] {
-            parts.metrics.recovered(why, 0);
+            context.metrics.recovered(why, 0);
         }
         Janitor {
-            parts,
+            context,
             leading,
             rounds: 0,
             silence: Silence::default(),
@@ -191,14 +191,14 @@ impl Janitor {
     /// Each duty by itself: one that fails keeps no other from being done.
     async fn round(&mut self, term: Term) {
         let looked = self.look_at_clock().await;
-        let moment = self.parts.clock.reading();
+        let moment = self.context.clock.reading();
         let sure = looked.is_ok() && term.is_sure(moment, LEASE);
         self.duties.clock.note(looked);
         let now = moment.time;
         if std::mem::replace(&mut self.checks, term.checks) != term.checks {
             self.next_reconciliation = moment.instant;
         }
-        if let Some(owner) = self.parts.presence.instance() {
+        if let Some(owner) = self.context.presence.instance() {
             let settled = self.settle_batches(owner, moment, sure).await;
             self.duties.settle.note(settled);
             let recovered = self.recover(owner, moment, sure).await;
@@ -210,15 +210,15 @@ impl Janitor {
         }
         let expired = self.expire(now).await;
         self.duties.expire.note(expired);
-        let finished = self.finish_jobs(now).await;
-        self.duties.jobs.note(finished);
+        let finished = self.finish_operations(now).await;
+        self.duties.operations.note(finished);
         let reconciled = self.reconcile(moment).await;
         self.duties.reconcile.note(reconciled);
         let removed = self.remove_old(moment).await;
         self.duties.retention.note(removed);
         if self.rounds.is_multiple_of(5) {
             // Last, because it may wait for a lock. Nobody waits for it: the default partition takes what has none of its own.
-            let made = self.parts.store.make_partitions().await;
+            let made = self.context.store.make_partitions().await;
             self.duties.partitions.note(made);
         }
         self.rounds += 1;
@@ -231,8 +231,8 @@ impl Janitor {
         }
         for _ in 0..RECONCILED_AT_ONCE {
             let piece = if self.urgent { RECONCILED_URGENT } else { RECONCILED };
-            let done = self.parts.store.reconcile(moment.time, piece).await?;
-            self.parts.metrics.reconciled(done.checked, done.repaired);
+            let done = self.context.store.reconcile(moment.time, piece).await?;
+            self.context.metrics.reconciled(done.checked, done.repaired);
             if done.repaired > 0 {
                 tracing::warn!("{} messages had no place and are due now", done.repaired);
             }
@@ -255,7 +255,7 @@ impl Janitor {
         let before = moment.time.before(kept);
         let rows_before = before.before((kept / ROWS_LATER).min(ROWS_LATER_MAX));
         let removal = Removal { before, rows_before, from: self.removed_to, limit: REMOVED };
-        let removed = self.parts.store.remove_old(&removal).await?;
+        let removed = self.context.store.remove_old(&removal).await?;
         if removed.partitions + removed.messages > 0 {
             tracing::debug!(
                 "removed {} old messages, and {} partitions whole",
@@ -263,7 +263,7 @@ impl Janitor {
                 removed.partitions
             );
         }
-        self.parts.metrics.removed(removed.partitions, removed.messages);
+        self.context.metrics.removed(removed.partitions, removed.messages);
         self.removed_to = removed.next.unwrap_or(MessageId(0));
         if removed.next.is_none() {
             self.next_removal = moment.instant.after(REMOVAL_REST.min(kept / 10));
@@ -274,7 +274,7 @@ impl Janitor {
     /// Ends what has waited beyond its time.
     async fn expire(&self, now: Timestamp) -> Result<(), StoreError> {
         for _ in 0..EXPIRY_PIECES {
-            if self.parts.store.expire(now, EXPIRED).await? < EXPIRED as u64 {
+            if self.context.store.expire(now, EXPIRED).await? < EXPIRED as u64 {
                 break;
             }
         }
@@ -284,14 +284,14 @@ impl Janitor {
     /// Hears of it first when somebody has set the clock that this process goes by. When it is this machine's that was set
     /// back, retries wait no longer for that.
     async fn look_at_clock(&mut self) -> Result<(), StoreError> {
-        self.parts.presence.follow_store().await?;
-        let offset = self.parts.clock.own_offset();
+        self.context.presence.follow_store().await?;
+        let offset = self.context.clock.own_offset();
         let before = std::mem::replace(&mut self.offset, offset);
         let change = before.zip(offset).map_or(0, |(before, offset)| offset.saturating_sub(before));
         let back = Duration::from_micros(change.min(0).unsigned_abs());
         if back >= SET_BACK {
             tracing::warn!("the clock was set back by {back:.1?}; retries come as much sooner");
-            self.parts.store.bring_forward(back, self.parts.clock.now()).await?;
+            self.context.store.bring_forward(back, self.context.clock.now()).await?;
         }
         Ok(())
     }
@@ -306,7 +306,7 @@ impl Janitor {
         };
         // A clock that was read a little earlier or later makes leases that end a little later.
         let latest = moment.time.after(LEASE * 2);
-        let recovered = self.parts.store.recover(&Recovery { now, latest, silent: &silent }).await?;
+        let recovered = self.context.store.recover(&Recovery { now, latest, silent: &silent }).await?;
         self.silence.watch(&recovered.ahead, moment.instant);
         let mut count = 0;
         for lease in recovered.leases {
@@ -321,7 +321,7 @@ impl Janitor {
                 recovered.instances
             );
         }
-        self.parts.metrics.recovered(DIED, count);
+        self.context.metrics.recovered(DIED, count);
         Ok(())
     }
 
@@ -344,17 +344,17 @@ impl Janitor {
         }
     }
 
-    /// Goes on with jobs whose caller has gone away.
-    async fn finish_jobs(&mut self, now: Timestamp) -> Result<(), StoreError> {
-        for id in self.parts.store.idle_jobs(now.before(JOB_IDLE)).await? {
-            let mut left = JOB_PIECES;
+    /// Goes on with operations whose caller has gone away.
+    async fn finish_operations(&mut self, now: Timestamp) -> Result<(), StoreError> {
+        for id in self.context.store.idle_operations(now.before(OPERATION_IDLE)).await? {
+            let mut left = OPERATION_PIECES;
             while left > 0
                 && self
-                    .parts
+                    .context
                     .store
-                    .work_job(id, JOB_PIECE, now)
+                    .work_operation(id, OPERATION_PIECE, now)
                     .await?
-                    .is_some_and(|job| job.finished_at.is_none())
+                    .is_some_and(|operation| operation.finished_at.is_none())
             {
                 left -= 1;
             }
@@ -365,7 +365,7 @@ impl Janitor {
     /// Issues lost batches again.
     async fn settle_batches(&mut self, owner: InstanceId, moment: Now, sure: bool) -> Result<(), StoreError> {
         // The store first: a batch that is there was published before the broker is asked.
-        let batches = self.parts.store.batches(moment.time, BATCHES).await?;
+        let batches = self.context.store.batches(moment.time, BATCHES).await?;
         let depths = self.depths(&batches).await;
         let mut counts: BTreeMap<Loss, u64> = BTreeMap::new();
         self.note_unpublished(&batches, moment.instant);
@@ -386,7 +386,7 @@ impl Janitor {
             if count > 0 {
                 tracing::warn!("{count} deliveries are queued again: {}", loss.reason());
             }
-            self.parts.metrics.recovered(loss.word(), count);
+            self.context.metrics.recovered(loss.word(), count);
         }
         Ok(())
     }
@@ -402,11 +402,11 @@ impl Janitor {
 
     /// How far the groups of all lanes in these batches have come; lanes that can't be asked are left out.
     async fn depths(&self, batches: &[Batch]) -> BTreeMap<String, Vec<Depth>> {
-        let directory = self.parts.directory.snapshot();
+        let directory = self.context.directory.snapshot();
         let mut depths = BTreeMap::new();
         for lane in &directory.lanes {
             if batches.iter().any(|batch| batch.lane == lane.topic) {
-                match self.parts.depth(lane).await {
+                match self.context.depth(lane).await {
                     Ok(depth) => drop(depths.insert(lane.topic.clone(), depth)),
                     Err(error) => tracing::debug!("the depth of {} is unknown: {error}", lane.topic),
                 }
@@ -419,9 +419,9 @@ impl Janitor {
         if self.letters.as_ref().is_some_and(|letters| !letters.is_finished()) {
             return Ok(());
         }
-        let letters = self.parts.store.dead_letters(now.before(DEAD_LETTER_AGE), 1_000).await?;
+        let letters = self.context.store.dead_letters(now.before(DEAD_LETTER_AGE), 1_000).await?;
         if !letters.is_empty() {
-            self.letters = Some(tokio::spawn(dead_letter::publish(self.parts.clone(), letters)));
+            self.letters = Some(tokio::spawn(dead_letter::publish(self.context.clone(), letters)));
         }
         Ok(())
     }

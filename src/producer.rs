@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::{Instant, Now, Timestamp};
 use crate::message::Held;
 use crate::publish::Publisher;
-use crate::service::{self, Parts, Service, Step};
+use crate::service::{self, Context, Service, Step};
 use crate::store::{Bid, Claim, Due, DueNow, InstanceId, Leadership, Pacing, Result, StoreError, Urgency};
 use crate::ticket::{BatchId, Ticket};
 
@@ -88,7 +88,7 @@ impl Term {
 
 /// One producer: active or standing by.
 pub struct Producer {
-    parts: Parts,
+    context: Context,
     options: ProducerOptions,
     /// For the janitor beside it.
     leading: watch::Sender<Option<Term>>,
@@ -121,8 +121,8 @@ impl Service for Producer {
     /// # Errors
     /// Those of the store; nothing is lost by any of them, and all of it passes by waiting.
     async fn step(&mut self) -> Result<Step> {
-        let now = self.parts.clock.reading();
-        let Some(instance) = self.parts.presence.instance() else {
+        let now = self.context.clock.reading();
+        let Some(instance) = self.context.presence.instance() else {
             return Ok(Step::Idle(GAP_MAX));
         };
         if !self.lead(instance, now).await? {
@@ -155,11 +155,11 @@ impl Service for Producer {
 
 impl Producer {
     /// A producer that has not bid for leadership yet.
-    pub fn new(parts: Parts, options: ProducerOptions) -> Producer {
-        let capacity = Capacity::new(parts.clone(), options.capacity);
-        let (pacer, publisher) = (options.pacing.map(Pacer::new), Publisher::new(parts.clone()));
+    pub fn new(context: Context, options: ProducerOptions) -> Producer {
+        let capacity = Capacity::new(context.clone(), options.capacity);
+        let (pacer, publisher) = (options.pacing.map(Pacer::new), Publisher::new(context.clone()));
         Producer {
-            parts,
+            context,
             capacity,
             pacer,
             options,
@@ -200,7 +200,7 @@ impl Producer {
             tracing::warn!("{left} batches are left to another producer's janitor");
         }
         self.leading.send_replace(None);
-        self.parts.metrics.is_active_producer(false);
+        self.context.metrics.is_active_producer(false);
     }
 
     /// After work the next look follows at once; then the gap doubles up to the poll interval. In a burst the
@@ -213,7 +213,7 @@ impl Producer {
         let mut gap = self.gap.min(self.options.poll);
         self.gap = (gap * 2).min(self.options.poll);
         if now.instant < self.burst_until {
-            gap = gap.min(self.next_timed.since(self.parts.clock.instant())).max(GAP_MIN);
+            gap = gap.min(self.next_timed.since(self.context.clock.instant())).max(GAP_MIN);
         }
         Step::Idle(gap)
     }
@@ -226,9 +226,13 @@ impl Producer {
         let (until, led_until) = (now.time.after(LEADERSHIP), now.instant.after(LEADERSHIP));
         let bid = Bid { instance, now: now.time, until, paced_until: None, pacing: self.options.pacing };
         let led = now.instant < self.led_until;
-        let won =
-            self.parts.store.lead(&bid).await.inspect_err(|_| self.parts.metrics.is_active_producer(led))?;
-        self.parts.metrics.is_active_producer(won.is_some());
+        let won = self
+            .context
+            .store
+            .lead(&bid)
+            .await
+            .inspect_err(|_| self.context.metrics.is_active_producer(led))?;
+        self.context.metrics.is_active_producer(won.is_some());
         self.next_bid = now.instant.after(BID);
         match won {
             Some(leadership) => {
@@ -258,13 +262,13 @@ impl Producer {
         if now.instant < self.next_timed {
             return match self.gap {
                 GAP_MIN => Ok(DueNow { new: true, lanes: Vec::new() }),
-                _ => self.parts.store.due(&[], now.time).await,
+                _ => self.context.store.due(&[], now.time).await,
             };
         }
-        let directory = self.parts.directory.snapshot();
+        let directory = self.context.directory.snapshot();
         let topics = directory.lanes.iter().map(|lane| lane.topic.as_str());
         let lanes: Vec<&str> = std::iter::once("").chain(topics).collect();
-        self.parts.store.due(&lanes, now.time.after(Ticket::AHEAD)).await
+        self.context.store.due(&lanes, now.time.after(Ticket::AHEAD)).await
     }
 
     /// Claims new messages, urgent ones first: after a full claim the others have to wait. Asks which endpoints are
@@ -282,7 +286,7 @@ impl Producer {
             }
         }
         if now.instant >= self.next_saturated {
-            self.saturated = self.parts.store.saturated().await?;
+            self.saturated = self.context.store.saturated().await?;
             self.next_saturated = now.instant.after(SATURATED_LOOK);
         }
         Ok(worked)
@@ -321,8 +325,8 @@ impl Producer {
         };
         let (batch, saturated) = (BatchId::random(), &self.saturated);
         let claim = Claim { due, limit, lane: &lane, batch, saturated, owner, now: now.time };
-        let watch = self.parts.clock.stopwatch();
-        let claimed = self.parts.store.claim(&claim).await;
+        let watch = self.context.clock.stopwatch();
+        let claimed = self.context.store.claim(&claim).await;
         self.feeds_checked &= claimed.is_ok();
         let claimed = claimed?;
         if claimed.seen == 0 {
@@ -331,7 +335,7 @@ impl Producer {
         for id in &claimed.unreadable {
             tracing::error!(id = id.0, "message {id} can't be read and is dead; its reason says why");
         }
-        self.parts.metrics.batch("claim", claimed.tickets.len(), watch.elapsed());
+        self.context.metrics.batch("claim", claimed.tickets.len(), watch.elapsed());
         let late = claimed.tickets.iter().any(|ticket| ticket.due_at.is_none());
         if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
             pacer.used(claimed.tickets.len());
@@ -361,7 +365,7 @@ impl Producer {
                     paced_until: Some(written(pacer.window_end(now.instant))),
                     pacing: self.options.pacing,
                 };
-                if self.parts.store.lead(&bid).await?.is_none() {
+                if self.context.store.lead(&bid).await?.is_none() {
                     self.led_until = Instant::START;
                     return Ok(None);
                 }
@@ -392,7 +396,7 @@ impl Producer {
 
     /// Makes sure that the feeds mean something in this database. It may be another one than before: a restored dump.
     async fn check_feeds(&mut self, now: Now) -> Result<()> {
-        if self.parts.store.check_feeds(now.time).await? {
+        if self.context.store.check_feeds(now.time).await? {
             tracing::warn!(
                 "the database has come from another server; messages without a place are looked for"
             );
@@ -403,11 +407,11 @@ impl Producer {
 
     /// Frees deliveries that were held for an endpoint which is open again.
     async fn unhold(&mut self, now: Now) -> Result<()> {
-        let directory = self.parts.directory.snapshot();
+        let directory = self.context.directory.snapshot();
         let mut more = false;
-        for (endpoint, held) in self.parts.store.held().await? {
+        for (endpoint, held) in self.context.store.held().await? {
             if held == Held::EndpointClosed && directory.open_endpoint(&endpoint).is_some() {
-                let freed = self.parts.store.unhold(&endpoint, held, self.options.batch, now.time).await?;
+                let freed = self.context.store.unhold(&endpoint, held, self.options.batch, now.time).await?;
                 more |= freed > 0;
             }
         }

@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 use crate::lane::dead_letter_of;
 use crate::message::Verdict;
 use crate::queue::{LaneRecord, QueueError};
-use crate::service::{self, Backoff, Parts};
+use crate::service::{self, Backoff, Context};
 use crate::store::{
     Begin, InstanceId, LeaseId, LogPosition, Record, Records, Reissue, StoreError, Suspect, Wanted,
 };
@@ -29,7 +29,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// Publishes the batches of a process, each beside the work of the service that it comes from. Its clones are one.
 #[derive(Clone)]
 pub struct Publisher {
-    parts: Parts,
+    context: Context,
     tasks: TaskTracker,
     // A plain lock, held for a look-up: never over an await.
     under_way: Arc<Mutex<UnderWay>>,
@@ -57,8 +57,8 @@ impl Drop for Known {
 
 impl Publisher {
     /// A publisher with nothing on its way.
-    pub fn new(parts: Parts) -> Publisher {
-        Publisher { parts, tasks: TaskTracker::new(), under_way: Arc::default() }
+    pub fn new(context: Context) -> Publisher {
+        Publisher { context, tasks: TaskTracker::new(), under_way: Arc::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, UnderWay> {
@@ -81,11 +81,11 @@ impl Publisher {
             Arc::clone(turns.or_insert_with(|| Arc::new(Semaphore::new(AT_ONCE))))
         };
         let known = Known { batch, publisher: self.clone() };
-        let (parts, stop) = (self.parts.clone(), stop.clone());
+        let (context, stop) = (self.context.clone(), stop.clone());
         self.tasks.spawn(async move {
             // The semaphore is never closed.
             let _turn = turns.acquire().await;
-            publish(&parts, &lane, batch, &tickets, &stop).await;
+            publish(&context, &lane, batch, &tickets, &stop).await;
             drop(known);
         });
     }
@@ -100,8 +100,9 @@ impl Publisher {
         owner: InstanceId,
         stop: &CancellationToken,
     ) -> Result<usize, StoreError> {
-        let (batch, now) = (BatchId::random(), self.parts.clock.now());
-        let Some(reissued) = self.parts.store.reissue(&Reissue { suspect, batch, owner, now }).await? else {
+        let (batch, now) = (BatchId::random(), self.context.clock.now());
+        let Some(reissued) = self.context.store.reissue(&Reissue { suspect, batch, owner, now }).await?
+        else {
             return Ok(0);
         };
         let count = reissued.tickets.len();
@@ -148,17 +149,23 @@ struct Published<'a> {
 }
 
 /// Publishes a batch, and tries again until the broker has it: what is published twice is stale once it has begun.
-async fn publish(parts: &Parts, lane: &str, batch: BatchId, tickets: &[Ticket], stop: &CancellationToken) {
-    let watch = parts.clock.stopwatch();
+async fn publish(
+    context: &Context,
+    lane: &str,
+    batch: BatchId,
+    tickets: &[Ticket],
+    stop: &CancellationToken,
+) {
+    let watch = context.clock.stopwatch();
     let mut backoff = Backoff::new(&format!("publishing on {lane}"));
     let published = loop {
-        let error = match put(parts, lane, tickets).await {
+        let error = match put(context, lane, tickets).await {
             Ok(published) => break published,
             Err(error) => error,
         };
         let wait = backoff.failed(&error);
         // A lane that is missing is the usual reason, and mending it is idempotent.
-        if let Err(error) = parts.queue.ensure(&[lane.to_owned()]).await {
+        if let Err(error) = context.queue.ensure(&[lane.to_owned()]).await {
             tracing::debug!(lane, "{lane} could not be made sure of: {error}");
         }
         tokio::select! {
@@ -168,28 +175,28 @@ async fn publish(parts: &Parts, lane: &str, batch: BatchId, tickets: &[Ticket], 
         }
     };
     backoff.succeeded();
-    parts.metrics.batch("publish", tickets.len(), watch.elapsed());
+    context.metrics.batch("publish", tickets.len(), watch.elapsed());
     if let Some(at) = published.at {
-        service::persist("batches", stop, || parts.store.acknowledge(batch, at)).await;
+        service::persist("batches", stop, || context.store.acknowledge(batch, at)).await;
     }
     if !published.refused.is_empty() {
         let (lease, tried) = (LeaseId::random(), AtomicBool::new(false));
-        let end = || end(parts, lane, &published.refused, lease, tried.swap(true, Ordering::Relaxed));
+        let end = || end(context, lane, &published.refused, lease, tried.swap(true, Ordering::Relaxed));
         service::persist("refused tickets", stop, end).await;
     }
 }
 
 /// Publishes all tickets together. When the lane takes no record as large as one of them, or not so many bytes at once,
 /// the halves go apart, down to the tickets that it never takes.
-async fn put<'a>(parts: &Parts, lane: &str, tickets: &'a [Ticket]) -> Result<Published<'a>, QueueError> {
+async fn put<'a>(context: &Context, lane: &str, tickets: &'a [Ticket]) -> Result<Published<'a>, QueueError> {
     let records = tickets.iter().map(lane_record).collect();
-    match (parts.queue.publish(lane, records).await, tickets) {
+    match (context.queue.publish(lane, records).await, tickets) {
         (Ok(at), _) => Ok(Published { at: Some(at), refused: Vec::new() }),
         (Err(QueueError::TooLarge(_)), [ticket]) => Ok(Published { at: None, refused: vec![ticket] }),
         (Err(QueueError::TooLarge(_)), _) => {
             let (first, second) = tickets.split_at(tickets.len() / 2);
-            let mut published = Box::pin(put(parts, lane, first)).await?;
-            let rest = Box::pin(put(parts, lane, second)).await?;
+            let mut published = Box::pin(put(context, lane, first)).await?;
+            let rest = Box::pin(put(context, lane, second)).await?;
             published.at = rest.at.or(published.at);
             published.refused.extend(rest.refused);
             Ok(published)
@@ -200,19 +207,19 @@ async fn put<'a>(parts: &Parts, lane: &str, tickets: &'a [Ticket]) -> Result<Pub
 
 /// Ends messages whose tickets no lane takes: nothing else would. They are begun for it, so that nobody else does.
 async fn end(
-    parts: &Parts,
+    context: &Context,
     lane: &str,
     tickets: &[&Ticket],
     lease: LeaseId,
     repeated: bool,
 ) -> Result<(), String> {
-    let owner = parts.presence.instance().ok_or_else(|| "not enrolled in the store yet".to_owned())?;
+    let owner = context.presence.instance().ok_or_else(|| "not enrolled in the store yet".to_owned())?;
     let Some(first) = tickets.first() else { return Ok(()) };
     let positions = tickets.iter().map(|ticket| usize::from(ticket.position)).collect();
     let wanted = [Wanted { lease, batch: first.batch, positions }];
     let begin = Begin { wanted: &wanted, repeated, owner };
-    let begun = parts.store.begin(&begin).await.map_err(|error| error.to_string())?;
-    let directory = parts.directory.snapshot();
+    let begun = context.store.begin(&begin).await.map_err(|error| error.to_string())?;
+    let directory = context.directory.snapshot();
     let dead_letters = dead_letter_of(lane, &directory.lanes);
     let mut records = Vec::new();
     for begun in begun {
@@ -233,6 +240,6 @@ async fn end(
         let id = record.ticket.id;
         tracing::error!(lane, id = id.0, "message {id} is dead: its ticket is larger than {lane} takes");
     }
-    let records = Records { records: &records, now: parts.clock.now() };
-    parts.store.record(&records).await.map(drop).map_err(|error| error.to_string())
+    let records = Records { records: &records, now: context.clock.now() };
+    context.store.record(&records).await.map(drop).map_err(|error| error.to_string())
 }

@@ -26,7 +26,7 @@ pub use presence::{LEASE, Presence};
 
 /// What every service is given.
 #[derive(Clone)]
-pub struct Parts {
+pub struct Context {
     pub store: Arc<dyn Store>,
     pub queue: Arc<dyn Queue>,
     pub cache: Arc<dyn Cache>,
@@ -36,7 +36,7 @@ pub struct Parts {
     pub directory: Arc<Directory>,
 }
 
-impl Parts {
+impl Context {
     /// How far a lane has been read and written, for the furthest of its groups in each partition. Empty when the
     /// lane does not exist.
     ///

@@ -5,11 +5,11 @@ create index messages_by_recipient on messages (recipient, id);
 create index messages_by_endpoint on messages (endpoint, id);
 create index messages_by_created_at on messages (created_at, id);
 -- A cancel or redrive of many messages, worked off piece by piece.
-create table jobs (
+create table operations (
     id bigint generated always as identity primary key,
     kind text not null,
     filter jsonb not null,
-    -- Messages with higher ids came after the job and are none of its business.
+    -- Messages with higher ids came after the operation and are none of its business.
     up_to bigint not null,
     -- How far it has come; null at its start.
     cursor_at timestamptz,
@@ -20,10 +20,10 @@ create table jobs (
     updated_at timestamptz not null,
     finished_at timestamptz,
 
-    constraint jobs_kind_known check (kind in ('cancel', 'redrive'))
+    constraint operations_kind_known check (kind in ('cancel', 'redrive'))
 );
 
-create index jobs_open on jobs (id) where finished_at is null;
+create index operations_open on operations (id) where finished_at is null;
 
 -- Keys of those who may call the API. Of a key only its hash is here.
 create table api_keys (
@@ -41,10 +41,10 @@ create table api_keys (
 do $$
 begin
     if exists (select 1 from pg_roles where rolname = 'ams_reader') then
-        grant select on jobs to ams_reader;
+        grant select on operations to ams_reader;
     end if;
     if exists (select 1 from pg_roles where rolname = 'ams_service') then
-        grant select, insert, update, delete on jobs, api_keys to ams_service;
+        grant select, insert, update, delete on operations, api_keys to ams_service;
         grant usage, select on all sequences in schema public to ams_service;
     end if;
 end

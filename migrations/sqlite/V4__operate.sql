@@ -9,11 +9,11 @@ create index messages_by_created_at on messages (
 );
 
 -- A cancel or redrive of many messages, worked off piece by piece.
-create table jobs (
+create table operations (
     id integer primary key autoincrement,
     kind text not null,
     filter text not null,
-    -- Messages with higher ids came after the job and are none of its business.
+    -- Messages with higher ids came after the operation and are none of its business.
     up_to integer not null,
     -- How far it has come; null at its start.
     cursor_at integer,
@@ -24,10 +24,10 @@ create table jobs (
     updated_at integer not null,
     finished_at integer,
 
-    constraint jobs_kind_known check (kind in ('cancel', 'redrive'))
+    constraint operations_kind_known check (kind in ('cancel', 'redrive'))
 ) strict;
 
-create index jobs_open on jobs (id) where finished_at is null;
+create index operations_open on operations (id) where finished_at is null;
 
 -- Keys of those who may call the API. Of a key only its hash is here.
 create table api_keys (

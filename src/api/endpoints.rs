@@ -134,7 +134,7 @@ pub(super) struct NewEndpoint {
     )
 )]
 pub(super) async fn list(State(state): State<ApiState>) -> Result<Json<EndpointList>, Problem> {
-    let endpoints = state.parts.store.endpoints().await?;
+    let endpoints = state.context.store.endpoints().await?;
     let data = endpoints.iter().map(EndpointView::from).collect();
     Ok(Json(EndpointList { data, next_cursor: None }))
 }
@@ -243,7 +243,7 @@ pub(super) async fn delete(
     if name.contains('\0') {
         return Err(missing(&name));
     }
-    match state.parts.store.delete_endpoint(&name).await? {
+    match state.context.store.delete_endpoint(&name).await? {
         Deletion::Deleted => {
             heard(&state).await;
             Ok(StatusCode::NO_CONTENT)
@@ -257,7 +257,7 @@ pub(super) async fn delete(
 }
 
 async fn find(state: &ApiState, name: &str) -> Result<Option<Endpoint>, Problem> {
-    Ok(state.parts.store.endpoints().await?.into_iter().find(|endpoint| endpoint.name == name))
+    Ok(state.context.store.endpoints().await?.into_iter().find(|endpoint| endpoint.name == name))
 }
 
 fn missing(name: &str) -> Problem {
@@ -265,14 +265,14 @@ fn missing(name: &str) -> Problem {
 }
 
 async fn put(state: &ApiState, endpoint: &Endpoint) -> Result<(), Problem> {
-    state.parts.store.put_endpoint(endpoint).await?;
+    state.context.store.put_endpoint(endpoint).await?;
     heard(state).await;
     Ok(())
 }
 
 /// This process knows at once; the others read the directory every two seconds.
 async fn heard(state: &ApiState) {
-    if let Err(error) = state.parts.directory.refresh().await {
+    if let Err(error) = state.context.directory.refresh().await {
         tracing::debug!("endpoints could not be read anew: {error}");
     }
 }

@@ -3,7 +3,7 @@
 use super::ApiState;
 use crate::clock::Timestamp;
 use crate::message::{Held, Message, Status};
-use crate::service::Parts;
+use crate::service::Context;
 use crate::store::operate::Control;
 
 /// What has to be known besides a message to say what it waits for.
@@ -31,22 +31,22 @@ enum Queue {
 
 impl Surroundings {
     /// What can be known for many messages at once.
-    pub(super) async fn of_many(parts: &Parts) -> Surroundings {
-        let now = parts.clock.now();
-        Surroundings { now, control: parts.store.control(now).await.ok(), ..Surroundings::default() }
+    pub(super) async fn of_many(context: &Context) -> Surroundings {
+        let now = context.clock.now();
+        Surroundings { now, control: context.store.control(now).await.ok(), ..Surroundings::default() }
     }
 
     /// Everything about one message.
     pub(super) async fn of_one(state: &ApiState, message: &Message) -> Surroundings {
-        let parts = &state.parts;
-        let directory = parts.directory.snapshot();
+        let context = &state.context;
+        let directory = context.directory.snapshot();
         let lane = match message.lane.as_str() {
             "" => directory.lanes.iter().find(|lane| lane.fresh),
             topic => directory.lanes.iter().find(|lane| lane.topic == topic),
         };
         let queue = match lane.filter(|_| message.status == Status::Queued) {
             None => Queue::Unasked,
-            Some(lane) => match tokio::time::timeout(super::status::ANSWER, parts.depth(lane)).await {
+            Some(lane) => match tokio::time::timeout(super::status::ANSWER, context.depth(lane)).await {
                 Ok(Ok(depth)) => Queue::Behind(depth.iter().map(|d| d.end - d.position).sum()),
                 Ok(Err(error)) => Queue::Away(error.to_string()),
                 Err(_) => Queue::Away("it does not answer".to_owned()),
@@ -56,7 +56,7 @@ impl Surroundings {
             endpoint_missing: !directory.endpoints.contains_key(&message.endpoint),
             endpoint_fault: directory.faults.get(&message.endpoint).cloned(),
             queue,
-            ..Surroundings::of_many(parts).await
+            ..Surroundings::of_many(context).await
         }
     }
 }

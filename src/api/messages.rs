@@ -386,7 +386,7 @@ async fn faults(state: &ApiState, messages: &[NewMessage]) -> Vec<(usize, Fault)
     names.dedup();
     let known = endpoint_exists(state, &names).await;
     let exists = |name: &str| known.get(name).copied().unwrap_or(false);
-    let now = state.parts.clock.now();
+    let now = state.context.clock.now();
     let of =
         |(index, message)| intake::check(message, now, exists).into_iter().map(move |fault| (index, fault));
     messages.iter().enumerate().flat_map(of).collect()
@@ -424,7 +424,7 @@ pub(super) async fn attempts(
     id: Result<Path<i64>, PathRejection>,
 ) -> Result<Json<AttemptList>, Problem> {
     let message = find(&state, MessageId(id?.0)).await?;
-    let attempts = state.parts.store.attempts(message.id).await?;
+    let attempts = state.context.store.attempts(message.id).await?;
     Ok(Json(AttemptList { data: attempts.into_iter().map(AttemptView::from).collect(), next_cursor: None }))
 }
 
@@ -443,13 +443,13 @@ pub(super) async fn response(
     id: Result<Path<i64>, PathRejection>,
 ) -> Result<Json<ResponseView>, Problem> {
     let id = MessageId(id?.0);
-    match state.parts.cache.get(id).await {
+    match state.context.cache.get(id).await {
         Ok(Some(response)) => return Ok(Json(response.into())),
         Ok(None) => {}
         Err(error) => tracing::debug!("the cache could not be asked: {error}"),
     }
     find(&state, id).await?;
-    let attempts = state.parts.store.attempts(id).await?;
+    let attempts = state.context.store.attempts(id).await?;
     let last = attempts.into_iter().rev().find_map(|attempt| {
         let status = attempt.status?;
         Some(ResponseView { status, ..stored_response(&attempt) })
@@ -477,6 +477,6 @@ async fn seen(state: &ApiState, id: MessageId) -> Result<MessageView, Problem> {
 }
 
 pub(super) async fn find(state: &ApiState, id: MessageId) -> Result<Message, Problem> {
-    let message = state.parts.store.message(id).await?;
+    let message = state.context.store.message(id).await?;
     message.ok_or_else(|| Problem::new(Code::NotFound, &format!("there is no message {id}")))
 }

@@ -7,10 +7,10 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::response::IntoResponse;
 
-use super::status::{depths, parts};
+use super::status::{context, depths};
 use super::{ApiState, typed};
 use crate::clock::Stopwatch;
-use crate::service::Parts;
+use crate::service::Context;
 use crate::store::StoreError;
 use crate::telemetry::Installation;
 
@@ -37,7 +37,7 @@ impl Survey {
     }
 
     /// Brings the gauges up to date and returns all metrics as text.
-    async fn take(&self, state: &Parts) -> String {
+    async fn take(&self, state: &Context) -> String {
         let mut last = self.last.lock().await;
         if last.as_ref().is_none_or(|last| last.elapsed() >= FRESH) {
             let whole = async {
@@ -45,7 +45,7 @@ impl Survey {
                     state.metrics.installation(&installation(state).await);
                 }
             };
-            tokio::join!(parts(state), whole);
+            tokio::join!(context(state), whole);
             *last = Some(state.clock.stopwatch());
         }
         state.metrics.encode()
@@ -53,8 +53,8 @@ impl Survey {
 }
 
 /// What store and queue say of the whole, as far as they say it in time.
-async fn installation(parts: &Parts) -> Installation {
-    let (known, depths) = tokio::join!(tokio::time::timeout(ANSWER, of_store(parts)), depths(parts));
+async fn installation(context: &Context) -> Installation {
+    let (known, depths) = tokio::join!(tokio::time::timeout(ANSWER, of_store(context)), depths(context));
     let lag = depths.into_iter().flat_map(|(lane, depths)| {
         depths.into_iter().map(move |depth| (lane.clone(), depth.partition, depth.end - depth.position))
     });
@@ -62,10 +62,10 @@ async fn installation(parts: &Parts) -> Installation {
     Installation { lag: lag.collect(), ..known }
 }
 
-async fn of_store(parts: &Parts) -> Result<Installation, StoreError> {
-    let now = parts.clock.now();
-    let overview = parts.store.overview(now).await?;
-    let control = parts.store.control(now).await?;
+async fn of_store(context: &Context) -> Result<Installation, StoreError> {
+    let now = context.clock.now();
+    let overview = context.store.overview(now).await?;
+    let control = context.store.control(now).await?;
     let waiting = overview.counts.iter().filter(|count| !count.status.is_final());
     Ok(Installation {
         backlog: waiting.map(|count| (count.status.as_str(), count.count)).collect(),
@@ -82,7 +82,7 @@ async fn of_store(parts: &Parts) -> Result<Installation, StoreError> {
     responses((status = 200, description = "Prometheus text", body = String, content_type = "text/plain"))
 )]
 pub(super) async fn metrics(State(state): State<ApiState>) -> impl IntoResponse {
-    typed(TEXT, state.survey.take(&state.parts).await)
+    typed(TEXT, state.survey.take(&state.context).await)
 }
 
 #[cfg(test)]
@@ -96,10 +96,10 @@ mod tests {
     use crate::store::sqlite::SqliteStore;
     use crate::store::{Endpoint, Store};
 
-    async fn parts(clock: &Clock) -> Parts {
+    async fn context(clock: &Clock) -> Context {
         let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
         store.put_endpoint(&Endpoint::new("default", "http://localhost:3000")).await.unwrap();
-        Parts {
+        Context {
             queue: Arc::new(EmbeddedQueue::new(1, clock.clone())),
             cache: Arc::new(MemoryCache::new()),
             clock: clock.clone(),
@@ -113,16 +113,16 @@ mod tests {
     #[tokio::test]
     async fn the_whole_is_asked_at_a_scrape_and_its_answer_is_good_for_a_while() {
         let clock = Clock::manual(Timestamp::EPOCH);
-        let parts = parts(&clock).await;
+        let context = context(&clock).await;
         let message =
             NewMessage { recipient: "+90".into(), content: "Hello".into(), ..NewMessage::default() };
         let survey = Survey::new(true);
         let empty = "ams_backlog_messages{status=\"pending\"} 0.0";
-        assert!(survey.take(&parts).await.contains(empty));
-        parts.store.insert(&[message], clock.now()).await.unwrap();
-        assert!(survey.take(&parts).await.contains(empty), "the answer is good for 5 s");
+        assert!(survey.take(&context).await.contains(empty));
+        context.store.insert(&[message], clock.now()).await.unwrap();
+        assert!(survey.take(&context).await.contains(empty), "the answer is good for 5 s");
         clock.advance(FRESH);
-        let text = survey.take(&parts).await;
+        let text = survey.take(&context).await;
         for line in ["ams_backlog_messages{status=\"pending\"} 1.0", "ams_oldest_due_age_seconds{} 5.0"] {
             assert!(text.contains(line), "{line}\n{text}");
         }
@@ -133,8 +133,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_consumer_tells_of_itself_and_its_parts_only() {
-        let parts = parts(&Clock::manual(Timestamp::EPOCH)).await;
-        let text = Survey::new(false).take(&parts).await;
+        let context = context(&Clock::manual(Timestamp::EPOCH)).await;
+        let text = Survey::new(false).take(&context).await;
         assert!(text.contains("ams_part_up{part=\"store\"} 1.0"), "{text}");
         assert!(!text.contains("ams_backlog_messages{") && !text.contains("ams_active_producers{"), "{text}");
     }

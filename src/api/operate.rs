@@ -14,11 +14,11 @@ use super::messages::{MessageView, find};
 use super::problem::{Code, Problem};
 use super::search::refuse_nul;
 use crate::clock::Timestamp;
-use crate::janitor::JOB_PIECE;
+use crate::janitor::OPERATION_PIECE;
 use crate::message::{MessageId, Status};
-use crate::store::operate::{Change, Control, Cursor, Filter, Job, JobId};
+use crate::store::operate::{Change, Control, Cursor, Filter, Operation, OperationId};
 
-/// How long a call works at its job itself, which no client should give up on; the janitor does the rest.
+/// How long a call works at its operation itself, which no client should give up on; the janitor does the rest.
 const AT_IT: Duration = Duration::from_secs(5);
 /// Where a dry run stops counting.
 const COUNT_MAX: u64 = 10_000;
@@ -69,9 +69,9 @@ pub(super) struct RedriveView {
     /// Messages that are pending again.
     #[schema(example = 12)]
     redriven: u64,
-    /// The job, under which a large redrive goes on after this answer; null for a dry run.
+    /// The operation, under which a large redrive goes on after this answer; null for a dry run.
     #[schema(example = 7)]
-    job: Option<i64>,
+    operation: Option<i64>,
     /// Whether it is over.
     #[schema(example = true)]
     finished: bool,
@@ -86,9 +86,9 @@ pub(super) struct CancelView {
     /// Messages that are cancelled.
     #[schema(example = 12)]
     cancelled: u64,
-    /// The job, under which a large cancel goes on after this answer; null for a dry run.
+    /// The operation, under which a large cancel goes on after this answer; null for a dry run.
     #[schema(example = 7)]
-    job: Option<i64>,
+    operation: Option<i64>,
     /// Whether it is over.
     #[schema(example = true)]
     finished: bool,
@@ -96,7 +96,7 @@ pub(super) struct CancelView {
 
 /// A change of many messages and how far it has come.
 #[derive(Clone, Debug, Serialize, ToSchema)]
-pub(super) struct JobView {
+pub(super) struct OperationView {
     /// Its number.
     #[schema(example = 7)]
     id: i64,
@@ -196,7 +196,7 @@ pub(super) async fn redrive(
 }
 
 async fn change_one(state: &ApiState, change: Change, id: MessageId) -> Result<Json<MessageView>, Problem> {
-    let changed = state.parts.store.change(change, &[id], state.parts.clock.now()).await?;
+    let changed = state.context.store.change(change, &[id], state.context.clock.now()).await?;
     let message = find(state, id).await?;
     if changed.is_empty() {
         let detail = match (change, message.status) {
@@ -208,7 +208,7 @@ async fn change_one(state: &ApiState, change: Change, id: MessageId) -> Result<J
         };
         return Err(Problem::new(Code::WrongStatus, &detail));
     }
-    let surroundings = Surroundings::of_many(&state.parts).await;
+    let surroundings = Surroundings::of_many(&state.context).await;
     Ok(Json(MessageView::of(message, &surroundings)))
 }
 
@@ -216,7 +216,7 @@ async fn change_one(state: &ApiState, change: Change, id: MessageId) -> Result<J
 #[utoipa::path(
     post, path = "/v1/messages/redrive", operation_id = "redrive_messages", tag = "messages", request_body = ChangeMany,
     responses(
-        (status = 200, description = "What it came to within five seconds; the job goes on", body = RedriveView),
+        (status = 200, description = "What it came to within five seconds; the operation goes on", body = RedriveView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Too large", body = Problem, content_type = "application/problem+json"),
@@ -229,15 +229,15 @@ pub(super) async fn redrive_many(
     State(state): State<ApiState>,
     body: Result<Json<ChangeMany>, JsonRejection>,
 ) -> Result<Json<RedriveView>, Problem> {
-    let (matched, redriven, job, finished) = change_many(&state, Change::Redrive, body?.0).await?;
-    Ok(Json(RedriveView { matched, redriven, job, finished }))
+    let (matched, redriven, operation, finished) = change_many(&state, Change::Redrive, body?.0).await?;
+    Ok(Json(RedriveView { matched, redriven, operation, finished }))
 }
 
 /// Cancel many messages
 #[utoipa::path(
     post, path = "/v1/messages/cancel", operation_id = "cancel_messages", tag = "messages", request_body = ChangeMany,
     responses(
-        (status = 200, description = "What it came to within five seconds; the job goes on", body = CancelView),
+        (status = 200, description = "What it came to within five seconds; the operation goes on", body = CancelView),
         (status = 400, description = "Not the JSON that is expected", body = Problem, content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Too large", body = Problem, content_type = "application/problem+json"),
@@ -250,8 +250,8 @@ pub(super) async fn cancel_many(
     State(state): State<ApiState>,
     body: Result<Json<ChangeMany>, JsonRejection>,
 ) -> Result<Json<CancelView>, Problem> {
-    let (matched, cancelled, job, finished) = change_many(&state, Change::Cancel, body?.0).await?;
-    Ok(Json(CancelView { matched, cancelled, job, finished }))
+    let (matched, cancelled, operation, finished) = change_many(&state, Change::Cancel, body?.0).await?;
+    Ok(Json(CancelView { matched, cancelled, operation, finished }))
 }
 
 async fn change_many(
@@ -263,15 +263,17 @@ async fn change_many(
     if body.dry_run {
         return Ok((count(state, &filter).await?, 0, None, true));
     }
-    let (store, clock) = (&state.parts.store, &state.parts.clock);
-    let mut job = store.open_job(change, &filter, clock.now()).await?;
+    let (store, clock) = (&state.context.store, &state.context.clock);
+    let mut operation = store.open_operation(change, &filter, clock.now()).await?;
     let watch = clock.stopwatch();
-    while job.finished_at.is_none() && watch.elapsed() < AT_IT {
-        let Some(worked) = store.work_job(job.id, JOB_PIECE, clock.now()).await? else { break };
-        job = worked;
+    while operation.finished_at.is_none() && watch.elapsed() < AT_IT {
+        let Some(worked) = store.work_operation(operation.id, OPERATION_PIECE, clock.now()).await? else {
+            break;
+        };
+        operation = worked;
     }
     state.intake.wake();
-    Ok((job.matched, job.changed, Some(job.id.0), job.finished_at.is_some()))
+    Ok((operation.matched, operation.changed, Some(operation.id.0), operation.finished_at.is_some()))
 }
 
 /// What the body asks for; it must name a status that the change allows.
@@ -301,7 +303,7 @@ fn filter(change: Change, body: FilterBody) -> Result<Filter, Problem> {
 async fn count(state: &ApiState, filter: &Filter) -> Result<u64, Problem> {
     let (mut counted, mut from) = (0, Some(Cursor::start(filter)));
     while let Some(cursor) = from.filter(|_| counted < COUNT_MAX) {
-        let found = state.parts.store.search(filter, cursor, JOB_PIECE).await?;
+        let found = state.context.store.search(filter, cursor, OPERATION_PIECE).await?;
         counted += found.ids.len() as u64;
         from = found.next;
     }
@@ -310,24 +312,24 @@ async fn count(state: &ApiState, filter: &Filter) -> Result<u64, Problem> {
 
 /// Show how far a change of many messages has come
 #[utoipa::path(
-    get, path = "/v1/jobs/{id}", operation_id = "show_job", tag = "messages", params(("id" = i64, Path, description = "The job's number", example = 7)),
+    get, path = "/v1/operations/{id}", operation_id = "show_operation", tag = "messages", params(("id" = i64, Path, description = "The operation's number", example = 7)),
     responses(
-        (status = 200, description = "The job", body = JobView),
+        (status = 200, description = "The operation", body = OperationView),
         (status = 400, description = "No number", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such job", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such operation", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The store is away; try again", body = Problem, content_type = "application/problem+json"),
     )
 )]
-pub(super) async fn job(
+pub(super) async fn operation(
     State(state): State<ApiState>,
     id: Result<Path<i64>, PathRejection>,
-) -> Result<Json<JobView>, Problem> {
-    let id = JobId(id?.0);
-    let job = state.parts.store.job(id).await?;
-    let Job { change, matched, changed, created_at, updated_at, finished_at, .. } =
-        job.ok_or_else(|| Problem::new(Code::NotFound, &format!("there is no job {}", id.0)))?;
+) -> Result<Json<OperationView>, Problem> {
+    let id = OperationId(id?.0);
+    let operation = state.context.store.operation(id).await?;
+    let Operation { change, matched, changed, created_at, updated_at, finished_at, .. } =
+        operation.ok_or_else(|| Problem::new(Code::NotFound, &format!("there is no operation {}", id.0)))?;
     let change = change.as_str();
-    Ok(Json(JobView { id: id.0, change, matched, changed, created_at, updated_at, finished_at }))
+    Ok(Json(OperationView { id: id.0, change, matched, changed, created_at, updated_at, finished_at }))
 }
 
 /// Show what the producers do
@@ -339,7 +341,7 @@ pub(super) async fn job(
     )
 )]
 pub(super) async fn producer(State(state): State<ApiState>) -> Result<Json<ProducerView>, Problem> {
-    let control = state.parts.store.control(state.parts.clock.now()).await?;
+    let control = state.context.store.control(state.context.clock.now()).await?;
     Ok(Json(control.into()))
 }
 
@@ -354,7 +356,7 @@ pub(super) async fn producer(State(state): State<ApiState>) -> Result<Json<Produ
     )
 )]
 pub(super) async fn pause(State(state): State<ApiState>) -> Result<Json<ProducerView>, Problem> {
-    state.parts.store.set_paused(true).await?;
+    state.context.store.set_paused(true).await?;
     producer(State(state)).await
 }
 
@@ -367,6 +369,6 @@ pub(super) async fn pause(State(state): State<ApiState>) -> Result<Json<Producer
     )
 )]
 pub(super) async fn resume(State(state): State<ApiState>) -> Result<Json<ProducerView>, Problem> {
-    state.parts.store.set_paused(false).await?;
+    state.context.store.set_paused(false).await?;
     producer(State(state)).await
 }

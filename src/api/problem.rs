@@ -342,6 +342,9 @@ impl From<JsonRejection> for Problem {
 
 impl From<PathRejection> for Problem {
     fn from(_: PathRejection) -> Problem {
-        Problem::new(Code::InvalidPath, "a message or a job goes by its number, an endpoint by its name")
+        Problem::new(
+            Code::InvalidPath,
+            "a message or an operation goes by its number, an endpoint by its name",
+        )
     }
 }

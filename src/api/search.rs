@@ -141,9 +141,9 @@ pub(super) async fn list(
         }
     };
     let found = page(&state, &filter, from, limit).await?;
-    let mut messages = state.parts.store.messages(&found.ids).await?;
+    let mut messages = state.context.store.messages(&found.ids).await?;
     messages.sort_by_key(|message| found.ids.iter().position(|id| *id == message.id));
-    let surroundings = Surroundings::of_many(&state.parts).await;
+    let surroundings = Surroundings::of_many(&state.context).await;
     let data = messages.into_iter().map(|mut message| {
         shorten(&mut message.content);
         MessageView::of(message, &surroundings)
@@ -163,13 +163,13 @@ pub(super) fn refuse_nul(filter: &Filter) -> Result<(), Problem> {
 /// Searches until the page is full, or has cost enough.
 async fn page(state: &ApiState, filter: &Filter, from: Cursor, limit: usize) -> Result<Page, Problem> {
     let mut page = Page { ids: Vec::new(), next: Some(from) };
-    let watch = state.parts.clock.stopwatch();
+    let watch = state.context.clock.stopwatch();
     for search in 0..SEARCHES {
         if search > 0 && watch.elapsed() >= SEARCHING {
             break;
         }
         let Some(from) = page.next.filter(|_| page.ids.len() < limit) else { break };
-        let found = state.parts.store.search(filter, from, limit - page.ids.len()).await?;
+        let found = state.context.store.search(filter, from, limit - page.ids.len()).await?;
         page.ids.extend(found.ids);
         page.next = found.next;
     }
@@ -191,7 +191,7 @@ fn shorten(content: &mut String) {
     )
 )]
 pub(super) async fn dead_reasons(State(state): State<ApiState>) -> Result<Json<DeadReasonList>, Problem> {
-    let reasons = state.parts.store.dead_reasons().await?;
+    let reasons = state.context.store.dead_reasons().await?;
     let view = |reason: crate::store::operate::DeadReason| DeadReasonView {
         reason: reason.reason,
         count: reason.count,

@@ -15,7 +15,7 @@ use super::problem::Problem;
 use super::{ApiState, typed};
 use crate::clock::Timestamp;
 use crate::queue::Depth;
-use crate::service::Parts;
+use crate::service::Context;
 use crate::telemetry::Lasting;
 
 /// A part that has not answered by then counts as away.
@@ -40,7 +40,7 @@ pub(super) struct StatusView {
     /// What the producers do.
     producer: ProducerView,
     /// Health of store, queue and cache.
-    parts: BTreeMap<&'static str, PartView>,
+    context: BTreeMap<&'static str, PartView>,
     /// What the process that answers is short of.
     shortages: Vec<ShortageView>,
     /// The proof that every message has a place.
@@ -137,7 +137,7 @@ pub(super) struct ReadyView {
     #[schema(example = true)]
     ready: bool,
     /// Each part.
-    parts: BTreeMap<&'static str, PartView>,
+    context: BTreeMap<&'static str, PartView>,
     /// What this process is short of: deliveries or clients wait for it, and everything else goes on.
     shortages: Vec<ShortageView>,
 }
@@ -156,8 +156,8 @@ pub(super) struct ShortageView {
     since: Timestamp,
 }
 
-fn shortages(parts: &Parts) -> Vec<ShortageView> {
-    let lasting = parts.metrics.shortages(parts.clock.instant()).into_iter();
+fn shortages(context: &Context) -> Vec<ShortageView> {
+    let lasting = context.metrics.shortages(context.clock.instant()).into_iter();
     let view =
         |Lasting { shortage, since, .. }| ShortageView { of: shortage.of.as_str(), why: shortage.why, since };
     lasting.map(view).collect()
@@ -172,10 +172,10 @@ fn shortages(parts: &Parts) -> Vec<ShortageView> {
     )
 )]
 pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusView>, Problem> {
-    let now = state.parts.clock.now();
-    let overview = state.parts.store.overview(now).await?;
-    let control = state.parts.store.control(now).await?;
-    let reconciliation = state.parts.store.reconciliation().await?.into();
+    let now = state.context.clock.now();
+    let overview = state.context.store.overview(now).await?;
+    let control = state.context.store.control(now).await?;
+    let reconciliation = state.context.store.reconciliation().await?.into();
     let services: Vec<_> = overview
         .instances
         .into_iter()
@@ -191,55 +191,55 @@ pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusV
     let count = |count: &crate::store::Count| {
         (count.status.to_string(), CountView { count: count.count, more: count.more })
     };
-    let (lag, parts) = tokio::join!(lag(&state.parts), parts(&state.parts));
+    let (lag, context) = tokio::join!(lag(&state.context), context(&state.context));
     Ok(Json(StatusView {
         version: env!("CARGO_PKG_VERSION"),
         counts: overview.counts.iter().map(count).collect(),
         oldest_due_age_s: overview.oldest_due_at.map(|due| now.since(due).as_secs_f64()),
         lag,
         producer: control.into(),
-        parts,
-        shortages: shortages(&state.parts),
+        context,
+        shortages: shortages(&state.context),
         reconciliation,
         services,
     }))
 }
 
 /// Records of each lane that its group has not taken up.
-async fn lag(parts: &Parts) -> BTreeMap<String, i64> {
-    let depths = depths(parts).await.into_iter();
+async fn lag(context: &Context) -> BTreeMap<String, i64> {
+    let depths = depths(context).await.into_iter();
     depths.map(|(lane, d)| (lane, d.iter().map(|depth| depth.end - depth.position).sum())).collect()
 }
 
 /// How far each lane's group has come; lanes that can't be asked in time are left out. All are asked at once,
 /// so that a broker that is away costs one wait, not one for each lane.
-pub(super) async fn depths(parts: &Parts) -> Vec<(String, Vec<Depth>)> {
-    let directory = parts.directory.snapshot();
+pub(super) async fn depths(context: &Context) -> Vec<(String, Vec<Depth>)> {
+    let directory = context.directory.snapshot();
     let depths = directory.lanes.iter().map(|lane| async move {
-        let depth = tokio::time::timeout(ANSWER, parts.depth(lane)).await;
+        let depth = tokio::time::timeout(ANSWER, context.depth(lane)).await;
         Some((lane.topic.clone(), depth.ok()?.ok()?))
     });
     futures_util::future::join_all(depths).await.into_iter().flatten().collect()
 }
 
-pub(super) async fn parts(parts: &Parts) -> BTreeMap<&'static str, PartView> {
+pub(super) async fn context(context: &Context) -> BTreeMap<&'static str, PartView> {
     let (store, queue, cache) = tokio::join!(
-        ask(parts, parts.store.kind(), parts.store.missing_migrations()),
-        ask(parts, parts.queue.kind(), parts.queue.ping()),
-        ask(parts, parts.cache.kind(), parts.cache.ping()),
+        ask(context, context.store.kind(), context.store.missing_migrations()),
+        ask(context, context.queue.kind(), context.queue.ping()),
+        ask(context, context.cache.kind(), context.cache.ping()),
     );
     for (part, view) in [("store", &store), ("queue", &queue), ("cache", &cache)] {
-        parts.metrics.part(part, view.up, Duration::from_secs_f64(view.latency_ms / 1000.0));
+        context.metrics.part(part, view.up, Duration::from_secs_f64(view.latency_ms / 1000.0));
     }
     BTreeMap::from([("store", store), ("queue", queue), ("cache", cache)])
 }
 
 async fn ask<T, E: std::fmt::Display>(
-    parts: &Parts,
+    context: &Context,
     kind: &'static str,
     call: impl Future<Output = Result<T, E>>,
 ) -> PartView {
-    let watch = parts.clock.stopwatch();
+    let watch = context.clock.stopwatch();
     let error = match tokio::time::timeout(ANSWER, call).await {
         Ok(answer) => answer.err().map(|error| error.to_string()),
         Err(_) => Some(format!("no answer within {ANSWER:?}")),
@@ -266,8 +266,8 @@ pub(super) async fn livez() -> impl IntoResponse {
     )
 )]
 pub(super) async fn readyz(State(state): State<ApiState>) -> (StatusCode, Json<ReadyView>) {
-    let parts = parts(&state.parts).await;
-    let ready = parts.iter().all(|(part, view)| view.up || *part == "cache");
+    let context = context(&state.context).await;
+    let ready = context.iter().all(|(part, view)| view.up || *part == "cache");
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(ReadyView { ready, parts, shortages: shortages(&state.parts) }))
+    (status, Json(ReadyView { ready, context, shortages: shortages(&state.context) }))
 }

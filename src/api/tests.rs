@@ -38,7 +38,7 @@ impl Api {
         store.put_endpoint(&Endpoint::new("default", "http://localhost:3000")).await.unwrap();
         let clock = Clock::system();
         let directory = Arc::new(Directory::new(Arc::clone(&store)));
-        let parts = Parts {
+        let context = Context {
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "api", "test")),
             queue: Arc::new(EmbeddedQueue::new(2, clock.clone())),
             cache: Arc::new(MemoryCache::new()),
@@ -47,22 +47,22 @@ impl Api {
             directory,
             store: Arc::clone(&store),
         };
-        parts.presence.renew().await.unwrap();
-        let (instance, now) = (parts.presence.instance().unwrap(), clock.now());
+        context.presence.renew().await.unwrap();
+        let (instance, now) = (context.presence.instance().unwrap(), clock.now());
         let until = now.after(Duration::from_secs(60));
         let bid = Bid { instance, now, until, paced_until: None, pacing: None };
         assert!(store.lead(&bid).await.unwrap().is_some(), "a producer is there");
         let intake =
-            Intake::new(Arc::clone(&store), clock.clone(), Arc::clone(&parts.metrics), Arc::default());
+            Intake::new(Arc::clone(&store), clock.clone(), Arc::clone(&context.metrics), Arc::default());
         let hosts = hosts.iter().map(|name| (*name).to_owned()).collect();
         let access = Access { keyed, reached: keyed, hosts };
         let guard = Guard::new(Arc::clone(&store), clock, access);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let stop = CancellationToken::new();
-        let router = router(ApiState::new(&parts, intake, guard, true));
-        let metrics = Arc::clone(&parts.metrics);
-        tokio::spawn(serve(listener, router, parts, connections, stop.clone()));
+        let router = router(ApiState::new(&context, intake, guard, true));
+        let metrics = Arc::clone(&context.metrics);
+        tokio::spawn(serve(listener, router, context, connections, stop.clone()));
         Api { port, stop, store, metrics }
     }
 

@@ -78,13 +78,13 @@ async fn tell(
     stop: &CancellationToken,
 ) -> Result<()> {
     let failed = |error: StoreError| AppError(error.to_string());
-    let store = app.parts.store.as_ref();
-    store.insert(&samples(), app.parts.clock.now()).await.map_err(failed)?;
-    let start = app.parts.clock.now();
+    let store = app.context.store.as_ref();
+    store.insert(&samples(), app.context.clock.now()).await.map_err(failed)?;
+    let start = app.context.clock.now();
     while !stop.is_cancelled() {
         timeline.look(store, start).await.map_err(failed)?;
         if exit_when_done && timeline.all_final() {
-            timeline.summary(app.parts.clock.now().since(start));
+            timeline.summary(app.context.clock.now().since(start));
             return Ok(());
         }
         tokio::select! {
@@ -92,7 +92,7 @@ async fn tell(
             () = tokio::time::sleep(LOOK) => {}
         }
     }
-    timeline.summary(app.parts.clock.now().since(start));
+    timeline.summary(app.context.clock.now().since(start));
     Ok(())
 }
 

@@ -98,7 +98,7 @@ struct Changed {
     #[serde(alias = "redriven", alias = "cancelled")]
     changed: u64,
     #[serde(default)]
-    job: Option<i64>,
+    operation: Option<i64>,
     #[serde(default)]
     finished: bool,
     #[serde(default)]
@@ -124,8 +124,8 @@ pub(super) async fn change_many(
     let body = json!({ "filter": filter, "dry_run": dry_run });
     let mut answer = operator.client.post(&format!("/v1/messages/{change}"), &body).await?;
     let mut seen: Changed = read(&answer)?;
-    if let Some(job) = seen.job.filter(|_| !seen.finished) {
-        let path = format!("/v1/jobs/{job}");
+    if let Some(operation) = seen.operation.filter(|_| !seen.finished) {
+        let path = format!("/v1/operations/{operation}");
         while seen.finished_at.is_none() && !operator.stop.is_cancelled() {
             operator.screen.progress(&format!("{} so far", many(seen.changed, "message")));
             operator.pause(LOOK).await;
@@ -135,7 +135,9 @@ pub(super) async fn change_many(
         operator.screen.progress("");
         if seen.finished_at.is_none() {
             let so_far = many(seen.changed, "message");
-            return Err(AppError(format!("{so_far} so far; the API goes on by itself, as its job {job}")));
+            return Err(AppError(format!(
+                "{so_far} so far; the API goes on by itself, as its operation {operation}"
+            )));
         }
     }
     operator.screen.show(&answer, || changed_words(change, &seen, dry_run))?;
@@ -183,7 +185,7 @@ mod tests {
     #[test]
     fn a_change_of_many_says_what_it_came_to() {
         let summary = |matched, changed, change, dry_run| {
-            let seen = Changed { matched, changed, job: None, finished: true, finished_at: None };
+            let seen = Changed { matched, changed, operation: None, finished: true, finished_at: None };
             changed_words(change, &seen, dry_run)
         };
         assert_eq!(

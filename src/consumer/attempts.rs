@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::begin::BegunDelivery;
 use crate::delivery::{Delivery, Tried};
-use crate::service::Parts;
+use crate::service::Context;
 
 /// A try that ended, or did not take place: `None` when the message is not ours to try any more.
 pub(super) struct Finished {
@@ -19,7 +19,7 @@ pub(super) struct Finished {
 
 /// What every attempt needs, shared by all.
 pub(super) struct Attempts {
-    parts: Parts,
+    context: Context,
     delivery: Arc<Delivery>,
     stop: CancellationToken,
     finished: mpsc::UnboundedSender<Finished>,
@@ -28,22 +28,22 @@ pub(super) struct Attempts {
 impl Attempts {
     /// Attempts of one consumer; each tells `finished` how it ended.
     pub(super) fn new(
-        parts: Parts,
+        context: Context,
         delivery: Arc<Delivery>,
         stop: CancellationToken,
         finished: mpsc::UnboundedSender<Finished>,
     ) -> Attempts {
-        Attempts { parts, delivery, stop, finished }
+        Attempts { context, delivery, stop, finished }
     }
 
     /// Makes an attempt beside everything else, if the message is still ours and its time not over.
     pub(super) fn start(self: &Arc<Attempts>, begun: BegunDelivery) {
         let attempts = Arc::clone(self);
         tokio::spawn(async move {
-            let Attempts { parts, delivery, stop, finished } = &*attempts;
-            let watch = parts.clock.stopwatch();
-            let ours = parts.presence.holds(begun.instance) && !stop.is_cancelled();
-            let tried = match ours && !begun.ticket.is_expired(parts.clock.now()) {
+            let Attempts { context, delivery, stop, finished } = &*attempts;
+            let watch = context.clock.stopwatch();
+            let ours = context.presence.holds(begun.instance) && !stop.is_cancelled();
+            let tried = match ours && !begun.ticket.is_expired(context.clock.now()) {
                 true => Some(delivery.deliver(&begun.ticket, &begun.endpoint).await),
                 false => None,
             };

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Instant, Timestamp};
 use crate::queue::{RECORD_MAX, Receipt, Taken};
-use crate::service::{self, Parts};
+use crate::service::{self, Context};
 use crate::store::{Begin, Begun, Endpoint, InstanceId, LeaseId, Mask, Wanted};
 use crate::ticket::{BatchId, Ticket};
 
@@ -80,16 +80,16 @@ pub(super) fn parse(taken: &Taken) -> Result<Ticket, String> {
 
 /// Begins a group of admitted tickets; waits for the store as long as it takes. When
 /// `stop` comes first, nothing is said to be done, and the tickets will come again.
-pub(super) async fn start(parts: Parts, to_begin: ToBegin, stop: CancellationToken) -> Started {
-    let watch = parts.clock.stopwatch();
-    let Some((instance, begun)) = begin(&parts, &to_begin.admitted, &stop).await else {
+pub(super) async fn start(context: Context, to_begin: ToBegin, stop: CancellationToken) -> Started {
+    let watch = context.clock.stopwatch();
+    let Some((instance, begun)) = begin(&context, &to_begin.admitted, &stop).await else {
         return Started::default();
     };
     let mut started = sort(to_begin.admitted, instance, begun);
     if !started.begun.is_empty() {
-        parts.metrics.batch("begin", started.begun.len(), watch.elapsed());
+        context.metrics.batch("begin", started.begun.len(), watch.elapsed());
     }
-    parts.metrics.stale("begin", started.stale.len());
+    context.metrics.stale("begin", started.stale.len());
     started.receipts = to_begin.receipts;
     started
 }
@@ -125,7 +125,7 @@ fn sort(admitted: Vec<Admitted>, instance: InstanceId, begun: Vec<Begun>) -> Sta
 
 /// Begins tickets in one guarded write, repeated under the same lease numbers until its answer is known.
 async fn begin(
-    parts: &Parts,
+    context: &Context,
     admitted: &[Admitted],
     stop: &CancellationToken,
 ) -> Option<(InstanceId, Vec<Begun>)> {
@@ -135,10 +135,11 @@ async fn begin(
     }
     let tried = std::sync::atomic::AtomicBool::new(false);
     service::persist("begin", stop, || async {
-        let instance = parts.presence.instance().ok_or_else(|| "not enrolled in the store yet".to_owned())?;
+        let instance =
+            context.presence.instance().ok_or_else(|| "not enrolled in the store yet".to_owned())?;
         let repeated = tried.swap(true, std::sync::atomic::Ordering::Relaxed);
         let begin = Begin { wanted: &wanted, repeated, owner: instance };
-        let begun = parts.store.begin(&begin).await.map_err(|error| error.to_string())?;
+        let begun = context.store.begin(&begin).await.map_err(|error| error.to_string())?;
         Ok::<_, String>((instance, begun))
     })
     .await

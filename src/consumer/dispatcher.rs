@@ -23,7 +23,7 @@ use crate::delivery::Delivery;
 use crate::delivery::limits::{Admission, Limits};
 use crate::message::{Held, Outcome, Verdict};
 use crate::queue::{Receipt, Subscription, Taken};
-use crate::service::Parts;
+use crate::service::Context;
 use crate::shortage::Shortage;
 use crate::store::Record;
 use crate::telemetry::LaneMetrics;
@@ -41,7 +41,7 @@ const LOADED: usize = 64;
 const BYTES_MAX: usize = 128 << 20;
 const TICK: Duration = Duration::from_millis(100);
 pub(super) struct Dispatcher {
-    parts: Parts,
+    context: Context,
     metrics: LaneMetrics,
     attempts: Arc<Attempts>,
     options: ConsumerOptions,
@@ -78,7 +78,7 @@ struct Arrival {
 
 impl Dispatcher {
     pub(super) fn new(
-        parts: Parts,
+        context: Context,
         metrics: LaneMetrics,
         delivery: Arc<Delivery>,
         options: ConsumerOptions,
@@ -87,11 +87,11 @@ impl Dispatcher {
         stop: CancellationToken,
     ) -> Dispatcher {
         let (sender, finished) = mpsc::unbounded_channel();
-        let attempts = Arc::new(Attempts::new(parts.clone(), delivery, stop.clone(), sender));
+        let attempts = Arc::new(Attempts::new(context.clone(), delivery, stop.clone(), sender));
         Dispatcher {
             limits: Limits::new(options.window),
-            unreadable: UnreadableRecords::new(&options.lane.topic, &parts.metrics),
-            parts,
+            unreadable: UnreadableRecords::new(&options.lane.topic, &context.metrics),
+            context,
             metrics,
             attempts,
             options,
@@ -125,7 +125,7 @@ impl Dispatcher {
                 && self.to_begin.len() < BATCH
                 && self.holding.len() < self.options.window;
             let lingers = self.beginning.is_none() && !self.to_begin.is_empty();
-            let linger = lingers.then(|| self.to_begin.begin_at.since(self.parts.clock.instant()));
+            let linger = lingers.then(|| self.to_begin.begin_at.since(self.context.clock.instant()));
             // In this order, so that what ends makes room before more is taken, and a run replays from its seed.
             tokio::select! {
                 biased;
@@ -143,9 +143,9 @@ impl Dispatcher {
                 () = passed(linger) => {}
                 receipts = self.holding.done() => self.done(receipts),
                 receipts = self.unreadable.done() => self.done(receipts),
-                () = self.saturated.progress(&self.parts.clock) => {}
-                () = self.early.due(&self.parts.clock) => {
-                    let now = self.parts.clock.instant();
+                () = self.saturated.progress(&self.context.clock) => {}
+                () = self.early.due(&self.context.clock) => {
+                    let now = self.context.clock.instant();
                     self.admission.extend(std::iter::from_fn(|| self.early.take(now)));
                 }
                 _ = tick.tick() => self.tick(),
@@ -159,14 +159,14 @@ impl Dispatcher {
             }
             self.admit();
             self.begin();
-            self.unreadable.publish(&self.parts);
+            self.unreadable.publish(&self.context);
         }
         self.drain(written).await
     }
 
     /// Parses a taken batch: tickets wait for their admission, each at its time.
     fn arrive(&mut self, batch: Vec<Taken>) {
-        let Now { time: now, instant } = self.parts.clock.reading();
+        let Now { time: now, instant } = self.context.clock.reading();
         for taken in batch {
             match begin::parse(&taken) {
                 Ok(mut ticket) => {
@@ -193,7 +193,7 @@ impl Dispatcher {
         if self.admission.is_empty() {
             return;
         }
-        let (directory, now) = (self.parts.directory.snapshot(), self.parts.clock.instant());
+        let (directory, now) = (self.context.directory.snapshot(), self.context.clock.instant());
         while let Some(arrival) = self.admission.pop_front() {
             let (ticket, receipt) = (&arrival.ticket, arrival.receipt);
             let held = match directory.open_endpoint(&ticket.endpoint) {
@@ -240,13 +240,13 @@ impl Dispatcher {
     /// here. Only first tries are held like that.
     fn report(&mut self, now: Instant) {
         if self.options.lane.fresh {
-            self.saturated.report(&self.parts, now);
+            self.saturated.report(&self.context, now);
         }
     }
 
     /// Holds the deliveries of refused tickets.
     fn hold(&mut self) {
-        self.holding.start(&self.parts, &self.options.lane.topic, &self.stop);
+        self.holding.start(&self.context, &self.options.lane.topic, &self.stop);
     }
 
     /// Tells the lane that these records are done with.
@@ -258,11 +258,11 @@ impl Dispatcher {
     /// Begins what has arrived, unless a call is under way or more is worth waiting for.
     fn begin(&mut self) {
         let idle = self.limits.total() < self.to_begin.len() + LOADED;
-        let now = self.parts.clock.instant();
+        let now = self.context.clock.instant();
         let ready = idle || self.to_begin.len() >= GROUP || now >= self.to_begin.begin_at;
         if self.beginning.is_none() && !self.to_begin.is_empty() && ready {
             let to_begin = std::mem::take(&mut self.to_begin);
-            self.beginning = Some(Box::pin(begin::start(self.parts.clone(), to_begin, self.stop.clone())));
+            self.beginning = Some(Box::pin(begin::start(self.context.clone(), to_begin, self.stop.clone())));
         }
     }
 
@@ -275,7 +275,7 @@ impl Dispatcher {
             self.limits.leave(&endpoint.name);
         }
         self.done(started.receipts);
-        let now = self.parts.clock.now();
+        let now = self.context.clock.now();
         let mut touched: Vec<Arc<crate::store::Endpoint>> = Vec::new();
         for begun in started.begun {
             self.metrics.begun_after(now.since(begun.ready_at));
@@ -292,7 +292,7 @@ impl Dispatcher {
 
     /// Starts as many waiting messages of an endpoint as may be in flight.
     fn try_next(&mut self, endpoint: &str, in_flight_max: u32) {
-        let now = self.parts.clock.instant();
+        let now = self.context.clock.instant();
         let (limits, attempts) = (&mut self.limits, &self.attempts);
         self.waiting.start(
             endpoint,
@@ -304,15 +304,15 @@ impl Dispatcher {
     /// Judges a try that ended, and gives its slot to the next.
     fn finish(&mut self, begun: BegunDelivery, outcome: Option<Outcome>, took: Duration) {
         let endpoint = Arc::clone(&begun.endpoint);
-        self.limits.finish(&endpoint.name, took, self.parts.clock.instant());
+        self.limits.finish(&endpoint.name, took, self.context.clock.instant());
         self.judge(begun, outcome, took);
         self.try_next(&endpoint.name, endpoint.in_flight_max);
     }
 
     /// Puts a message back in its turn: this process was short of a connection for it, so it has not been tried.
     fn put_off(&mut self, begun: BegunDelivery, shortage: &Shortage) {
-        let now = self.parts.clock.reading();
-        self.parts.metrics.put_off(shortage, now);
+        let now = self.context.clock.reading();
+        self.context.metrics.put_off(shortage, now);
         self.limits.put_off(&begun.endpoint.name, now.instant);
         self.waiting.put_back(begun);
     }
@@ -329,13 +329,13 @@ impl Dispatcher {
 
     fn judge(&mut self, begun: BegunDelivery, outcome: Option<Outcome>, took: Duration) {
         let lane = &self.options.lane;
-        let now = self.parts.clock.now();
+        let now = self.context.clock.now();
         let verdict = match &outcome {
             None if begun.ticket.is_expired(now) => Verdict::Expired,
             None => Verdict::Release,
             Some(outcome) => {
                 self.metrics.attempted(outcome.class, &outcome.times, took);
-                let directory = self.parts.directory.snapshot();
+                let directory = self.context.directory.snapshot();
                 // A wait begins when the try ended, not when this busy task came to it.
                 let ended =
                     outcome.started_at.after(Duration::from_micros(outcome.times.total_us().max(0) as u64));
@@ -364,19 +364,19 @@ impl Dispatcher {
     fn tick(&mut self) {
         self.metrics.in_flight(self.limits.in_flight());
         self.limits.forget_idle();
-        let now = self.parts.clock.instant();
+        let now = self.context.clock.instant();
         self.take_up();
         // The log says when one is over.
-        self.parts.metrics.shortages(now);
+        self.context.metrics.shortages(now);
         if self.holding.is_due(now) {
             self.hold();
         }
         if self.saturated.is_freeing() {
             return;
         }
-        let wanted = self.saturated.wanted(&self.parts, &self.limits, now);
+        let wanted = self.saturated.wanted(&self.context, &self.limits, now);
         self.report(now);
-        self.saturated.free(&self.parts, wanted, now);
+        self.saturated.free(&self.context, wanted, now);
     }
 
     /// Takes nothing new; gives back what was begun and not tried; waits for what is in flight.

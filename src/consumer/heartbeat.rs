@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::lane::{Lane, LaneGroup};
-use crate::service::{self, LEASE, Parts, Service, Step};
+use crate::service::{self, Context, LEASE, Service, Step};
 use crate::store::StoreError;
 
 /// How often a consumer says that it is there: three times in the time after which its group counts as gone.
@@ -15,13 +15,13 @@ const PERIOD: Duration = Duration::from_secs(LEASE.as_secs() / 3);
 
 /// The heartbeat of one consumer.
 pub(super) struct Heartbeat {
-    parts: Parts,
+    context: Context,
     lane: Lane,
 }
 
 impl Heartbeat {
-    pub(super) fn new(parts: Parts, lane: Lane) -> Heartbeat {
-        Heartbeat { parts, lane }
+    pub(super) fn new(context: Context, lane: Lane) -> Heartbeat {
+        Heartbeat { context, lane }
     }
 
     /// Beats until `stop`.
@@ -31,7 +31,7 @@ impl Heartbeat {
 
     /// Whether the lane's settings in the store are those of a group that has gone.
     fn abandoned(&self) -> bool {
-        let directory = self.parts.directory.snapshot();
+        let directory = self.context.directory.snapshot();
         let registered = directory.lanes.iter().find(|lane| lane.topic == self.lane.topic);
         registered.is_some_and(|registered| {
             registered.group != self.lane.group
@@ -45,9 +45,9 @@ impl Service for Heartbeat {
     type Error = StoreError;
 
     async fn step(&mut self) -> Result<Step, StoreError> {
-        announce(&self.parts, &self.lane).await?;
-        let now = self.parts.clock.now();
-        if self.abandoned() && self.parts.store.put_lane(&self.lane, now).await?.is_some() {
+        announce(&self.context, &self.lane).await?;
+        let now = self.context.clock.now();
+        if self.abandoned() && self.context.store.put_lane(&self.lane, now).await?.is_some() {
             tracing::info!(
                 lane = self.lane.topic,
                 "lane {} has the settings of group {} again: the group that had set others has gone",
@@ -63,7 +63,7 @@ impl Service for Heartbeat {
 ///
 /// # Errors
 /// Those of the store.
-pub(super) async fn announce(parts: &Parts, lane: &Lane) -> Result<(), StoreError> {
+pub(super) async fn announce(context: &Context, lane: &Lane) -> Result<(), StoreError> {
     let (topic, group) = (lane.topic.clone(), lane.group.clone());
-    parts.store.put_lane_group(&LaneGroup { topic, group, seen_at: parts.clock.now() }).await
+    context.store.put_lane_group(&LaneGroup { topic, group, seen_at: context.clock.now() }).await
 }

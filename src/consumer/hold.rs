@@ -8,7 +8,7 @@ use super::call::{Call, under_way};
 use crate::clock::Instant;
 use crate::message::Held;
 use crate::queue::Receipt;
-use crate::service::{self, Parts};
+use crate::service::{self, Context};
 use crate::ticket::Ticket;
 
 /// How long refused tickets wait before their deliveries are held: many at once cost less.
@@ -45,10 +45,11 @@ impl Holding {
     }
 
     /// Holds the deliveries of refused tickets, unless a call is under way.
-    pub(super) fn start(&mut self, parts: &Parts, lane: &str, stop: &CancellationToken) {
+    pub(super) fn start(&mut self, context: &Context, lane: &str, stop: &CancellationToken) {
         if self.call.is_none() && !self.refused.is_empty() {
             let (refused, receipts) = (std::mem::take(&mut self.refused), std::mem::take(&mut self.receipts));
-            self.call = Some(Box::pin(hold(parts.clone(), lane.to_owned(), refused, receipts, stop.clone())));
+            self.call =
+                Some(Box::pin(hold(context.clone(), lane.to_owned(), refused, receipts, stop.clone())));
         }
     }
 
@@ -68,7 +69,7 @@ impl Holding {
 /// Holds the deliveries of refused tickets; waits for the store as long as it takes. Gives back the records
 /// that are done with: none when `stop` comes first, and the tickets will come again.
 async fn hold(
-    parts: Parts,
+    context: Context,
     lane: String,
     refused: Vec<(Ticket, Held)>,
     receipts: Vec<Receipt>,
@@ -81,12 +82,12 @@ async fn hold(
             continue;
         }
         let tickets: Vec<Ticket> = tickets.into_iter().map(|(ticket, _)| ticket).collect();
-        let watch = parts.clock.stopwatch();
-        let call = || parts.store.hold(&lane, &tickets, held, parts.clock.now());
+        let watch = context.clock.stopwatch();
+        let call = || context.store.hold(&lane, &tickets, held, context.clock.now());
         if service::persist("hold", &stop, call).await.is_none() {
             return Vec::new();
         }
-        parts.metrics.batch("hold", tickets.len(), watch.elapsed());
+        context.metrics.batch("hold", tickets.len(), watch.elapsed());
     }
     receipts
 }

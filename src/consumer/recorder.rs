@@ -13,7 +13,7 @@ use crate::cache::Response;
 use crate::clock::Timestamp;
 use crate::dead_letter;
 use crate::message::{MessageId, Outcome, Verdict};
-use crate::service::{Backoff, Parts};
+use crate::service::{Backoff, Context};
 use crate::store::{DeadLetter, Record, Records, StoreError};
 use crate::telemetry::LaneMetrics;
 
@@ -39,7 +39,7 @@ pub(super) struct Written {
 /// Writes until the other side is done, or `give_up` is cancelled; tells `written` how many were. What is not written
 /// then is left in its leases, for the janitor.
 pub(super) async fn run(
-    parts: Parts,
+    context: Context,
     lane: LaneMetrics,
     mut judged: mpsc::UnboundedReceiver<Judged>,
     written: mpsc::UnboundedSender<Written>,
@@ -47,7 +47,7 @@ pub(super) async fn run(
 ) {
     // A cache that is slow must not hold anything up: what does not fit is not cached.
     let (answers, kept) = mpsc::channel(16);
-    let cache = tokio::spawn(keep_answers(parts.clone(), kept));
+    let cache = tokio::spawn(keep_answers(context.clone(), kept));
     let mut batch = Vec::with_capacity(BATCH);
     while judged.recv_many(&mut batch, BATCH).await > 0 {
         if (LOADED..BATCH / 2).contains(&batch.len()) {
@@ -59,7 +59,7 @@ pub(super) async fn run(
         }
         let bytes = batch.iter().map(|judged| judged.record.ticket.bytes()).sum();
         let done = Written { records: batch.len(), bytes };
-        let write = write(&parts, &lane, std::mem::take(&mut batch), &answers);
+        let write = write(&context, &lane, std::mem::take(&mut batch), &answers);
         if give_up.run_until_cancelled(write).await.is_none() {
             break;
         }
@@ -74,17 +74,17 @@ pub(super) async fn run(
 
 /// Writes one batch, however often it takes.
 async fn write(
-    parts: &Parts,
+    context: &Context,
     lane: &LaneMetrics,
     batch: Vec<Judged>,
     answers: &mpsc::Sender<Vec<(MessageId, Response)>>,
 ) {
-    let watch = parts.clock.stopwatch();
+    let watch = context.clock.stopwatch();
     let (mut records, judged_at): (Vec<_>, Vec<_>) =
         batch.into_iter().map(|j| (j.record, j.judged_at)).unzip();
-    let refused = write_records(parts, &mut records).await;
-    parts.metrics.batch("record", records.len(), watch.elapsed());
-    parts.metrics.stale("record", refused.len());
+    let refused = write_records(context, &mut records).await;
+    context.metrics.batch("record", records.len(), watch.elapsed());
+    context.metrics.stale("record", refused.len());
     let refused: HashSet<MessageId> = refused.into_iter().collect();
 
     let mut responses = Vec::new();
@@ -118,18 +118,18 @@ async fn write(
         tracing::debug!("the cache is behind; some answers are not kept there");
     }
     if !letters.is_empty() {
-        tokio::spawn(dead_letter::publish(parts.clone(), letters));
+        tokio::spawn(dead_letter::publish(context.clone(), letters));
     }
 }
 
 /// Writes records until the store has them. When the store refuses the values of a batch, its
 /// halves are written apart, and a single refused record loses its texts rather than its verdict.
-async fn write_records(parts: &Parts, records: &mut [Record]) -> Vec<MessageId> {
+async fn write_records(context: &Context, records: &mut [Record]) -> Vec<MessageId> {
     let mut backoff = Backoff::new("recorder");
     let mut refusals = 0;
     loop {
-        let call = Records { records, now: parts.clock.now() };
-        match parts.store.record(&call).await {
+        let call = Records { records, now: context.clock.now() };
+        match context.store.record(&call).await {
             Ok(refused) => {
                 backoff.succeeded();
                 return refused;
@@ -140,8 +140,8 @@ async fn write_records(parts: &Parts, records: &mut [Record]) -> Vec<MessageId> 
                     records.len()
                 );
                 let (first, second) = records.split_at_mut(records.len() / 2);
-                let mut refused = Box::pin(write_records(parts, first)).await;
-                refused.extend(Box::pin(write_records(parts, second)).await);
+                let mut refused = Box::pin(write_records(context, first)).await;
+                refused.extend(Box::pin(write_records(context, second)).await);
                 return refused;
             }
             Err(error) => {
@@ -189,12 +189,12 @@ fn response(outcome: &Outcome, at: Timestamp) -> Response {
     }
 }
 
-async fn keep_answers(parts: Parts, mut answers: mpsc::Receiver<Vec<(MessageId, Response)>>) {
+async fn keep_answers(context: Context, mut answers: mpsc::Receiver<Vec<(MessageId, Response)>>) {
     let mut down = false;
     while let Some(responses) = answers.recv().await {
-        let watch = parts.clock.stopwatch();
-        let kept = parts.cache.put(&responses).await;
-        parts.metrics.batch("cache", responses.len(), watch.elapsed());
+        let watch = context.clock.stopwatch();
+        let kept = context.cache.put(&responses).await;
+        context.metrics.batch("cache", responses.len(), watch.elapsed());
         if let (Err(error), false) = (&kept, down) {
             tracing::warn!("answers are not cached for now: {error}");
         }

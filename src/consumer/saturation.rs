@@ -9,7 +9,7 @@ use super::call::{Call, under_way};
 use crate::clock::{Clock, Instant};
 use crate::delivery::limits::Limits;
 use crate::message::Held;
-use crate::service::Parts;
+use crate::service::Context;
 use crate::store::InstanceId;
 
 /// How often the store is asked which endpoints have held deliveries that we don't know of.
@@ -81,8 +81,8 @@ impl Saturated {
     }
 
     /// Reports which endpoints are saturated, when that has changed.
-    pub(super) fn report(&mut self, parts: &Parts, now: Instant) {
-        let Some(instance) = parts.presence.instance() else { return };
+    pub(super) fn report(&mut self, context: &Context, now: Instant) {
+        let Some(instance) = context.presence.instance() else { return };
         if self.reporting.is_some() {
             return;
         }
@@ -91,7 +91,7 @@ impl Saturated {
         if self.reported.as_ref() == Some(&report) || self.reported.is_none() && report.1.is_empty() {
             return;
         }
-        let store = Arc::clone(&parts.store);
+        let store = Arc::clone(&context.store);
         self.reporting = Some(Box::pin(async move {
             // It is a hint: without it the deliveries come here and are held then. The next tick reports again.
             let reported = store.report_saturated(report.0, &report.1).await;
@@ -108,8 +108,13 @@ impl Saturated {
     }
 
     /// How many held deliveries of which endpoints there is room for.
-    pub(super) fn wanted(&mut self, parts: &Parts, limits: &Limits, now: Instant) -> Vec<(String, usize)> {
-        let directory = parts.directory.snapshot();
+    pub(super) fn wanted(
+        &mut self,
+        context: &Context,
+        limits: &Limits,
+        now: Instant,
+    ) -> Vec<(String, usize)> {
+        let directory = context.directory.snapshot();
         let mut wanted = Vec::new();
         for (name, saturation) in &mut self.endpoints {
             let Some(endpoint) = directory.open_endpoint(name) else {
@@ -128,13 +133,13 @@ impl Saturated {
     }
 
     /// Frees these deliveries, and looks for further endpoints when it is time for that.
-    pub(super) fn free(&mut self, parts: &Parts, wanted: Vec<(String, usize)>, now: Instant) {
+    pub(super) fn free(&mut self, context: &Context, wanted: Vec<(String, usize)>, now: Instant) {
         let look = now >= self.look_at;
         if look {
             self.look_at = now.after(HELD);
         }
         if look || !wanted.is_empty() {
-            self.freeing = Some(Box::pin(free(parts.clone(), wanted, look)));
+            self.freeing = Some(Box::pin(free(context.clone(), wanted, look)));
         }
     }
 
@@ -154,15 +159,15 @@ impl Saturated {
     }
 }
 
-async fn free(parts: Parts, wanted: Vec<(String, usize)>, look: bool) -> Freed {
+async fn free(context: Context, wanted: Vec<(String, usize)>, look: bool) -> Freed {
     let mut freed = Freed::default();
-    let now = parts.clock.now();
+    let now = context.clock.now();
     for (name, asked) in wanted {
-        let watch = parts.clock.stopwatch();
-        match parts.store.unhold(&name, Held::EndpointBusy, asked, now).await {
+        let watch = context.clock.stopwatch();
+        match context.store.unhold(&name, Held::EndpointBusy, asked, now).await {
             Ok(got) => {
                 let got = usize::try_from(got).unwrap_or(asked);
-                parts.metrics.batch("unhold", got, watch.elapsed());
+                context.metrics.batch("unhold", got, watch.elapsed());
                 freed.freed.push((name, asked, got));
             }
             // The next tick tries again.
@@ -170,7 +175,7 @@ async fn free(parts: Parts, wanted: Vec<(String, usize)>, look: bool) -> Freed {
         }
     }
     if look {
-        match parts.store.held().await {
+        match context.store.held().await {
             Ok(held) => {
                 freed.found.extend(held.into_iter().filter(|h| h.1 == Held::EndpointBusy).map(|h| h.0))
             }

@@ -23,7 +23,7 @@ const COUNT: i64 = 100;
 
 /// A store with endpoints and messages, and what a process needs beside it.
 struct Bench {
-    parts: Parts,
+    context: Context,
     lane: Lane,
 }
 
@@ -43,7 +43,7 @@ impl Bench {
             let messages: Vec<_> = (0..COUNT).map(|_| message.clone()).collect();
             store.insert(&messages, clock.now()).await.unwrap();
         }
-        let parts = Parts {
+        let context = Context {
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "test")),
             directory: Arc::new(Directory::new(Arc::clone(&store))),
             queue: Arc::new(EmbeddedQueue::new(1, clock.clone())),
@@ -52,8 +52,8 @@ impl Bench {
             clock,
             store,
         };
-        parts.presence.renew().await.unwrap();
-        parts.directory.refresh().await.unwrap();
+        context.presence.renew().await.unwrap();
+        context.directory.refresh().await.unwrap();
         let lane = Lane {
             topic: "messages".into(),
             group: "group".into(),
@@ -63,7 +63,7 @@ impl Bench {
             interval: Duration::from_secs(3),
             interval_max: Duration::from_secs(3),
         };
-        Bench { parts, lane }
+        Bench { context, lane }
     }
 
     /// Works until `done`, then stops cleanly.
@@ -76,15 +76,15 @@ impl Bench {
             poll: Duration::from_millis(100),
             pacing: None,
         };
-        let mut producer = Some(Producer::new(self.parts.clone(), options));
-        let delivery = Arc::new(Delivery::scripted(self.parts.clock.clone(), script));
+        let mut producer = Some(Producer::new(self.context.clone(), options));
+        let delivery = Arc::new(Delivery::scripted(self.context.clock.clone(), script));
         let consumer =
             ConsumerOptions { lane: self.lane.clone(), window: 1_000, drain: Duration::from_secs(30) };
         let wake = Notify::new();
         let work = async {
             let ((), ended) = tokio::join!(
                 producer.take().unwrap().run(&stop, &wake),
-                run(self.parts.clone(), delivery, consumer, &stop),
+                run(self.context.clone(), delivery, consumer, &stop),
             );
             ended.unwrap();
             alive.cancel();
@@ -93,7 +93,7 @@ impl Bench {
             tokio::time::timeout(Duration::from_secs(600), done).await.expect("it is done in time");
             stop.cancel();
         };
-        tokio::join!(work, until, self.parts.presence.run(&alive), self.parts.directory.run(&alive));
+        tokio::join!(work, until, self.context.presence.run(&alive), self.context.directory.run(&alive));
     }
 
     /// Waits until so many messages have this status.
@@ -106,7 +106,7 @@ impl Bench {
 
     async fn with(&self, status: Status) -> usize {
         let all: Vec<_> = (1..=2 * COUNT).map(MessageId).collect();
-        let messages = self.parts.store.messages(&all).await.unwrap();
+        let messages = self.context.store.messages(&all).await.unwrap();
         messages.iter().filter(|message| message.status == status).count()
     }
 }
@@ -158,7 +158,7 @@ async fn a_message_that_could_not_be_tried_waits_in_its_turn_and_no_attempt_is_r
     for connections in [1, 7] {
         let bench = Bench::new(&[Endpoint::new("default", "http://localhost:3000")]).await;
         let came = Arc::default();
-        let script = scarce(&bench.parts.clock, connections, &came);
+        let script = scarce(&bench.context.clock, connections, &came);
         bench.run(script, bench.until(Status::Sent, COUNT as usize)).await;
         let came = came.lock().unwrap().clone();
         let mut sorted = came.clone();
@@ -168,10 +168,10 @@ async fn a_message_that_could_not_be_tried_waits_in_its_turn_and_no_attempt_is_r
             assert_eq!(came, sorted, "in their order");
         }
         for id in 1..=COUNT {
-            let attempts = bench.parts.store.attempts(MessageId(id)).await.unwrap();
+            let attempts = bench.context.store.attempts(MessageId(id)).await.unwrap();
             assert_eq!(attempts.iter().map(|a| a.class).collect::<Vec<_>>(), [Class::Accepted], "{id}");
         }
-        let metrics = bench.parts.metrics.encode();
+        let metrics = bench.context.metrics.encode();
         assert!(!metrics.contains("ams_put_off_total{of=\"descriptors\"} 0"), "{metrics}");
         assert!(metrics.contains("verdict=\"released\"} 0"), "nothing was written for it: {metrics}");
     }
@@ -180,7 +180,7 @@ async fn a_message_that_could_not_be_tried_waits_in_its_turn_and_no_attempt_is_r
 #[tokio::test(start_paused = true)]
 async fn a_lasting_shortage_costs_few_attempts_and_is_over_when_it_is_over() {
     let bench = Bench::new(&[Endpoint::new("default", "http://localhost:3000")]).await;
-    let (clock, asked) = (bench.parts.clock.clone(), Arc::new(AtomicUsize::new(0)));
+    let (clock, asked) = (bench.context.clock.clone(), Arc::new(AtomicUsize::new(0)));
     let back = clock.now().after(Duration::from_secs(120));
     let script: Script = {
         let (clock, asked) = (clock.clone(), Arc::clone(&asked));
@@ -193,7 +193,7 @@ async fn a_lasting_shortage_costs_few_attempts_and_is_over_when_it_is_over() {
     };
     let done = async {
         take(110_000).await;
-        let lasting = bench.parts.metrics.shortages(clock.instant());
+        let lasting = bench.context.metrics.shortages(clock.instant());
         assert_eq!(lasting.len(), 1, "it is shown all the time");
         assert!(clock.now().since(lasting[0].since) > Duration::from_secs(100), "{lasting:?}");
         let asked = asked.load(Ordering::SeqCst);
@@ -201,7 +201,7 @@ async fn a_lasting_shortage_costs_few_attempts_and_is_over_when_it_is_over() {
         bench.until(Status::Sent, COUNT as usize).await;
         assert!(clock.now().since(back) < Duration::from_secs(5), "it goes on soon");
         take(6_000).await;
-        assert_eq!(bench.parts.metrics.shortages(clock.instant()), []);
+        assert_eq!(bench.context.metrics.shortages(clock.instant()), []);
     };
     bench.run(script, done).await;
 }
@@ -210,7 +210,7 @@ async fn a_lasting_shortage_costs_few_attempts_and_is_over_when_it_is_over() {
 async fn an_endpoint_without_ports_does_not_hold_up_another() {
     let endpoints = ["short", "well"].map(|name| Endpoint::new(name, "http://localhost:3000"));
     let bench = Bench::new(&endpoints).await;
-    let clock = bench.parts.clock.clone();
+    let clock = bench.context.clock.clone();
     let script: Script = {
         let clock = clock.clone();
         Arc::new(move |_, endpoint| {
@@ -233,11 +233,11 @@ async fn a_stop_gives_back_what_waits_for_a_shortage_to_end() {
     bench.run(script, bench.until(Status::Processing, 64)).await;
     assert_eq!(bench.with(Status::Processing).await, 0);
     for id in 1..=COUNT {
-        assert_eq!(bench.parts.store.attempts(MessageId(id)).await.unwrap(), [], "{id}");
+        assert_eq!(bench.context.store.attempts(MessageId(id)).await.unwrap(), [], "{id}");
     }
     // The next process sends them all.
     let came = Arc::default();
-    let script = scarce(&bench.parts.clock, 10, &came);
+    let script = scarce(&bench.context.clock, 10, &came);
     bench.run(script, bench.until(Status::Sent, COUNT as usize)).await;
     assert_eq!(came.lock().unwrap().len(), COUNT as usize);
 }
@@ -281,11 +281,11 @@ impl crate::queue::Queue for EndingQueue {
 #[tokio::test(start_paused = true)]
 async fn a_subscription_that_ends_by_itself_is_an_error() {
     let mut bench = Bench::new(&[]).await;
-    bench.parts.queue = Arc::new(EndingQueue(EmbeddedQueue::new(1, bench.parts.clock.clone())));
+    bench.context.queue = Arc::new(EndingQueue(EmbeddedQueue::new(1, bench.context.clock.clone())));
     let script: Script = Arc::new(|_, _| panic!("nothing was sent"));
-    let delivery = Arc::new(Delivery::scripted(bench.parts.clock.clone(), script));
+    let delivery = Arc::new(Delivery::scripted(bench.context.clock.clone(), script));
     let options = ConsumerOptions { lane: bench.lane.clone(), window: 10, drain: Duration::from_secs(1) };
-    let ended = run(bench.parts.clone(), delivery, options, &CancellationToken::new()).await;
+    let ended = run(bench.context.clone(), delivery, options, &CancellationToken::new()).await;
     assert_eq!(ended, Err("the subscription of messages has ended by itself".to_owned()));
 }
 
@@ -295,21 +295,21 @@ async fn messages_of_an_endpoint_with_broken_settings_are_held_until_it_is_mende
     let broken =
         Endpoint { secret: Some("none".to_owned()), ..Endpoint::new("default", "http://localhost:3000") };
     let bench = Bench::new(std::slice::from_ref(&broken)).await;
-    let clock = bench.parts.clock.clone();
+    let clock = bench.context.clock.clone();
     let script: Script = Arc::new(move |_, _| {
         let clock = clock.clone();
         Box::pin(async move { Ok(accepted(&clock)) })
     });
     let done = async {
         let mut tick = tokio::time::interval(Duration::from_millis(100));
-        while bench.parts.store.held().await.unwrap() != [("default".to_owned(), Held::EndpointClosed)]
+        while bench.context.store.held().await.unwrap() != [("default".to_owned(), Held::EndpointClosed)]
             || bench.with(Status::Pending).await < COUNT as usize
         {
             tick.tick().await;
         }
-        bench.parts.store.put_endpoint(&Endpoint { secret: None, ..broken.clone() }).await.unwrap();
+        bench.context.store.put_endpoint(&Endpoint { secret: None, ..broken.clone() }).await.unwrap();
         bench.until(Status::Sent, COUNT as usize).await;
     };
     bench.run(script, done).await;
-    assert!(bench.parts.store.attempts(MessageId(1)).await.unwrap().len() == 1);
+    assert!(bench.context.store.attempts(MessageId(1)).await.unwrap().len() == 1);
 }

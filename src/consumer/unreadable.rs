@@ -12,7 +12,7 @@ use bytes::Bytes;
 use super::call::{Call, under_way};
 use crate::lane::dead_letter_of;
 use crate::queue::{LaneRecord, QueueError, RECORD_CUT, Receipt, Taken};
-use crate::service::{Backoff, Parts};
+use crate::service::{Backoff, Context};
 use crate::telemetry::Metrics;
 
 /// Unreadable records kept in memory, at most: then no more is taken from the lane until some have gone.
@@ -62,11 +62,11 @@ impl UnreadableRecords {
     }
 
     /// Publishes what waits, unless a call is under way.
-    pub(super) fn publish(&mut self, parts: &Parts) {
+    pub(super) fn publish(&mut self, context: &Context) {
         if self.publishing.is_none() && !self.waiting.is_empty() {
             let records = std::mem::take(&mut self.waiting);
             self.going = (records.len(), bytes(&records));
-            self.publishing = Some(Box::pin(publish(parts.clone(), self.lane.clone(), records)));
+            self.publishing = Some(Box::pin(publish(context.clone(), self.lane.clone(), records)));
         }
     }
 
@@ -84,8 +84,8 @@ fn bytes(records: &[Unreadable]) -> usize {
 }
 
 /// Publishes a group, however far that is possible, and returns its receipts: all of it is done with then.
-async fn publish(parts: Parts, lane: String, group: Vec<Unreadable>) -> Vec<Receipt> {
-    let directory = parts.directory.snapshot();
+async fn publish(context: Context, lane: String, group: Vec<Unreadable>) -> Vec<Receipt> {
+    let directory = context.directory.snapshot();
     let to = dead_letter_of(&lane, &directory.lanes);
     let records: Vec<_> = group.iter().map(|record| record.whole()).collect();
     // The reason may quote the record, so it stays out of the log.
@@ -95,20 +95,20 @@ async fn publish(parts: Parts, lane: String, group: Vec<Unreadable>) -> Vec<Rece
         records.len()
     );
     let cut = group.iter().filter(|record| record.taken.is_cut()).count();
-    match tokio::time::timeout(PATIENCE, send(&parts, to, &records)).await {
+    match tokio::time::timeout(PATIENCE, send(&context, to, &records)).await {
         Ok(Ok(())) => {
-            parts.metrics.unreadable(&lane, PUBLISHED, records.len() - cut);
-            parts.metrics.unreadable(&lane, CUT, cut);
+            context.metrics.unreadable(&lane, PUBLISHED, records.len() - cut);
+            context.metrics.unreadable(&lane, CUT, cut);
         }
         // One record may be to blame: each is tried alone, so that it takes no other with it.
         Ok(Err(_)) => {
             for record in &group {
-                alone(&parts, &lane, to, record).await;
+                alone(&context, &lane, to, record).await;
             }
         }
         Err(_) => {
             for record in &group {
-                give_up(&parts, &lane, to, record, &format!("not published within {PATIENCE:?}"));
+                give_up(&context, &lane, to, record, &format!("not published within {PATIENCE:?}"));
             }
         }
     }
@@ -116,29 +116,29 @@ async fn publish(parts: Parts, lane: String, group: Vec<Unreadable>) -> Vec<Rece
 }
 
 /// Publishes one record whole, else cut, else gives it up.
-async fn alone(parts: &Parts, lane: &str, to: &str, record: &Unreadable) {
+async fn alone(context: &Context, lane: &str, to: &str, record: &Unreadable) {
     let (whole, cut) = (record.whole(), record.cut());
     let sent = async {
         let is_cut = whole.value.len() == cut.value.len() && record.taken.is_cut();
-        match send(parts, to, &[whole]).await {
-            Err(QueueError::TooLarge(_)) => send(parts, to, &[cut]).await.map(|()| CUT),
+        match send(context, to, &[whole]).await {
+            Err(QueueError::TooLarge(_)) => send(context, to, &[cut]).await.map(|()| CUT),
             sent => sent.map(|()| if is_cut { CUT } else { PUBLISHED }),
         }
     };
     match tokio::time::timeout(PATIENCE, sent).await {
-        Ok(Ok(end)) => parts.metrics.unreadable(lane, end, 1),
-        Ok(Err(error)) => give_up(parts, lane, to, record, &error.to_string()),
-        Err(_) => give_up(parts, lane, to, record, &format!("not published within {PATIENCE:?}")),
+        Ok(Ok(end)) => context.metrics.unreadable(lane, end, 1),
+        Ok(Err(error)) => give_up(context, lane, to, record, &error.to_string()),
+        Err(_) => give_up(context, lane, to, record, &format!("not published within {PATIENCE:?}")),
     }
 }
 
 /// Publishes, and tries again for as long as only the broker is away.
-async fn send(parts: &Parts, to: &str, records: &[LaneRecord]) -> Result<(), QueueError> {
+async fn send(context: &Context, to: &str, records: &[LaneRecord]) -> Result<(), QueueError> {
     let mut backoff = Backoff::new("dead-letter lane");
     loop {
         let published = async {
-            parts.queue.ensure(&[to.to_owned()]).await?;
-            parts.queue.publish(to, records.to_vec()).await
+            context.queue.ensure(&[to.to_owned()]).await?;
+            context.queue.publish(to, records.to_vec()).await
         };
         match published.await {
             Ok(_) => {
@@ -151,8 +151,8 @@ async fn send(parts: &Parts, to: &str, records: &[LaneRecord]) -> Result<(), Que
     }
 }
 
-fn give_up(parts: &Parts, lane: &str, to: &str, record: &Unreadable, why: &str) {
-    parts.metrics.unreadable(lane, GIVEN_UP, 1);
+fn give_up(context: &Context, lane: &str, to: &str, record: &Unreadable, why: &str) {
+    context.metrics.unreadable(lane, GIVEN_UP, 1);
     let Receipt { partition, offset, .. } = record.taken.receipt;
     tracing::error!(
         lane,

@@ -13,9 +13,9 @@ use crate::store::{
 };
 use crate::ticket::Ticket;
 
-fn parts(clock: &Clock) -> Parts {
+fn context(clock: &Clock) -> Context {
     let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
-    Parts {
+    Context {
         queue: Arc::new(crate::queue::embedded::EmbeddedQueue::new(1, clock.clone())),
         cache: Arc::new(crate::cache::memory::MemoryCache::new()),
         clock: clock.clone(),
@@ -36,25 +36,25 @@ fn term(clock: &Clock, steady_since: Timestamp) -> Term {
 #[tokio::test(start_paused = true)]
 async fn nobody_is_taken_for_dead_because_a_clock_was_set() {
     let clock = Clock::virtual_from(Timestamp::EPOCH.after(LEASE * 1_000));
-    let parts = parts(&clock);
-    parts.presence.renew().await.unwrap();
-    let instance = parts.presence.instance().unwrap();
+    let context = context(&clock);
+    context.presence.renew().await.unwrap();
+    let instance = context.presence.instance().unwrap();
     let (led, leading) = watch::channel(None);
-    let mut janitor = Janitor::new(parts.clone(), Publisher::new(parts.clone()), leading, None);
+    let mut janitor = Janitor::new(context.clone(), Publisher::new(context.clone()), leading, None);
     for step in [3_600, -3_600, 15, -15] {
         // It was set before or after the instance has renewed its lease.
         for before in [true, false] {
             tokio::time::advance(LEASE).await;
-            parts.presence.renew().await.unwrap();
+            context.presence.renew().await.unwrap();
             led.send_replace(Some(term(&clock, Timestamp::EPOCH)));
             clock.set_wall(step * 1_000_000);
             tokio::time::advance(Duration::from_secs(1)).await;
             if before {
-                parts.presence.renew().await.unwrap();
+                context.presence.renew().await.unwrap();
             }
             janitor.step().await.unwrap();
-            parts.presence.renew().await.unwrap();
-            assert_eq!(parts.presence.instance(), Some(instance), "set by {step} s");
+            context.presence.renew().await.unwrap();
+            assert_eq!(context.presence.instance(), Some(instance), "set by {step} s");
         }
     }
 }
@@ -63,16 +63,16 @@ async fn nobody_is_taken_for_dead_because_a_clock_was_set() {
 #[tokio::test(start_paused = true)]
 async fn a_clock_that_is_set_back_delays_no_retry() {
     let clock = Clock::virtual_from(Timestamp::EPOCH.after(LEASE * 1_000));
-    let parts = parts(&clock);
-    parts.presence.renew().await.unwrap();
+    let context = context(&clock);
+    context.presence.renew().await.unwrap();
     let (led, leading) = watch::channel(None);
-    let mut janitor = Janitor::new(parts.clone(), Publisher::new(parts.clone()), leading, None);
+    let mut janitor = Janitor::new(context.clone(), Publisher::new(context.clone()), leading, None);
     let due_at = clock.now().after(Duration::from_secs(3));
     let waiting = |at: Timestamp| {
-        let (store, lane) = (Arc::clone(&parts.store), ["messages-retry"]);
+        let (store, lane) = (Arc::clone(&context.store), ["messages-retry"]);
         async move { !store.due(&lane, at).await.unwrap().lanes.is_empty() }
     };
-    wait_until(&parts, due_at).await;
+    wait_until(&context, due_at).await;
     for back in [0, 3_600] {
         clock.set_wall(-back * 1_000_000);
         led.send_replace(Some(term(&clock, Timestamp::EPOCH)));
@@ -85,8 +85,8 @@ async fn a_clock_that_is_set_back_delays_no_retry() {
 }
 
 /// Claims one new message in a batch of `owner`'s, which nobody publishes.
-async fn claimed(parts: &Parts, owner: InstanceId) -> Ticket {
-    let (store, now) = (&parts.store, parts.clock.now());
+async fn claimed(context: &Context, owner: InstanceId) -> Ticket {
+    let (store, now) = (&context.store, context.clock.now());
     store.put_endpoint(&Endpoint::new("default", "http://localhost:3000")).await.unwrap();
     store.insert(&[NewMessage { recipient: "+1".into(), ..NewMessage::default() }], now).await.unwrap();
     let (due, lane, batch) = (Due::New(Urgency::Normal), "messages", BatchId::random());
@@ -95,9 +95,9 @@ async fn claimed(parts: &Parts, owner: InstanceId) -> Ticket {
 }
 
 /// Makes one message wait for another attempt until `due_at`.
-async fn wait_until(parts: &Parts, due_at: Timestamp) {
-    let (store, owner) = (&parts.store, parts.presence.instance().unwrap());
-    let ticket = claimed(parts, owner).await;
+async fn wait_until(context: &Context, due_at: Timestamp) {
+    let (store, owner) = (&context.store, context.presence.instance().unwrap());
+    let ticket = claimed(context, owner).await;
     let (lease, mut positions) = (LeaseId::random(), Mask::EMPTY);
     positions.set(0);
     let wanted = [Wanted { lease, batch: ticket.batch, positions }];
@@ -105,7 +105,7 @@ async fn wait_until(parts: &Parts, due_at: Timestamp) {
     let verdict = Verdict::Retry { lane: "messages-retry".into(), lane_tries: 0, at: due_at };
     let (lane, root) = ("messages".to_owned(), begun.root);
     let record = Record { ticket, lane, lease, root, outcome: None, verdict };
-    store.record(&Records { records: &[record], now: parts.clock.now() }).await.unwrap();
+    store.record(&Records { records: &[record], now: context.clock.now() }).await.unwrap();
 }
 
 /// A claim, or a reissue, whose answer was lost came to be all the same: of this process, or of a producer that lives and
@@ -114,22 +114,22 @@ async fn wait_until(parts: &Parts, due_at: Timestamp) {
 async fn a_batch_that_nobody_publishes_is_issued_again_within_the_promised_time() {
     for is_own in [true, false] {
         let clock = Clock::virtual_from(Timestamp::EPOCH.after(LEASE * 1_000));
-        let parts = parts(&clock);
-        parts.presence.renew().await.unwrap();
-        let (own, now) = (parts.presence.instance().unwrap(), clock.now());
-        let other = parts.store.enroll("producer", "there", now, now.after(LEASE * 9)).await.unwrap();
-        claimed(&parts, if is_own { own } else { other }).await;
+        let context = context(&clock);
+        context.presence.renew().await.unwrap();
+        let (own, now) = (context.presence.instance().unwrap(), clock.now());
+        let other = context.store.enroll("producer", "there", now, now.after(LEASE * 9)).await.unwrap();
+        claimed(&context, if is_own { own } else { other }).await;
         let (led, leading) = watch::channel(None);
-        let mut janitor = Janitor::new(parts.clone(), Publisher::new(parts.clone()), leading, None);
+        let mut janitor = Janitor::new(context.clone(), Publisher::new(context.clone()), leading, None);
         let start = clock.instant();
         let is_queued = async || {
-            let batches = parts.store.batches(clock.now(), 10).await.unwrap();
+            let batches = context.store.batches(clock.now(), 10).await.unwrap();
             batches.iter().all(|batch| batch.log_position.is_some())
         };
         while !is_queued().await {
             led.send_replace(Some(term(&clock, Timestamp::EPOCH)));
             janitor.step().await.unwrap();
-            parts.presence.renew().await.unwrap();
+            context.presence.renew().await.unwrap();
             tokio::time::advance(ROUND).await;
         }
         let limit = Duration::from_secs(if is_own { 3 } else { 20 });
@@ -141,25 +141,25 @@ async fn a_batch_that_nobody_publishes_is_issued_again_within_the_promised_time(
 #[tokio::test(start_paused = true)]
 async fn nobody_is_taken_for_dead_before_the_producer_has_bid_again() {
     let clock = Clock::virtual_from(Timestamp::EPOCH);
-    let parts = parts(&clock);
-    parts.presence.renew().await.unwrap();
-    let instance = parts.presence.instance().unwrap();
+    let context = context(&clock);
+    context.presence.renew().await.unwrap();
+    let instance = context.presence.instance().unwrap();
     let (led, leading) = watch::channel(Some(term(&clock, Timestamp::EPOCH)));
-    let mut janitor = Janitor::new(parts.clone(), Publisher::new(parts.clone()), leading, None);
+    let mut janitor = Janitor::new(context.clone(), Publisher::new(context.clone()), leading, None);
 
     tokio::time::advance(LEASE * 2).await;
     let now = clock.now();
     janitor.step().await.unwrap();
-    assert!(parts.store.renew(instance, now, now).await.unwrap(), "its lease could not be renewed before");
+    assert!(context.store.renew(instance, now, now).await.unwrap(), "its lease could not be renewed before");
 
     led.send_replace(Some(term(&clock, now)));
     janitor.step().await.unwrap();
-    assert!(parts.store.renew(instance, now, now).await.unwrap(), "it has had no time to renew");
+    assert!(context.store.renew(instance, now, now).await.unwrap(), "it has had no time to renew");
 
     tokio::time::advance(LEASE).await;
     led.send_replace(Some(term(&clock, now)));
     janitor.step().await.unwrap();
-    assert!(!parts.store.renew(instance, now, now).await.unwrap(), "a lease's time without a word");
+    assert!(!context.store.renew(instance, now, now).await.unwrap(), "a lease's time without a word");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 
 use crate::clock::Instant;
 use crate::queue::{Depth, QueueError};
-use crate::service::{Backoff, Parts};
+use crate::service::{Backoff, Context};
 use crate::ticket::Ticket;
 
 const REFRESH: Duration = Duration::from_millis(100);
@@ -18,7 +18,7 @@ const BYTES_MAX: usize = 128 << 20;
 
 /// How much each lane takes.
 pub(super) struct Capacity {
-    parts: Parts,
+    context: Context,
     limit: usize,
     lanes: HashMap<String, LaneCapacity>,
     next_refresh: Instant,
@@ -43,9 +43,9 @@ struct LaneCapacity {
 type Answers = Vec<(String, usize, Vec<Depth>)>;
 
 impl Capacity {
-    pub(super) fn new(parts: Parts, limit: usize) -> Capacity {
+    pub(super) fn new(context: Context, limit: usize) -> Capacity {
         Capacity {
-            parts,
+            context,
             limit,
             lanes: HashMap::new(),
             next_refresh: Instant::START,
@@ -80,7 +80,7 @@ impl Capacity {
     }
 
     fn ask(&mut self, now: Instant) {
-        let directory = self.parts.directory.snapshot();
+        let directory = self.context.directory.snapshot();
         let mut questions = Vec::new();
         for lane in &directory.lanes {
             let lane_capacity = self.lanes.entry(lane.topic.clone()).or_default();
@@ -94,11 +94,11 @@ impl Capacity {
             self.next_refresh = now.after(REFRESH);
             return;
         }
-        let parts = self.parts.clone();
+        let context = self.context.clone();
         self.asking = Some(tokio::spawn(async move {
             let mut answers = Vec::with_capacity(questions.len());
             for (lane, before) in questions {
-                let depth = parts.depth(&lane).await?;
+                let depth = context.depth(&lane).await?;
                 answers.push((lane.topic, before, depth));
             }
             Ok(answers)

@@ -18,7 +18,7 @@ use crate::store::{Endpoint, LogPosition, Store};
 use crate::telemetry::Metrics;
 
 struct Bench {
-    parts: Parts,
+    context: Context,
     producer: Producer,
 }
 
@@ -34,7 +34,7 @@ impl Bench {
         for name in ["default", "slow"] {
             store.put_endpoint(&Endpoint::new(name, "http://localhost:3000")).await.unwrap();
         }
-        let parts = Parts {
+        let context = Context {
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "here")),
             directory: Arc::new(Directory::new(Arc::clone(&store))),
             queue: queue(clock.clone()),
@@ -43,8 +43,8 @@ impl Bench {
             clock,
             store,
         };
-        parts.presence.renew().await.unwrap();
-        parts.directory.refresh().await.unwrap();
+        context.presence.renew().await.unwrap();
+        context.directory.refresh().await.unwrap();
         let options = ProducerOptions {
             fresh_lane: "messages".into(),
             batch: 100,
@@ -52,14 +52,18 @@ impl Bench {
             poll: Duration::from_millis(20),
             pacing,
         };
-        Bench { producer: Producer::new(parts.clone(), options), parts }
+        Bench { producer: Producer::new(context.clone(), options), context }
     }
 
     /// A producer that has claimed one message, so that it knows that `slow` is busy, and these messages to come.
     async fn beside_slow(endpoints: impl Iterator<Item = &str>) -> Bench {
         let mut bench = Bench::new(None).await;
-        let parts = &bench.parts;
-        parts.store.report_saturated(parts.presence.instance().unwrap(), &["slow".to_owned()]).await.unwrap();
+        let context = &bench.context;
+        context
+            .store
+            .report_saturated(context.presence.instance().unwrap(), &["slow".to_owned()])
+            .await
+            .unwrap();
         bench.insert(["default"].into_iter()).await;
         while bench.producer.saturated.is_empty() {
             bench.step().await;
@@ -76,26 +80,26 @@ impl Bench {
             ..NewMessage::default()
         };
         let messages: Vec<_> = endpoints.map(message).collect();
-        self.parts.store.insert(&messages, self.parts.clock.now()).await.unwrap();
+        self.context.store.insert(&messages, self.context.clock.now()).await.unwrap();
     }
 
     /// One step, and the time that it says to rest.
     async fn step(&mut self) {
         let step = self.producer.step().await.unwrap();
-        self.parts.clock.advance(match step {
+        self.context.clock.advance(match step {
             Step::Worked => Duration::from_millis(1),
             Step::Idle(rest) => rest,
         });
         // What is being published goes on meanwhile.
         tokio::task::yield_now().await;
-        self.parts.presence.renew().await.unwrap();
+        self.context.presence.renew().await.unwrap();
     }
 
     /// How many messages of each endpoint have each status, with a mark for those that are held.
     async fn counts(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for id in 1.. {
-            let Some(found) = self.parts.store.message(MessageId(id)).await.unwrap() else { break };
+            let Some(found) = self.context.store.message(MessageId(id)).await.unwrap() else { break };
             let held = if found.held.is_some() { " held" } else { "" };
             *counts.entry(format!("{} {}{held}", found.endpoint, found.status)).or_insert(0) += 1;
         }
@@ -121,7 +125,7 @@ async fn messages_of_a_saturated_endpoint_are_held_and_the_others_go() {
     let counts = bench.until("default queued", 801).await;
     assert_eq!(counts.get("slow queued"), None, "{counts:?}");
     bench.until("slow pending held", 800).await;
-    let (store, now) = (&bench.parts.store, bench.parts.clock.now());
+    let (store, now) = (&bench.context.store, bench.context.clock.now());
     store.unhold("slow", Held::EndpointBusy, 40, now).await.unwrap();
     let counts = bench.until("slow queued", 40).await;
     assert_eq!(counts.get("slow pending held"), Some(&760), "{counts:?}");
@@ -132,10 +136,10 @@ async fn messages_of_a_saturated_endpoint_are_held_and_the_others_go() {
 async fn a_producer_that_frees_in_vain_rests_between() {
     let mut bench = Bench::new(None).await;
     let closed = Endpoint { enabled: false, ..Endpoint::new("slow", "http://localhost:3000") };
-    bench.parts.store.put_endpoint(&closed).await.unwrap();
+    bench.context.store.put_endpoint(&closed).await.unwrap();
     bench.insert(std::iter::repeat_n("slow", 100)).await;
     bench.until("slow pending held", 100).await;
-    bench.parts.clock.advance(UNHOLD);
+    bench.context.clock.advance(UNHOLD);
     // As many as one claim takes, so that each claim is full.
     let mut worked = 0;
     while worked < 10 && bench.producer.step().await.unwrap() == Step::Worked {
@@ -151,9 +155,9 @@ async fn urgent_messages_go_before_a_backlog() {
     bench.insert(["default"; 3_000].into_iter()).await;
     let urgent =
         NewMessage { recipient: "+90".into(), content: "Hello".into(), priority: 1, ..NewMessage::default() };
-    bench.parts.store.insert(&[urgent], bench.parts.clock.now()).await.unwrap();
+    bench.context.store.insert(&[urgent], bench.context.clock.now()).await.unwrap();
     bench.step().await;
-    let status = bench.parts.store.message(MessageId(3_001)).await.unwrap().unwrap().status;
+    let status = bench.context.store.message(MessageId(3_001)).await.unwrap().unwrap().status;
     assert_eq!(status, Status::Queued);
     assert!(bench.counts().await.contains_key("default pending"));
 }
@@ -163,16 +167,16 @@ async fn a_timed_row_is_on_its_lane_when_its_time_comes_unless_it_is_paced() {
     let second = Duration::from_secs(1);
     for pacing in [None, Some(Pacing { count: 10, interval: second })] {
         let mut bench = Bench::new(pacing).await;
-        let due_at = bench.parts.clock.now().after(3 * second);
+        let due_at = bench.context.clock.now().after(3 * second);
         let scheduled = NewMessage {
             recipient: "+90".into(),
             content: "Hello".into(),
             send_at: Some(due_at),
             ..NewMessage::default()
         };
-        bench.parts.store.insert(&[scheduled], bench.parts.clock.now()).await.unwrap();
+        bench.context.store.insert(&[scheduled], bench.context.clock.now()).await.unwrap();
         bench.until("default queued", 1).await;
-        let now = bench.parts.clock.now();
+        let now = bench.context.clock.now();
         let (early, late) = (due_at.since(now), now.since(due_at));
         if pacing.is_none() {
             assert!(Duration::ZERO < early && early <= Ticket::AHEAD, "{early:?}");
@@ -180,7 +184,7 @@ async fn a_timed_row_is_on_its_lane_when_its_time_comes_unless_it_is_paced() {
             assert!(early.is_zero() && late < 2 * TIMED, "{early:?}, {late:?}");
         }
         // The next looks follow sooner only where a look came after the time.
-        let in_burst = bench.parts.clock.instant() < bench.producer.burst_until;
+        let in_burst = bench.context.clock.instant() < bench.producer.burst_until;
         assert_eq!(in_burst, pacing.is_some());
     }
 }
@@ -195,25 +199,25 @@ async fn a_wall_clock_that_is_set_stops_nothing() {
             let mut bench = Bench::new(pacing).await;
             bench.insert(["default"].into_iter()).await;
             bench.until("default queued", 1).await;
-            bench.parts.clock.set_wall(set);
-            let start = bench.parts.clock.instant();
+            bench.context.clock.set_wall(set);
+            let start = bench.context.clock.instant();
             bench.insert(["default"].into_iter()).await;
-            let soon = bench.parts.clock.now().after(Duration::from_secs(1));
+            let soon = bench.context.clock.now().after(Duration::from_secs(1));
             let scheduled = NewMessage {
                 recipient: "+90".into(),
                 content: "Hello".into(),
                 send_at: Some(soon),
                 ..NewMessage::default()
             };
-            bench.parts.store.insert(&[scheduled], bench.parts.clock.now()).await.unwrap();
+            bench.context.store.insert(&[scheduled], bench.context.clock.now()).await.unwrap();
             bench.until("default queued", 3).await;
-            let took = bench.parts.clock.instant().since(start);
+            let took = bench.context.clock.instant().since(start);
             assert!(took < Duration::from_secs(3), "{took:?} after a step of {set} us, paced: {pacing:?}");
             // The leader's term follows the clock, so that another producer would not wait for the old time.
-            while bench.parts.clock.instant().since(start) < 2 * BID {
+            while bench.context.clock.instant().since(start) < 2 * BID {
                 bench.step().await;
             }
-            assert!(bench.parts.store.control(bench.parts.clock.now()).await.unwrap().active);
+            assert!(bench.context.store.control(bench.context.clock.now()).await.unwrap().active);
         }
     }
 }
@@ -297,12 +301,12 @@ async fn a_broker_that_is_away_is_asked_ever_more_seldom_and_stops_no_step() {
     };
     let mut bench = Bench::on(queue, None).await;
     let lane = lane("messages", "messages-dlq", true, 1);
-    let start = bench.parts.clock.now();
-    bench.parts.store.put_lane(&lane, start).await.unwrap();
-    bench.parts.directory.refresh().await.unwrap();
+    let start = bench.context.clock.now();
+    bench.context.store.put_lane(&lane, start).await.unwrap();
+    bench.context.directory.refresh().await.unwrap();
     while bench.producer.capacity.free("messages") == 0 || asked.lock().unwrap().is_empty() {
         bench.step().await;
-        assert!(bench.parts.clock.now().since(start) < Duration::from_secs(12), "{asked:?}");
+        assert!(bench.context.clock.now().since(start) < Duration::from_secs(12), "{asked:?}");
     }
     // The answer to a question is looked at in the next step, some 20 ms later.
     let wait = |pair: &[Timestamp]| pair[1].since(pair[0]).as_millis() / 100 * 100;
@@ -314,7 +318,7 @@ async fn a_broker_that_is_away_is_asked_ever_more_seldom_and_stops_no_step() {
 async fn a_lane_that_is_nearly_full_gets_no_small_batches() {
     for (capacity, queued) in [(130, 100), (150, 150), (1, 1)] {
         let mut bench = Bench::new(None).await;
-        bench.producer.capacity = Capacity::new(bench.parts.clone(), capacity);
+        bench.producer.capacity = Capacity::new(bench.context.clone(), capacity);
         bench.insert(std::iter::repeat_n("default", 300)).await;
         let counts = bench.until("default queued", queued).await;
         assert_eq!(counts.get("default pending"), Some(&(300 - queued)), "{counts:?}");

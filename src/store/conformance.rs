@@ -234,7 +234,7 @@ impl Bench {
     async fn begin_by(&self, owner: InstanceId, tickets: &[Ticket]) -> Vec<BegunDelivery> {
         let wanted = wanted(tickets);
         let begun = self.store.begin(&Begin { wanted: &wanted, repeated: false, owner }).await.unwrap();
-        jobs(tickets, &begun)
+        deliveries(tickets, &begun)
     }
 
     async fn begin(&self, tickets: &[Ticket]) -> Vec<BegunDelivery> {
@@ -244,9 +244,9 @@ impl Bench {
     /// Brings `count` new messages to `processing`.
     async fn processing(&self, count: usize) -> Vec<BegunDelivery> {
         self.fill(count).await;
-        let jobs = self.begin(&self.claim_fresh().await.tickets).await;
-        assert_eq!(jobs.len(), count);
-        jobs
+        let deliveries = self.begin(&self.claim_fresh().await.tickets).await;
+        assert_eq!(deliveries.len(), count);
+        deliveries
     }
 
     async fn record(&self, records: &[Record]) -> Vec<MessageId> {
@@ -262,23 +262,23 @@ impl Bench {
     }
 
     /// A record of a failed attempt whose next is due in three seconds on the retry lane.
-    fn failed(&self, job: &BegunDelivery) -> Record {
+    fn failed(&self, delivery: &BegunDelivery) -> Record {
         let verdict = Verdict::Retry { lane: RETRY.to_owned(), lane_tries: 0, at: self.in_seconds(3) };
-        record(job, Some(outcome(Class::Rejected, Some(500), self.now())), verdict)
+        record(delivery, Some(outcome(Class::Rejected, Some(500), self.now())), verdict)
     }
 
-    fn sent(&self, job: &BegunDelivery) -> Record {
-        record(job, Some(outcome(Class::Accepted, Some(200), self.now())), Verdict::Sent)
+    fn sent(&self, delivery: &BegunDelivery) -> Record {
+        record(delivery, Some(outcome(Class::Accepted, Some(200), self.now())), Verdict::Sent)
     }
 
-    fn dead(&self, job: &BegunDelivery) -> Record {
+    fn dead(&self, delivery: &BegunDelivery) -> Record {
         let verdict =
             Verdict::Dead { reason: "all tries failed".to_owned(), lane: "messages-dlq".to_owned() };
-        record(job, Some(outcome(Class::Timeout, None, self.now())), verdict)
+        record(delivery, Some(outcome(Class::Timeout, None, self.now())), verdict)
     }
 
-    fn released(&self, job: &BegunDelivery) -> Record {
-        record(job, None, Verdict::Release)
+    fn released(&self, delivery: &BegunDelivery) -> Record {
+        record(delivery, None, Verdict::Release)
     }
 }
 
@@ -311,19 +311,20 @@ fn wanted(tickets: &[Ticket]) -> Vec<Wanted> {
 }
 
 /// The tickets that have begun, each once, in the order of their ids.
-fn jobs(tickets: &[Ticket], begun: &[super::Begun]) -> Vec<BegunDelivery> {
-    let mut jobs: Vec<BegunDelivery> = Vec::new();
+fn deliveries(tickets: &[Ticket], begun: &[super::Begun]) -> Vec<BegunDelivery> {
+    let mut deliveries: Vec<BegunDelivery> = Vec::new();
     for ticket in tickets {
         let position = usize::from(ticket.position);
         let of_batch = begun.iter().find(|b| b.batch == ticket.batch && b.positions.has(position));
-        let twice =
-            jobs.iter().any(|job| (job.ticket.batch, job.ticket.position) == (ticket.batch, ticket.position));
+        let twice = deliveries.iter().any(|delivery| {
+            (delivery.ticket.batch, delivery.ticket.position) == (ticket.batch, ticket.position)
+        });
         if let (Some(begun), false) = (of_batch, twice) {
-            jobs.push(BegunDelivery { ticket: ticket.clone(), lease: begun.lease, root: begun.root });
+            deliveries.push(BegunDelivery { ticket: ticket.clone(), lease: begun.lease, root: begun.root });
         }
     }
-    jobs.sort_by_key(BegunDelivery::id);
-    jobs
+    deliveries.sort_by_key(BegunDelivery::id);
+    deliveries
 }
 
 /// A recovery at a time at which no lease ends later than ten times [`LEASE`] from now.
@@ -358,8 +359,8 @@ pub(crate) fn outcome(class: Class, status: Option<u16>, started_at: Timestamp) 
     }
 }
 
-fn record(job: &BegunDelivery, outcome: Option<Outcome>, verdict: Verdict) -> Record {
-    let BegunDelivery { ticket, lease, root } = job.clone();
+fn record(delivery: &BegunDelivery, outcome: Option<Outcome>, verdict: Verdict) -> Record {
+    let BegunDelivery { ticket, lease, root } = delivery.clone();
     Record { ticket, lane: FRESH.to_owned(), lease, root, outcome, verdict }
 }
 

@@ -133,14 +133,14 @@ impl Change {
     }
 }
 
-/// A job's number.
+/// An operation's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct JobId(pub i64);
+pub struct OperationId(pub i64);
 
 /// A change of many messages, worked off piece by piece; it survives restarts.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Job {
-    pub id: JobId,
+pub struct Operation {
+    pub id: OperationId,
     pub change: Change,
     pub filter: Filter,
     /// Messages that matched so far, and those that could be changed.
@@ -213,16 +213,21 @@ pub trait Operations: Send + Sync {
     async fn change(&self, change: Change, ids: &[MessageId], now: Timestamp) -> Result<Vec<MessageId>>;
 
     /// Notes a change of all messages that match and exist now.
-    async fn open_job(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Job>;
+    async fn open_operation(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Operation>;
 
-    /// Works at most `limit` messages of a job off, unless somebody else is at it, and says how it stands.
-    async fn work_job(&self, id: JobId, limit: usize, now: Timestamp) -> Result<Option<Job>>;
+    /// Works at most `limit` messages of an operation off, unless somebody else is at it, and says how it stands.
+    async fn work_operation(
+        &self,
+        id: OperationId,
+        limit: usize,
+        now: Timestamp,
+    ) -> Result<Option<Operation>>;
 
-    /// A job.
-    async fn job(&self, id: JobId) -> Result<Option<Job>>;
+    /// An operation.
+    async fn operation(&self, id: OperationId) -> Result<Option<Operation>>;
 
-    /// Unfinished jobs at which nobody has worked since `before`.
-    async fn idle_jobs(&self, before: Timestamp) -> Result<Vec<JobId>>;
+    /// Unfinished operations at which nobody has worked since `before`.
+    async fn idle_operations(&self, before: Timestamp) -> Result<Vec<OperationId>>;
 
     /// Why the newest 10,000 dead messages are dead, the most frequent reason first.
     async fn dead_reasons(&self) -> Result<Vec<DeadReason>>;

@@ -33,7 +33,9 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Config, Row};
 use uuid::Uuid;
 
-use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Job, JobId, Page};
+use super::operate::{
+    ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Operation, OperationId, Page,
+};
 use super::{
     About, AllOrNone, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint,
     Execution, Inserted, InstanceId, Leadership, LogPosition, Operations, Overview, Reconciled,
@@ -447,20 +449,25 @@ impl Operations for PostgresStore {
         .await
     }
 
-    async fn open_job(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Job> {
-        self.call(async |db| operate::open_job(db, change, filter, now).await).await
+    async fn open_operation(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Operation> {
+        self.call(async |db| operate::open_operation(db, change, filter, now).await).await
     }
 
-    async fn work_job(&self, id: JobId, limit: usize, now: Timestamp) -> Result<Option<Job>> {
-        self.call(async |db| operate::work_job(db, id, limit, now).await).await
+    async fn work_operation(
+        &self,
+        id: OperationId,
+        limit: usize,
+        now: Timestamp,
+    ) -> Result<Option<Operation>> {
+        self.call(async |db| operate::work_operation(db, id, limit, now).await).await
     }
 
-    async fn job(&self, id: JobId) -> Result<Option<Job>> {
-        self.read(async |db| operate::job(db, id).await).await
+    async fn operation(&self, id: OperationId) -> Result<Option<Operation>> {
+        self.read(async |db| operate::operation(db, id).await).await
     }
 
-    async fn idle_jobs(&self, before: Timestamp) -> Result<Vec<JobId>> {
-        self.call(async |db| operate::idle_jobs(db, before).await).await
+    async fn idle_operations(&self, before: Timestamp) -> Result<Vec<OperationId>> {
+        self.call(async |db| operate::idle_operations(db, before).await).await
     }
 
     async fn dead_reasons(&self) -> Result<Vec<DeadReason>> {

@@ -36,7 +36,9 @@ use rusqlite::Connection;
 use rusqlite::config::DbConfig;
 use uuid::Uuid;
 
-use super::operate::{ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Job, JobId, Page};
+use super::operate::{
+    ApiKey, Change, Control, Cursor, DeadReason, Deletion, Filter, Operation, OperationId, Page,
+};
 use super::{
     About, AllOrNone, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint,
     Execution, Inserted, InstanceId, Leadership, LogPosition, Operations, Overview, Reconciled,
@@ -442,21 +444,26 @@ impl Operations for SqliteStore {
         self.write(move |db| change::change(db, change, &ids, now)).await
     }
 
-    async fn open_job(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Job> {
+    async fn open_operation(&self, change: Change, filter: &Filter, now: Timestamp) -> Result<Operation> {
         let filter = filter.clone();
-        self.write(move |db| operate::open_job(db, change, &filter, now)).await
+        self.write(move |db| operate::open_operation(db, change, &filter, now)).await
     }
 
-    async fn work_job(&self, id: JobId, limit: usize, now: Timestamp) -> Result<Option<Job>> {
-        self.write(move |db| operate::work_job(db, id, limit, now)).await
+    async fn work_operation(
+        &self,
+        id: OperationId,
+        limit: usize,
+        now: Timestamp,
+    ) -> Result<Option<Operation>> {
+        self.write(move |db| operate::work_operation(db, id, limit, now)).await
     }
 
-    async fn job(&self, id: JobId) -> Result<Option<Job>> {
-        self.read(move |db| operate::job(db, id)).await
+    async fn operation(&self, id: OperationId) -> Result<Option<Operation>> {
+        self.read(move |db| operate::operation(db, id)).await
     }
 
-    async fn idle_jobs(&self, before: Timestamp) -> Result<Vec<JobId>> {
-        self.read(move |db| operate::idle_jobs(db, before)).await
+    async fn idle_operations(&self, before: Timestamp) -> Result<Vec<OperationId>> {
+        self.read(move |db| operate::idle_operations(db, before)).await
     }
 
     async fn dead_reasons(&self) -> Result<Vec<DeadReason>> {

@@ -15,7 +15,7 @@ use ams::delivery::Delivery;
 use ams::janitor::Janitor;
 use ams::lane::Lane;
 use ams::producer::{Producer, ProducerOptions};
-use ams::service::{Directory, Parts, Presence};
+use ams::service::{Context, Directory, Presence};
 use ams::store::Store;
 use ams::telemetry::Metrics;
 use tokio::sync::Notify;
@@ -127,11 +127,11 @@ async fn end(world: &World, process: &Process, stop: &CancellationToken, over: &
     }
 }
 
-fn parts(world: &Arc<World>, process: &Arc<Process>) -> Parts {
+fn context(world: &Arc<World>, process: &Arc<Process>) -> Context {
     let store: Arc<dyn Store> =
         Arc::new(FaultyStore { world: Arc::clone(world), process: Arc::clone(process) });
     let clock = process.clock.clone();
-    Parts {
+    Context {
         presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "simulation")),
         directory: Arc::new(Directory::new(Arc::clone(&store))),
         queue: Arc::new(FaultyQueue { world: Arc::clone(world), process: Arc::clone(process) }),
@@ -144,12 +144,12 @@ fn parts(world: &Arc<World>, process: &Arc<Process>) -> Parts {
 
 /// All services of a process, until `stop` and then until they have stopped in order.
 async fn live(world: &Arc<World>, process: &Arc<Process>, stop: &CancellationToken) {
-    let parts = parts(world, process);
+    let context = context(world, process);
     let never = CancellationToken::new();
-    ams::service::persist("presence", &never, || parts.presence.renew()).await;
-    ams::service::persist("directory", &never, || parts.directory.refresh()).await;
+    ams::service::persist("presence", &never, || context.presence.renew()).await;
+    ams::service::persist("directory", &never, || context.directory.refresh()).await;
     let producer = Producer::new(
-        parts.clone(),
+        context.clone(),
         ProducerOptions {
             fresh_lane: "messages".into(),
             batch: fastrand::usize(1..10),
@@ -158,13 +158,13 @@ async fn live(world: &Arc<World>, process: &Arc<Process>, stop: &CancellationTok
             pacing: None,
         },
     );
-    let janitor = Janitor::new(parts.clone(), producer.publisher(), producer.leading(), None);
+    let janitor = Janitor::new(context.clone(), producer.publisher(), producer.leading(), None);
     let consumer = |lane: Lane| {
         let script = receivers::script(world, process, &lane);
-        let delivery = Arc::new(Delivery::scripted(parts.clock.clone(), script));
+        let delivery = Arc::new(Delivery::scripted(context.clock.clone(), script));
         // A stop has the patience to wait until every outage is over: what it leaves behind is checked.
         let options = ConsumerOptions { lane, window: 20, drain: Duration::from_secs(120) };
-        consumer::run(parts.clone(), delivery, options, stop)
+        consumer::run(context.clone(), delivery, options, stop)
     };
     let [fresh, retry] = lanes().map(consumer);
     let (alive, wake) = (CancellationToken::new(), Notify::new());
@@ -175,6 +175,6 @@ async fn live(world: &Arc<World>, process: &Arc<Process>, stop: &CancellationTok
         }
         alive.cancel();
     };
-    tokio::join!(work, parts.presence.run(&alive), parts.directory.run(&alive));
-    parts.presence.retire().await;
+    tokio::join!(work, context.presence.run(&alive), context.directory.run(&alive));
+    context.presence.retire().await;
 }

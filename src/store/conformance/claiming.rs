@@ -80,15 +80,15 @@ pub(crate) async fn a_scheduled_message_waits_for_its_time(store: Arc<dyn Store>
 
 pub(crate) async fn waiting_deliveries_are_claimed_lane_by_lane_oldest_due_first(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let jobs = bench.processing(4).await;
+    let deliveries = bench.processing(4).await;
     let lanes = [(RETRY, 9), (RETRY, 3), ("messages-slow", 1), (RETRY, 60)];
-    let records: Vec<_> = jobs
+    let records: Vec<_> = deliveries
         .iter()
         .zip(lanes)
-        .map(|(job, (lane, seconds))| {
+        .map(|(delivery, (lane, seconds))| {
             let verdict =
                 Verdict::Retry { lane: lane.to_owned(), lane_tries: 2, at: bench.in_seconds(seconds) };
-            record(job, bench.failed(job).outcome, verdict)
+            record(delivery, bench.failed(delivery).outcome, verdict)
         })
         .collect();
     assert!(bench.record(&records).await.is_empty());
@@ -100,12 +100,12 @@ pub(crate) async fn waiting_deliveries_are_claimed_lane_by_lane_oldest_due_first
     assert_eq!(bench.at_rest(&[]).await, none, "on no lane that was asked for");
     assert_eq!(bench.at_rest(&["", RETRY]).await, [RETRY], "when its time has come");
     let first = bench.claim(Due::Timed { lane: RETRY, by: bench.now() }, 1).await;
-    assert_eq!((ids(&first), first.seen), (vec![jobs[1].id()], 1));
+    assert_eq!((ids(&first), first.seen), (vec![deliveries[1].id()], 1));
     assert_eq!((first.tickets[0].attempt, first.tickets[0].lane_tries), (2, 2));
-    assert_ne!(batch(&first), jobs[1].ticket.batch);
+    assert_ne!(batch(&first), deliveries[1].ticket.batch);
     let second = bench.claim_timed(RETRY).await;
-    assert_eq!(ids(&second), [jobs[0].id()]);
-    assert_eq!(ids(&bench.claim_timed("messages-slow").await), [jobs[2].id()]);
+    assert_eq!(ids(&second), [deliveries[0].id()]);
+    assert_eq!(ids(&bench.claim_timed("messages-slow").await), [deliveries[2].id()]);
     assert_eq!(bench.claim_timed("").await.seen, 0);
     assert_eq!(bench.begin(&second.tickets).await.len(), 1);
 }
@@ -116,9 +116,9 @@ pub(crate) async fn a_delivery_that_is_claimed_ahead_keeps_its_time(store: Arc<d
     let scheduled = NewMessage { send_at: Some(bench.in_seconds(9)), ..text("later") };
     let later = bench.insert(&[scheduled]).await[0];
     bench.claim_fresh().await;
-    let job = bench.processing(1).await.remove(0);
+    let delivery = bench.processing(1).await.remove(0);
     let due_at = bench.in_seconds(3);
-    bench.record(&[bench.failed(&job)]).await;
+    bench.record(&[bench.failed(&delivery)]).await;
     let ahead = async |lane: &str| {
         let by = bench.in_seconds(3);
         let due = bench.store.due(&["", RETRY], by).await.unwrap();
@@ -141,7 +141,7 @@ pub(crate) async fn a_delivery_that_is_claimed_ahead_keeps_its_time(store: Arc<d
             bench.store.hold(RETRY, &tickets, Held::EndpointBusy, now).await.unwrap();
             bench.store.unhold("default", Held::EndpointBusy, 1, now).await.unwrap();
         }
-        assert_eq!(bench.message(job.id()).await.due_at, Some(due_at), "released: {released}");
+        assert_eq!(bench.message(delivery.id()).await.due_at, Some(due_at), "released: {released}");
         tickets = ahead(RETRY).await;
     }
     bench.pass(6);

@@ -78,11 +78,14 @@ pub(crate) async fn a_reissue_takes_only_what_is_still_queued(store: Arc<dyn Sto
 
 pub(crate) async fn a_reissue_keeps_what_its_tickets_said(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let jobs = bench.processing(2).await;
-    bench.record(&[bench.failed(&jobs[0]), bench.failed(&jobs[1])]).await;
+    let deliveries = bench.processing(2).await;
+    bench.record(&[bench.failed(&deliveries[0]), bench.failed(&deliveries[1])]).await;
     bench.pass(3);
     let tickets = bench.claim_timed(RETRY).await.tickets;
-    assert!(bench.reissue(Suspect::Batch(jobs[0].ticket.batch)).await.is_none(), "that batch is long gone");
+    assert!(
+        bench.reissue(Suspect::Batch(deliveries[0].ticket.batch)).await.is_none(),
+        "that batch is long gone"
+    );
     let reissued = bench.reissue(Suspect::Batch(tickets[0].batch)).await.expect("both are left");
     assert_eq!(reissued.lane, RETRY);
     let said =
@@ -92,8 +95,8 @@ pub(crate) async fn a_reissue_keeps_what_its_tickets_said(store: Arc<dyn Store>)
     assert_eq!(after, before);
     let begun = bench.begin(&reissued.tickets).await;
     bench.record(&[bench.sent(&begun[0]), bench.failed(&begun[1])]).await;
-    assert_eq!(bench.message(jobs[0].id()).await.status, Status::Sent);
-    assert_eq!(bench.message(jobs[1].id()).await.attempts, 2);
+    assert_eq!(bench.message(deliveries[0].id()).await.status, Status::Sent);
+    assert_eq!(bench.message(deliveries[1].id()).await.attempts, 2);
 }
 
 pub(crate) async fn recovery_lists_what_the_dead_had_begun(store: Arc<dyn Store>) {
@@ -148,29 +151,29 @@ pub(crate) async fn recovery_leaves_the_living_alone(store: Arc<dyn Store>) {
 
 pub(crate) async fn recovery_leaves_recorded_messages_alone(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let jobs = bench.processing(3).await;
+    let deliveries = bench.processing(3).await;
     // The lease goes with its last record; here one of its deliveries was never recorded.
-    bench.record(&[bench.sent(&jobs[0]), bench.dead(&jobs[1])]).await;
+    bench.record(&[bench.sent(&deliveries[0]), bench.dead(&deliveries[1])]).await;
     let other = bench.processing(1).await.remove(0);
     bench.record(&[bench.sent(&other)]).await;
     bench.pass(11);
-    let leases = vec![jobs[0].lease];
+    let leases = vec![deliveries[0].lease];
     assert_eq!(bench.recover().await, Recovered { instances: 1, leases, ahead: Vec::new() });
-    let reissued = bench.reissue(Suspect::Lease(jobs[0].lease)).await.expect("one is left").tickets;
-    assert_eq!(reissued.iter().map(|ticket| ticket.id).collect::<Vec<_>>(), [jobs[2].id()]);
-    for (job, status) in jobs.iter().zip([Status::Sent, Status::Dead, Status::Queued]) {
-        assert_eq!(bench.message(job.id()).await.status, status);
+    let reissued = bench.reissue(Suspect::Lease(deliveries[0].lease)).await.expect("one is left").tickets;
+    assert_eq!(reissued.iter().map(|ticket| ticket.id).collect::<Vec<_>>(), [deliveries[2].id()]);
+    for (delivery, status) in deliveries.iter().zip([Status::Sent, Status::Dead, Status::Queued]) {
+        assert_eq!(bench.message(delivery.id()).await.status, status);
     }
 }
 
 pub(crate) async fn recovery_lists_what_the_retired_left(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let job = bench.processing(1).await.remove(0);
+    let delivery = bench.processing(1).await.remove(0);
     bench.store.retire(bench.owner).await.unwrap();
-    assert_eq!(bench.message(job.id()).await.status, Status::Processing);
-    assert_eq!(bench.recover().await.leases, [job.lease]);
-    assert!(bench.reissue(Suspect::Lease(job.lease)).await.is_some());
-    assert_eq!(bench.message(job.id()).await.status, Status::Queued);
+    assert_eq!(bench.message(delivery.id()).await.status, Status::Processing);
+    assert_eq!(bench.recover().await.leases, [delivery.lease]);
+    assert!(bench.reissue(Suspect::Lease(delivery.lease)).await.is_some());
+    assert_eq!(bench.message(delivery.id()).await.status, Status::Queued);
     assert_eq!(bench.recover().await, NOTHING);
 }
 
@@ -192,17 +195,17 @@ pub(crate) async fn an_instance_whose_clock_was_ahead_is_dead_once_it_is_silent(
     let hour = bench.in_seconds(3_600);
     let ahead = bench.store.enroll("consumer", "there", hour, hour.after(LEASE)).await.unwrap();
     bench.fill(1).await;
-    let job = bench.begin_by(ahead, &bench.claim_fresh().await.tickets).await.remove(0);
+    let delivery = bench.begin_by(ahead, &bench.claim_fresh().await.tickets).await.remove(0);
     assert_eq!(bench.recover().await, Recovered { ahead: vec![(ahead, hour)], ..NOTHING });
-    assert_eq!(bench.message(job.id()).await.status, Status::Processing);
+    assert_eq!(bench.message(delivery.id()).await.status, Status::Processing);
     let silent = [ahead, bench.owner];
     let recovered = bench.store.recover(&recovery(bench.now(), &silent)).await.unwrap();
     assert_eq!(
         (recovered.instances, recovered.leases),
-        (1, vec![job.lease]),
+        (1, vec![delivery.lease]),
         "the other one's lease is right"
     );
-    assert!(bench.reissue(Suspect::Lease(job.lease)).await.is_some());
+    assert!(bench.reissue(Suspect::Lease(delivery.lease)).await.is_some());
     assert_eq!(bench.recover().await, NOTHING);
 }
 
@@ -293,13 +296,14 @@ pub(crate) async fn a_clock_that_was_set_back_delays_no_retry(store: Arc<dyn Sto
     let scheduled = NewMessage { send_at: Some(bench.in_seconds(7_200)), ..text("scheduled") };
     bench.insert(&[scheduled]).await;
     bench.claim_fresh().await;
-    let jobs = bench.processing(2).await;
+    let deliveries = bench.processing(2).await;
     // Their times were written while the clock was an hour ahead.
-    let failed = |job, at| Record {
+    let failed = |delivery, at| Record {
         verdict: Verdict::Retry { lane: RETRY.to_owned(), lane_tries: 0, at },
-        ..bench.failed(job)
+        ..bench.failed(delivery)
     };
-    let records = [failed(&jobs[0], bench.in_seconds(3_603)), failed(&jobs[1], bench.in_seconds(60))];
+    let records =
+        [failed(&deliveries[0], bench.in_seconds(3_603)), failed(&deliveries[1], bench.in_seconds(60))];
     bench.record(&records).await;
     bench.store.bring_forward(hour, bench.now()).await.unwrap();
     let has_clock = bench.store.time().await.unwrap().is_some();

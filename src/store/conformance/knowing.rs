@@ -96,31 +96,34 @@ pub(crate) async fn dead_letters_wait_until_they_are_published(store: Arc<dyn St
     let bench = Bench::new(store).await;
     let headers = Some(serde_json::json!({"x-a": "1"}));
     bench.insert(&[NewMessage { headers, ..text("first") }, text("second"), text("third")]).await;
-    let jobs = bench.begin(&bench.claim_fresh().await.tickets).await;
-    for job in &jobs[..2] {
-        bench.record(&[bench.dead(job)]).await;
+    let deliveries = bench.begin(&bench.claim_fresh().await.tickets).await;
+    for delivery in &deliveries[..2] {
+        bench.record(&[bench.dead(delivery)]).await;
         bench.pass(1);
     }
-    let start = bench.message(jobs[0].id()).await.finished_at.expect("it is dead");
+    let start = bench.message(deliveries[0].id()).await.finished_at.expect("it is dead");
     assert!(bench.store.dead_letters(start, 10).await.unwrap().is_empty());
     let one = bench.store.dead_letters(start.after(Duration::from_millis(1)), 10).await.unwrap();
     assert_eq!(one.len(), 1);
     let letter = &one[0];
-    assert_eq!((letter.ticket.id, letter.ticket.attempt), (jobs[0].id(), 1));
+    assert_eq!((letter.ticket.id, letter.ticket.attempt), (deliveries[0].id(), 1));
     assert_eq!((letter.ticket.content.as_str(), letter.ticket.endpoint.as_str()), ("first", "default"));
     assert_eq!(letter.ticket.headers.as_ref().map(|h| h.get().contains("x-a")), Some(true));
     assert_eq!((letter.lane.as_str(), letter.reason.as_str()), ("messages-dlq", "all tries failed"));
     assert_eq!((letter.attempts, letter.last_status, letter.dead_at), (1, None, start));
     assert_eq!(letter.last_error.as_deref(), Some("no luck"));
     let all = bench.store.dead_letters(bench.now(), 10).await.unwrap();
-    assert_eq!(all.iter().map(|letter| letter.ticket.id).collect::<Vec<_>>(), [jobs[0].id(), jobs[1].id()]);
+    assert_eq!(
+        all.iter().map(|letter| letter.ticket.id).collect::<Vec<_>>(),
+        [deliveries[0].id(), deliveries[1].id()]
+    );
     assert_eq!(bench.store.dead_letters(bench.now(), 1).await.unwrap().len(), 1);
     for _ in 0..2 {
-        bench.store.dead_lettered(&[jobs[0].id()]).await.unwrap();
+        bench.store.dead_lettered(&[deliveries[0].id()]).await.unwrap();
         assert_eq!(bench.store.dead_letters(bench.now(), 10).await.unwrap().len(), 1);
     }
     bench.store.dead_lettered(&[]).await.unwrap();
-    assert_eq!(bench.message(jobs[0].id()).await.status, Status::Dead);
+    assert_eq!(bench.message(deliveries[0].id()).await.status, Status::Dead);
 }
 
 pub(crate) async fn an_unknown_message_has_nothing(store: Arc<dyn Store>) {
@@ -137,8 +140,8 @@ pub(crate) async fn attempts_read_back_in_order(store: Arc<dyn Store>) {
     bench.record(&[bench.failed(&first)]).await;
     for attempt in 2..6 {
         bench.pass(3);
-        let job = bench.begin(&bench.claim_timed(RETRY).await.tickets).await.remove(0);
-        let record = if attempt == 5 { bench.sent(&job) } else { bench.failed(&job) };
+        let delivery = bench.begin(&bench.claim_timed(RETRY).await.tickets).await.remove(0);
+        let record = if attempt == 5 { bench.sent(&delivery) } else { bench.failed(&delivery) };
         bench.record(&[crate::store::Record { lane: RETRY.to_owned(), ..record }]).await;
     }
     let attempts = bench.store.attempts(id).await.unwrap();
@@ -152,22 +155,24 @@ pub(crate) async fn attempts_read_back_in_order(store: Arc<dyn Store>) {
 
 pub(crate) async fn long_answers_are_kept_in_part(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let job = bench.processing(1).await.remove(0);
-    let mut record = bench.sent(&job);
+    let delivery = bench.processing(1).await.remove(0);
+    let mut record = bench.sent(&delivery);
     if let Some(outcome) = &mut record.outcome {
         // Three bytes a character, and a nul, which not every database keeps.
         outcome.answer = format!("a\0b{}", "€".repeat(4_096));
     }
     assert!(bench.record(&[record]).await.is_empty());
-    let answer = bench.store.attempts(job.id()).await.unwrap().remove(0).answer;
+    let answer = bench.store.attempts(delivery.id()).await.unwrap().remove(0).answer;
     assert!((4_000..=4_096).contains(&answer.len()), "{}", answer.len());
     assert!(answer.starts_with('a') && answer.ends_with('€'));
 }
 
 pub(crate) async fn the_overview_counts_every_status(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let jobs = bench.processing(4).await;
-    bench.record(&[bench.sent(&jobs[0]), bench.failed(&jobs[1]), bench.dead(&jobs[2])]).await;
+    let deliveries = bench.processing(4).await;
+    bench
+        .record(&[bench.sent(&deliveries[0]), bench.failed(&deliveries[1]), bench.dead(&deliveries[2])])
+        .await;
     bench.fill(3).await;
     bench.claim_fresh().await;
     bench.fill(2).await;
@@ -200,9 +205,9 @@ pub(crate) async fn the_overview_knows_the_oldest_due_row(store: Arc<dyn Store>)
     let bench = Bench::new(store).await;
     let oldest = async || bench.store.overview(bench.now()).await.unwrap().oldest_due_at;
     assert_eq!(oldest().await, None);
-    let job = bench.processing(1).await.remove(0);
+    let delivery = bench.processing(1).await.remove(0);
     assert_eq!(oldest().await, None, "what is under way is not due");
-    bench.record(&[bench.failed(&job)]).await;
+    bench.record(&[bench.failed(&delivery)]).await;
     assert_eq!(oldest().await, None, "what waits for its time is not due");
     let due = bench.in_seconds(3);
     bench.pass(10);

@@ -41,9 +41,9 @@ pub(crate) async fn migrated_by_a_newer_program(store: &dyn Store, sql: impl Asy
 pub(crate) async fn words_of_a_newer_program(store: Arc<dyn Store>, sql: impl AsyncFn(String)) {
     let bench = Bench::new(store).await;
     // One that was tried, one with a status, one held for a reason that this program does not know.
-    let jobs = bench.processing(2).await;
-    bench.record(&[bench.failed(&jobs[0]), bench.dead(&jobs[1])]).await;
-    let (tried, parked) = (jobs[0].id(), jobs[1].id());
+    let deliveries = bench.processing(2).await;
+    bench.record(&[bench.failed(&deliveries[0]), bench.dead(&deliveries[1])]).await;
+    let (tried, parked) = (deliveries[0].id(), deliveries[1].id());
     let held = bench.fill(1).await[0];
     let saturated = &["default".to_owned()];
     bench.claim_beside(bench.owner, Due::New(Urgency::Normal), 10, saturated).await;

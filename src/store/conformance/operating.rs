@@ -1,4 +1,4 @@
-//! Searching, cancelling, redriving, jobs, the pause, and keys.
+//! Searching, cancelling, redriving, deliveries, the pause, and keys.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,10 +22,10 @@ impl Bench {
 
     /// Makes new messages dead.
     async fn make_dead(&self, count: usize) -> Vec<MessageId> {
-        let jobs = self.processing(count).await;
-        let records: Vec<_> = jobs.iter().map(|job| self.dead(job)).collect();
+        let deliveries = self.processing(count).await;
+        let records: Vec<_> = deliveries.iter().map(|delivery| self.dead(delivery)).collect();
         self.record(&records).await;
-        jobs.iter().map(super::BegunDelivery::id).collect()
+        deliveries.iter().map(super::BegunDelivery::id).collect()
     }
 }
 
@@ -64,8 +64,10 @@ pub(crate) async fn each_filter_finds_its_messages(store: Arc<dyn Store>) {
     // pending: 5 (held), 6, 7; queued: 4; processing: 3; retrying: 2; dead: 1; sent: 0.
     let first = bench.insert(&vec![to("+90"); 5]).await;
     let tickets = bench.claim_fresh().await.tickets;
-    let jobs = bench.begin(&tickets[..4]).await;
-    bench.record(&[bench.sent(&jobs[0]), bench.dead(&jobs[1]), bench.failed(&jobs[2])]).await;
+    let deliveries = bench.begin(&tickets[..4]).await;
+    bench
+        .record(&[bench.sent(&deliveries[0]), bench.dead(&deliveries[1]), bench.failed(&deliveries[2])])
+        .await;
     let held = bench.insert(&[sms]).await[0];
     bench.claim_fresh().await;
     let (fresh, scheduled) = (bench.insert(&[to("+91")]).await[0], bench.insert(&[later]).await[0]);
@@ -169,10 +171,10 @@ pub(crate) async fn a_cancelled_message_is_tried_no_more(store: Arc<dyn Store>) 
 
 pub(crate) async fn a_cancelled_try_that_succeeds_is_sent(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let jobs = bench.processing(2).await;
-    let ids = [jobs[0].id(), jobs[1].id()];
+    let deliveries = bench.processing(2).await;
+    let ids = [deliveries[0].id(), deliveries[1].id()];
     assert_eq!(bench.change(Change::Cancel, &ids).await, ids);
-    let refused = bench.record(&[bench.sent(&jobs[0]), bench.failed(&jobs[1])]).await;
+    let refused = bench.record(&[bench.sent(&deliveries[0]), bench.failed(&deliveries[1])]).await;
     assert_eq!(refused, [ids[1]]);
     assert_eq!(bench.message(ids[0]).await.status, Status::Sent);
     assert_eq!(bench.message(ids[1]).await.status, Status::Cancelled);
@@ -193,8 +195,8 @@ pub(crate) async fn a_redriven_message_begins_anew(store: Arc<dyn Store>) {
     let claimed = bench.claim_timed("").await;
     let ticket = &claimed.tickets[0];
     assert_eq!((ticket.id, ticket.attempt, ticket.lane_tries), (dead, 2, 0));
-    let job = bench.begin(&claimed.tickets).await.remove(0);
-    bench.record(&[bench.sent(&job)]).await;
+    let delivery = bench.begin(&claimed.tickets).await.remove(0);
+    bench.record(&[bench.sent(&delivery)]).await;
     assert_eq!(bench.message(dead).await.status, Status::Sent);
     assert_eq!(bench.store.attempts(dead).await.unwrap().len(), 2);
     // One that was cancelled before its claim is new again.
@@ -228,9 +230,9 @@ pub(crate) async fn a_redriven_message_begins_anew(store: Arc<dyn Store>) {
 
 pub(crate) async fn only_what_a_status_allows_is_changed(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let job = bench.processing(1).await.remove(0);
-    bench.record(&[bench.sent(&job)]).await;
-    let (sent, pending) = (job.id(), bench.fill(1).await[0]);
+    let delivery = bench.processing(1).await.remove(0);
+    bench.record(&[bench.sent(&delivery)]).await;
+    let (sent, pending) = (delivery.id(), bench.fill(1).await[0]);
     let nobody = MessageId(1 << 40);
     assert_eq!(bench.change(Change::Cancel, &[sent, nobody]).await, []);
     assert_eq!(bench.change(Change::Redrive, &[sent, pending, nobody]).await, []);
@@ -243,37 +245,44 @@ pub(crate) async fn only_what_a_status_allows_is_changed(store: Arc<dyn Store>) 
 pub(crate) async fn a_job_changes_what_matched_when_it_was_opened(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let dead = bench.make_dead(5).await;
-    let job = bench.store.open_job(Change::Redrive, &status(Status::Dead), bench.now()).await.unwrap();
-    assert_eq!((job.matched, job.changed, job.finished_at), (0, 0, None));
+    let operation =
+        bench.store.open_operation(Change::Redrive, &status(Status::Dead), bench.now()).await.unwrap();
+    assert_eq!((operation.matched, operation.changed, operation.finished_at), (0, 0, None));
     // It came later.
     let later = bench.make_dead(1).await[0];
-    let mut worked = job.clone();
+    let mut worked = operation.clone();
     while worked.finished_at.is_none() {
-        worked = bench.store.work_job(job.id, 2, bench.now()).await.unwrap().expect("the job is there");
+        worked = bench
+            .store
+            .work_operation(operation.id, 2, bench.now())
+            .await
+            .unwrap()
+            .expect("the operation is there");
     }
     assert_eq!((worked.matched, worked.changed), (5, 5));
-    assert_eq!(bench.store.job(job.id).await.unwrap().as_ref(), Some(&worked));
+    assert_eq!(bench.store.operation(operation.id).await.unwrap().as_ref(), Some(&worked));
     for id in dead {
         assert_eq!(bench.message(id).await.status, Status::Pending);
     }
     assert_eq!(bench.message(later).await.status, Status::Dead);
-    let again = bench.store.work_job(job.id, 2, bench.now()).await.unwrap();
-    assert_eq!(again, Some(worked), "a finished job does nothing more");
+    let again = bench.store.work_operation(operation.id, 2, bench.now()).await.unwrap();
+    assert_eq!(again, Some(worked), "a finished operation does nothing more");
 }
 
 pub(crate) async fn a_job_goes_on_after_a_break(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let pending = bench.fill(3).await;
-    let job = bench.store.open_job(Change::Cancel, &status(Status::Pending), bench.now()).await.unwrap();
-    bench.store.work_job(job.id, 2, bench.now()).await.unwrap();
-    assert!(bench.store.idle_jobs(bench.now()).await.unwrap().is_empty());
+    let operation =
+        bench.store.open_operation(Change::Cancel, &status(Status::Pending), bench.now()).await.unwrap();
+    bench.store.work_operation(operation.id, 2, bench.now()).await.unwrap();
+    assert!(bench.store.idle_operations(bench.now()).await.unwrap().is_empty());
     bench.pass(10);
-    assert_eq!(bench.store.idle_jobs(bench.now()).await.unwrap(), [job.id]);
-    let done = bench.store.work_job(job.id, 10, bench.now()).await.unwrap().unwrap();
+    assert_eq!(bench.store.idle_operations(bench.now()).await.unwrap(), [operation.id]);
+    let done = bench.store.work_operation(operation.id, 10, bench.now()).await.unwrap().unwrap();
     assert_eq!((done.matched, done.changed, done.finished_at), (3, 3, Some(bench.now())));
-    assert!(bench.store.idle_jobs(bench.in_seconds(60)).await.unwrap().is_empty());
+    assert!(bench.store.idle_operations(bench.in_seconds(60)).await.unwrap().is_empty());
     assert_eq!(bench.find(&status(Status::Cancelled)).await.len(), pending.len());
-    assert_eq!(bench.store.job(crate::store::operate::JobId(99)).await.unwrap(), None);
+    assert_eq!(bench.store.operation(crate::store::operate::OperationId(99)).await.unwrap(), None);
 }
 
 pub(crate) async fn dead_messages_are_counted_by_reason(store: Arc<dyn Store>) {
@@ -323,7 +332,7 @@ pub(crate) async fn keys_are_kept_used_and_revoked(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let key = |id: &str, expires_at| ApiKey {
         id: id.to_owned(),
-        name: "the billing job".to_owned(),
+        name: "the billing delivery".to_owned(),
         hash: vec![1, 2, 255],
         scopes: vec!["read".to_owned(), "write".to_owned()],
         created_at: bench.now(),

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
 
-use super::{BegunDelivery, Bench, LEASE, RETRY, jobs, text, wanted};
+use super::{BegunDelivery, Bench, LEASE, RETRY, deliveries, text, wanted};
 use crate::message::{Held, Message, MessageId, NewMessage, Status, Verdict};
 use crate::store::operate::Change;
 use crate::store::{
@@ -286,17 +286,17 @@ impl World {
     ) -> Result<Vec<BegunDelivery>, String> {
         let wanted = wanted(&tickets);
         let begin = Begin { wanted: &wanted, repeated: false, owner };
-        let jobs = jobs(&tickets, &self.bench.store.begin(&begin).await.unwrap());
-        for job in &jobs {
-            let before = &self.seen[&job.id()];
+        let deliveries = deliveries(&tickets, &self.bench.store.begin(&begin).await.unwrap());
+        for delivery in &deliveries {
+            let before = &self.seen[&delivery.id()];
             check(before.status == Status::Queued, || format!("{before:?} was begun"))?;
-            let place = (job.ticket.batch, job.ticket.position);
+            let place = (delivery.ticket.batch, delivery.ticket.position);
             check(self.ever_begun.insert(place), || format!("{place:?} was begun twice"))?;
-            self.begun.push(job.clone());
+            self.begun.push(delivery.clone());
         }
-        let begun = jobs.iter().map(BegunDelivery::id).collect();
+        let begun = deliveries.iter().map(BegunDelivery::id).collect();
         self.last_begin = Some(LastBegin { wanted, tickets, owner, begun });
-        Ok(jobs)
+        Ok(deliveries)
     }
 
     async fn begin_again(&mut self) -> Check {
@@ -307,28 +307,28 @@ impl World {
             return Ok(());
         }
         let begin = Begin { wanted: &wanted, repeated: true, owner };
-        for job in jobs(&tickets, &self.bench.store.begin(&begin).await.unwrap()) {
+        for delivery in deliveries(&tickets, &self.bench.store.begin(&begin).await.unwrap()) {
             // All that it began may have ended meanwhile: then it is a first call.
-            let known =
-                begun.contains(&job.id()) || self.ever_begun.insert((job.ticket.batch, job.ticket.position));
-            check(known, || format!("{job:?} was begun by the repeated call"))?;
-            self.begun.push(job);
+            let known = begun.contains(&delivery.id())
+                || self.ever_begun.insert((delivery.ticket.batch, delivery.ticket.position));
+            check(known, || format!("{delivery:?} was begun by the repeated call"))?;
+            self.begun.push(delivery);
         }
         Ok(())
     }
 
     async fn record(&mut self, which: usize, verdict: u8) -> Check {
-        let Some(job) = pick(&self.begun, which) else {
+        let Some(delivery) = pick(&self.begun, which) else {
             return Ok(());
         };
         let record = match verdict {
-            0 => self.bench.sent(&job),
-            1 => self.bench.failed(&job),
-            2 => self.bench.dead(&job),
-            3 => super::record(&job, None, Verdict::Expired),
-            _ => self.bench.released(&job),
+            0 => self.bench.sent(&delivery),
+            1 => self.bench.failed(&delivery),
+            2 => self.bench.dead(&delivery),
+            3 => super::record(&delivery, None, Verdict::Expired),
+            _ => self.bench.released(&delivery),
         };
-        self.begun.retain(|begun| begun.lease != job.lease || begun.id() != job.id());
+        self.begun.retain(|begun| begun.lease != delivery.lease || begun.id() != delivery.id());
         self.records.push(record.clone());
         self.write(record).await
     }
@@ -402,9 +402,9 @@ impl World {
                 self.inspect().await?;
             }
             let tickets = self.tickets.clone();
-            let jobs = self.begin_by(tickets, owner).await?;
+            let deliveries = self.begin_by(tickets, owner).await?;
             self.inspect().await?;
-            let records: Vec<_> = jobs.iter().map(|job| self.bench.sent(job)).collect();
+            let records: Vec<_> = deliveries.iter().map(|delivery| self.bench.sent(delivery)).collect();
             let refused = self.bench.record(&records).await;
             check(refused.is_empty(), || format!("{refused:?} were refused"))?;
             self.inspect().await?;

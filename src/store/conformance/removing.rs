@@ -29,8 +29,10 @@ impl Bench {
 pub(crate) async fn every_place_is_found_by_the_reconciliation(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     assert!(!bench.store.check_feeds(bench.now()).await.unwrap(), "the feeds are this store's own");
-    let jobs = bench.processing(4).await;
-    bench.record(&[bench.sent(&jobs[0]), bench.failed(&jobs[1]), bench.dead(&jobs[2])]).await;
+    let deliveries = bench.processing(4).await;
+    bench
+        .record(&[bench.sent(&deliveries[0]), bench.failed(&deliveries[1]), bench.dead(&deliveries[2])])
+        .await;
     let cancelled = bench.fill(1).await;
     bench.store.change(Change::Cancel, &cancelled, bench.now()).await.unwrap();
     bench.fill(2).await;
@@ -54,8 +56,8 @@ pub(crate) async fn every_place_is_found_by_the_reconciliation(store: Arc<dyn St
 
 pub(crate) async fn what_is_old_and_final_goes(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let jobs = bench.processing(7).await;
-    let (old, young) = jobs.split_at(5);
+    let deliveries = bench.processing(7).await;
+    let (old, young) = deliveries.split_at(5);
     let failed = bench.failed(&old[4]);
     bench
         .record(&[bench.sent(&old[0]), bench.sent(&old[1]), bench.dead(&old[2]), bench.dead(&old[3]), failed])
@@ -69,9 +71,12 @@ pub(crate) async fn what_is_old_and_final_goes(store: Arc<dyn Store>) {
     assert_eq!(bench.remove(200, 2).await, 0, "nothing is that old");
     // The fourth has a dead letter that is not published yet.
     assert_eq!(bench.remove(50, 2).await, 4);
-    for (n, job) in jobs.iter().enumerate() {
-        assert_eq!(bench.is_there(job.id()).await, [3, 5, 6].contains(&n), "message {n}");
-        assert_eq!(bench.store.attempts(job.id()).await.unwrap().len(), usize::from([3, 5, 6].contains(&n)));
+    for (n, delivery) in deliveries.iter().enumerate() {
+        assert_eq!(bench.is_there(delivery.id()).await, [3, 5, 6].contains(&n), "message {n}");
+        assert_eq!(
+            bench.store.attempts(delivery.id()).await.unwrap().len(),
+            usize::from([3, 5, 6].contains(&n))
+        );
     }
     assert_eq!(bench.remove(50, 2).await, 0);
     bench.pass(100);
@@ -98,8 +103,8 @@ pub(crate) async fn keys_go_with_their_messages(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let keyed = |key: &str| NewMessage { idempotency_key: Some(key.to_owned()), ..text("x") };
     let ids = bench.insert(&[keyed("sent"), keyed("open")]).await;
-    let job = bench.begin(&bench.claim_fresh().await.tickets[..1]).await.remove(0);
-    bench.record(&[bench.sent(&job)]).await;
+    let delivery = bench.begin(&bench.claim_fresh().await.tickets[..1]).await.remove(0);
+    bench.record(&[bench.sent(&delivery)]).await;
     bench.pass(1_000);
     assert_eq!(bench.remove(500, 10).await, 1);
     let again = bench.store.insert(&[keyed("sent"), keyed("open")], bench.now()).await.unwrap();

@@ -1,4 +1,4 @@
-//! Cancel, redrive and the jobs that do so to many; the pause; keys.
+//! Cancel, redrive and the operations that do so to many; the pause; keys.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -11,7 +11,7 @@ use super::search::search;
 use super::{bounds, first_column, read_all};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
-use crate::store::operate::{ApiKey, Change, Control, Cursor, Deletion, Filter, Job, JobId};
+use crate::store::operate::{ApiKey, Change, Control, Cursor, Deletion, Filter, Operation, OperationId};
 use crate::store::{Mask, Result, StoreError, latest_present, limit};
 
 /// Rounds of looking and writing until a cancel gives up on messages that move all the time.
@@ -165,63 +165,68 @@ async fn redrive(db: &Transaction<'_>, ids: &[i64], now: Timestamp) -> Result<Ve
     first_column(&db.query(&db.prepare_cached(REDRIVE).await?, &[&ids, &now, &first, &last]).await?)
 }
 
-/// Notes a job that begins with the newest message.
-pub(super) async fn open_job(db: &Object, change: Change, filter: &Filter, now: Timestamp) -> Result<Job> {
-    let statement = "/* ams:open_job */ insert into jobs (kind, filter, up_to, created_at, updated_at) \
+/// Notes an operation that begins with the newest message.
+pub(super) async fn open_operation(
+    db: &Object,
+    change: Change,
+    filter: &Filter,
+    now: Timestamp,
+) -> Result<Operation> {
+    let statement = "/* ams:open_operation */ insert into operations (kind, filter, up_to, created_at, updated_at) \
          select $1, $2, coalesce(max(id), 0), $3, $3 from (select id from messages order by id desc limit 1) m \
          returning id, kind, filter, matched, changed, created_at, updated_at, finished_at";
     let filter = serde_json::to_value(filter).map_err(|error| StoreError::Internal(error.to_string()))?;
-    job_of(&db.query_one(statement, &[&change.as_str(), &filter, &now]).await?)
+    operation_of(&db.query_one(statement, &[&change.as_str(), &filter, &now]).await?)
 }
 
-/// A job.
-pub(super) async fn job(db: &impl GenericClient, id: JobId) -> Result<Option<Job>> {
-    let statement = "/* ams:job */ select id, kind, filter, matched, changed, created_at, updated_at, finished_at \
-                     from jobs where id = $1";
-    db.query_opt(statement, &[&id.0]).await?.as_ref().map(job_of).transpose()
+/// An operation.
+pub(super) async fn operation(db: &impl GenericClient, id: OperationId) -> Result<Option<Operation>> {
+    let statement = "/* ams:operation */ select id, kind, filter, matched, changed, created_at, updated_at, finished_at \
+                     from operations where id = $1";
+    db.query_opt(statement, &[&id.0]).await?.as_ref().map(operation_of).transpose()
 }
 
-/// Jobs at which nobody has worked since `before`.
-pub(super) async fn idle_jobs(db: &Object, before: Timestamp) -> Result<Vec<JobId>> {
+/// Operations at which nobody has worked since `before`.
+pub(super) async fn idle_operations(db: &Object, before: Timestamp) -> Result<Vec<OperationId>> {
     let statement = db
         .prepare_cached(
-            "/* ams:idle_jobs */ select id from jobs \
+            "/* ams:idle_operations */ select id from operations \
              where finished_at is null and (updated_at < $1 or updated_at > $2) order by id",
         )
         .await?;
     let rows = db.query(&statement, &[&before, &latest_present(before)]).await?;
-    read_all(&rows, |row| Ok(JobId(row.try_get(0)?)))
+    read_all(&rows, |row| Ok(OperationId(row.try_get(0)?)))
 }
 
-/// Works off a piece of a job: its rows and how far it has come are one transaction.
-pub(super) async fn work_job(
+/// Works off a piece of an operation: its rows and how far it has come are one transaction.
+pub(super) async fn work_operation(
     db: &mut Object,
-    id: JobId,
+    id: OperationId,
     count: usize,
     now: Timestamp,
-) -> Result<Option<Job>> {
+) -> Result<Option<Operation>> {
     let transaction = db.transaction().await?;
-    let take = "/* ams:take_job */ select id, kind, filter, matched, changed, created_at, updated_at, finished_at, \
+    let take = "/* ams:take_operation */ select id, kind, filter, matched, changed, created_at, updated_at, finished_at, \
                     up_to, cursor_at, cursor_id \
-                from jobs where id = $1 and finished_at is null for update skip locked";
+                from operations where id = $1 and finished_at is null for update skip locked";
     let Some(row) = transaction.query_opt(take, &[&id.0]).await? else {
-        return job(&transaction, id).await;
+        return operation(&transaction, id).await;
     };
-    let mut job = job_of(&row)?;
+    let mut operation = operation_of(&row)?;
     let up_to: i64 = row.try_get(8)?;
     let cursor = match (row.try_get(9)?, row.try_get(10)?) {
         (Some(at), Some(id)) => Some(Cursor { at, id: MessageId(id) }),
         _ => None,
     };
-    let from = cursor.unwrap_or_else(|| Cursor::start(&job.filter));
-    let found = search(&transaction, &job.filter, from, count).await?;
+    let from = cursor.unwrap_or_else(|| Cursor::start(&operation.filter));
+    let found = search(&transaction, &operation.filter, from, count).await?;
     let ids: Vec<_> = found.ids.into_iter().filter(|id| id.0 <= up_to).collect();
-    let changed = change(&transaction, job.change, &ids, now).await?;
-    job.matched += ids.len() as u64;
-    job.changed += changed.len() as u64;
-    job.updated_at = now;
-    job.finished_at = found.next.is_none().then_some(now);
-    let note = "/* ams:note_job */ update jobs set cursor_at = $2, cursor_id = $3, matched = matched + $4, \
+    let changed = change(&transaction, operation.change, &ids, now).await?;
+    operation.matched += ids.len() as u64;
+    operation.changed += changed.len() as u64;
+    operation.updated_at = now;
+    operation.finished_at = found.next.is_none().then_some(now);
+    let note = "/* ams:note_operation */ update operations set cursor_at = $2, cursor_id = $3, matched = matched + $4, \
                     changed = changed + $5, updated_at = $6, finished_at = $7 where id = $1";
     let values: [&(dyn tokio_postgres::types::ToSql + Sync); 7] = [
         &id.0,
@@ -230,21 +235,21 @@ pub(super) async fn work_job(
         &limit(ids.len()),
         &limit(changed.len()),
         &now,
-        &job.finished_at,
+        &operation.finished_at,
     ];
     transaction.execute(note, &values).await?;
     transaction.commit().await?;
-    Ok(Some(job))
+    Ok(Some(operation))
 }
 
-fn job_of(row: &Row) -> Result<Job> {
+fn operation_of(row: &Row) -> Result<Operation> {
     let kind: &str = row.try_get(1)?;
     let unknown = || StoreError::Internal(format!("`{kind}` is not a word of ours"));
-    Ok(Job {
-        id: JobId(row.try_get(0)?),
+    Ok(Operation {
+        id: OperationId(row.try_get(0)?),
         change: Change::parse(kind).ok_or_else(unknown)?,
         filter: serde_json::from_value(row.try_get::<_, Value>(2)?)
-            .map_err(|error| StoreError::Internal(format!("a job's filter can't be read: {error}")))?,
+            .map_err(|error| StoreError::Internal(format!("an operation's filter can't be read: {error}")))?,
         matched: row.try_get::<_, i64>(3)?.unsigned_abs(),
         changed: row.try_get::<_, i64>(4)?.unsigned_abs(),
         created_at: row.try_get(5)?,

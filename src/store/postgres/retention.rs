@@ -54,7 +54,7 @@ async fn remove_others(db: &Object, before: Timestamp) -> Result<()> {
         "/* ams:remove_keys */ delete from idempotency_keys where created_at < $1 \
          and not exists (select from messages where id = message_id)",
         "/* ams:remove_stats */ delete from stats where minute < $1",
-        "/* ams:remove_jobs */ delete from jobs where finished_at < $1",
+        "/* ams:remove_operations */ delete from operations where finished_at < $1",
     ] {
         db.execute(&db.prepare_cached(statement).await?, &[&before]).await?;
     }

@@ -1,4 +1,4 @@
-//! Jobs that cancel or redrive many messages; the pause; keys.
+//! Operations that cancel or redrive many messages; the pause; keys.
 
 use rusqlite::{Connection, params};
 
@@ -7,35 +7,42 @@ use super::search::search;
 use super::{json, list, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
-use crate::store::operate::{ApiKey, Change, Control, Cursor, Filter, Job, JobId};
+use crate::store::operate::{ApiKey, Change, Control, Cursor, Filter, Operation, OperationId};
 use crate::store::{Pacing, Result, StoreError, latest_present};
 
-/// Notes a job that begins with the newest message.
-pub(super) fn open_job(db: &Connection, change: Change, filter: &Filter, now: Timestamp) -> Result<Job> {
+/// Notes an operation that begins with the newest message.
+pub(super) fn open_operation(
+    db: &Connection,
+    change: Change,
+    filter: &Filter,
+    now: Timestamp,
+) -> Result<Operation> {
     let mut statement = db.prepare_cached(
-        "/* ams:open_job */ insert into jobs (kind, filter, up_to, created_at, updated_at) \
+        "/* ams:open_operation */ insert into operations (kind, filter, up_to, created_at, updated_at) \
          select ?1, ?2, coalesce(max(id), 0), ?3, ?3 from messages returning id",
     )?;
-    let id = statement
-        .query_row(params![change.as_str(), json(filter)?, now.as_micros()], |row| row.get(0).map(JobId))?;
-    job(db, id)?.ok_or_else(|| StoreError::Internal("a job is gone right after its insert".to_owned()))
+    let id = statement.query_row(params![change.as_str(), json(filter)?, now.as_micros()], |row| {
+        row.get(0).map(OperationId)
+    })?;
+    operation(db, id)?
+        .ok_or_else(|| StoreError::Internal("an operation is gone right after its insert".to_owned()))
 }
 
-/// A job.
-pub(super) fn job(db: &Connection, id: JobId) -> Result<Option<Job>> {
+/// An operation.
+pub(super) fn operation(db: &Connection, id: OperationId) -> Result<Option<Operation>> {
     let mut statement = db.prepare_cached(
-        "/* ams:job */ select kind, filter, matched, changed, created_at, updated_at, finished_at \
-         from jobs where id = ?1",
+        "/* ams:operation */ select kind, filter, matched, changed, created_at, updated_at, finished_at \
+         from operations where id = ?1",
     )?;
     let mut rows = statement.query([id.0])?;
     let Some(row) = rows.next()? else { return Ok(None) };
     let kind = text(row, 0)?;
     let unknown = || StoreError::Internal(format!("`{kind}` is not a word of ours"));
-    Ok(Some(Job {
+    Ok(Some(Operation {
         id,
         change: Change::parse(&kind).ok_or_else(unknown)?,
         filter: serde_json::from_str(&text(row, 1)?)
-            .map_err(|error| StoreError::Internal(format!("a job's filter can't be read: {error}")))?,
+            .map_err(|error| StoreError::Internal(format!("an operation's filter can't be read: {error}")))?,
         matched: row.get::<_, i64>(2)?.unsigned_abs(),
         changed: row.get::<_, i64>(3)?.unsigned_abs(),
         created_at: our_time(row, 4)?,
@@ -44,22 +51,31 @@ pub(super) fn job(db: &Connection, id: JobId) -> Result<Option<Job>> {
     }))
 }
 
-/// Jobs at which nobody has worked since `before`.
-pub(super) fn idle_jobs(db: &Connection, before: Timestamp) -> Result<Vec<JobId>> {
+/// Operations at which nobody has worked since `before`.
+pub(super) fn idle_operations(db: &Connection, before: Timestamp) -> Result<Vec<OperationId>> {
     let mut statement = db.prepare_cached(
-        "/* ams:idle_jobs */ select id from jobs \
+        "/* ams:idle_operations */ select id from operations \
          where finished_at is null and (updated_at < ?1 or updated_at > ?2) order by id",
     )?;
     let times = [before, latest_present(before)].map(Timestamp::as_micros);
-    let ids = statement.query_map(times, |row| row.get(0).map(JobId))?;
+    let ids = statement.query_map(times, |row| row.get(0).map(OperationId))?;
     Ok(ids.collect::<rusqlite::Result<_>>()?)
 }
 
-/// Works off a piece of a job: its rows and how far it has come are one transaction.
-pub(super) fn work_job(db: &Connection, id: JobId, count: usize, now: Timestamp) -> Result<Option<Job>> {
-    let Some(mut job) = job(db, id)?.filter(|job| job.finished_at.is_none()) else { return job(db, id) };
+/// Works off a piece of an operation: its rows and how far it has come are one transaction.
+pub(super) fn work_operation(
+    db: &Connection,
+    id: OperationId,
+    count: usize,
+    now: Timestamp,
+) -> Result<Option<Operation>> {
+    let Some(mut operation) = operation(db, id)?.filter(|operation| operation.finished_at.is_none()) else {
+        return operation(db, id);
+    };
     let (up_to, cursor) = db
-        .prepare_cached("/* ams:take_job */ select up_to, cursor_at, cursor_id from jobs where id = ?1")?
+        .prepare_cached(
+            "/* ams:take_operation */ select up_to, cursor_at, cursor_id from operations where id = ?1",
+        )?
         .query_row([id.0], |row| {
             let at = our_optional_time(row, 1)?.unwrap_or_default();
             Ok((
@@ -67,28 +83,28 @@ pub(super) fn work_job(db: &Connection, id: JobId, count: usize, now: Timestamp)
                 row.get(2).map(|id: Option<i64>| Some(Cursor { at, id: MessageId(id?) }))?,
             ))
         })?;
-    let from = cursor.unwrap_or_else(|| Cursor::start(&job.filter));
-    let found = search(db, &job.filter, from, count)?;
+    let from = cursor.unwrap_or_else(|| Cursor::start(&operation.filter));
+    let found = search(db, &operation.filter, from, count)?;
     let ids: Vec<_> = found.ids.into_iter().filter(|id| id.0 <= up_to).collect();
-    let changed = change(db, job.change, &ids, now)?;
-    job.matched += ids.len() as u64;
-    job.changed += changed.len() as u64;
-    job.updated_at = now;
-    job.finished_at = found.next.is_none().then_some(now);
+    let changed = change(db, operation.change, &ids, now)?;
+    operation.matched += ids.len() as u64;
+    operation.changed += changed.len() as u64;
+    operation.updated_at = now;
+    operation.finished_at = found.next.is_none().then_some(now);
     db.prepare_cached(
-        "/* ams:note_job */ update jobs set cursor_at = ?2, cursor_id = ?3, matched = ?4, changed = ?5, \
+        "/* ams:note_operation */ update operations set cursor_at = ?2, cursor_id = ?3, matched = ?4, changed = ?5, \
          updated_at = ?6, finished_at = ?7 where id = ?1",
     )?
     .execute(params![
         id.0,
         found.next.map(|next| next.at.as_micros()),
         found.next.map(|next| next.id.0),
-        job.matched.cast_signed(),
-        job.changed.cast_signed(),
+        operation.matched.cast_signed(),
+        operation.changed.cast_signed(),
         now.as_micros(),
-        job.finished_at.map(Timestamp::as_micros),
+        operation.finished_at.map(Timestamp::as_micros),
     ])?;
-    Ok(Some(job))
+    Ok(Some(operation))
 }
 
 /// Pauses all producers, or lets them go on.

@@ -43,6 +43,7 @@ fn remove_others(db: &Connection, before: i64) -> Result<()> {
     )?
     .execute([before])?;
     db.prepare_cached("/* ams:remove_stats */ delete from stats where minute < ?1")?.execute([before])?;
-    db.prepare_cached("/* ams:remove_jobs */ delete from jobs where finished_at < ?1")?.execute([before])?;
+    db.prepare_cached("/* ams:remove_operations */ delete from operations where finished_at < ?1")?
+        .execute([before])?;
     Ok(())
 }

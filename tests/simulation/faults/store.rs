@@ -165,10 +165,10 @@ faulty! {
     messages(ids: &[MessageId]) -> Vec<Message>;
     search(filter: &Filter, from: Cursor, limit: usize) -> Page;
     change(change: Change, ids: &[MessageId], now: Timestamp) -> Vec<MessageId>;
-    open_job(change: Change, filter: &Filter, now: Timestamp) -> Job;
-    work_job(id: JobId, limit: usize, now: Timestamp) -> Option<Job>;
-    job(id: JobId) -> Option<Job>;
-    idle_jobs(before: Timestamp) -> Vec<JobId>;
+    open_operation(change: Change, filter: &Filter, now: Timestamp) -> Operation;
+    work_operation(id: OperationId, limit: usize, now: Timestamp) -> Option<Operation>;
+    operation(id: OperationId) -> Option<Operation>;
+    idle_operations(before: Timestamp) -> Vec<OperationId>;
     dead_reasons() -> Vec<DeadReason>;
     set_paused(paused: bool) -> ();
     control(now: Timestamp) -> Control;
