@@ -221,12 +221,12 @@ async fn end(
     let begun = context.store.begin(&begin).await.map_err(|error| error.to_string())?;
     let directory = context.directory.snapshot();
     let dead_letters = dead_letter_of(lane, &directory.lanes);
-    let mut records = Vec::new();
+    let (mut records, now) = (Vec::new(), context.clock.now());
     for begun in begun {
         let of_batch = tickets.iter().filter(|ticket| begun.positions.has(usize::from(ticket.position)));
         records.extend(of_batch.map(|ticket| Record {
             ticket: (*ticket).clone(),
-            lane: lane.to_owned(),
+            lane: lane.into(),
             lease: begun.lease,
             root: begun.root,
             outcome: None,
@@ -234,12 +234,13 @@ async fn end(
                 reason: format!("its ticket has {} bytes, more than {lane} takes", ticket.encode().len()),
                 lane: dead_letters.to_owned(),
             },
+            judged_at: now,
         }));
     }
     for record in &records {
         let id = record.ticket.id;
         tracing::error!(lane, id = id.0, "message {id} is dead: its ticket is larger than {lane} takes");
     }
-    let records = Records { records: &records, now: context.clock.now() };
+    let records = Records { records: &records, now };
     context.store.record(&records).await.map(drop).map_err(|error| error.to_string())
 }

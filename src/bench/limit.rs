@@ -211,5 +211,13 @@ fn sent(ticket: Ticket, lease: LeaseId, now: Timestamp) -> Record {
         times: Times::default(),
     };
     let root = ticket.batch;
-    Record { ticket, lane: "bench".into(), lease, root, outcome: Some(outcome), verdict: Verdict::Sent }
+    Record {
+        ticket,
+        lane: "bench".into(),
+        lease,
+        root,
+        outcome: Some(outcome),
+        verdict: Verdict::Sent,
+        judged_at: now,
+    }
 }

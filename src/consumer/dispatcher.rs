@@ -14,7 +14,7 @@ use super::begin::{self, Admitted, BATCH, BegunDelivery, Started, ToBegin};
 use super::call::{Call, under_way};
 use super::early::Early;
 use super::hold::Holding;
-use super::recorder::{Judged, Written};
+use super::recorder::Written;
 use super::saturation::Saturated;
 use super::unreadable::UnreadableRecords;
 use super::waiting::Waiting;
@@ -45,8 +45,10 @@ pub(super) struct Dispatcher {
     metrics: LaneMetrics,
     attempts: Arc<Attempts>,
     options: ConsumerOptions,
+    /// Its name, as each record has it.
+    lane: Arc<str>,
     subscription: Subscription,
-    records: mpsc::UnboundedSender<Judged>,
+    records: mpsc::UnboundedSender<Record>,
     limits: Limits,
     /// Taken ahead of their time.
     early: Early<Arrival>,
@@ -83,7 +85,7 @@ impl Dispatcher {
         delivery: Arc<Delivery>,
         options: ConsumerOptions,
         subscription: Subscription,
-        records: mpsc::UnboundedSender<Judged>,
+        records: mpsc::UnboundedSender<Record>,
         stop: CancellationToken,
     ) -> Dispatcher {
         let (sender, finished) = mpsc::unbounded_channel();
@@ -94,6 +96,7 @@ impl Dispatcher {
             context,
             metrics,
             attempts,
+            lane: options.lane.topic.as_str().into(),
             options,
             subscription,
             records,
@@ -349,15 +352,16 @@ impl Dispatcher {
         };
         let record = Record {
             ticket: begun.ticket,
-            lane: lane.topic.clone(),
+            lane: Arc::clone(&self.lane),
             lease: begun.lease,
             root: begun.root,
             outcome,
             verdict,
+            judged_at: now,
         };
         self.unrecorded += 1;
         // The recorder ends only after this sender is dropped.
-        let _ = self.records.send(Judged { record, judged_at: now });
+        let _ = self.records.send(record);
     }
 
     /// Housekeeping: holds what was refused, and frees held deliveries of endpoints that have room again.

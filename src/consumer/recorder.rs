@@ -23,12 +23,6 @@ const BATCH: usize = 2_000;
 const LOADED: usize = 64;
 const LINGER: Duration = Duration::from_millis(25);
 
-/// A try with its verdict, on the way to the store.
-pub(super) struct Judged {
-    pub(super) record: Record,
-    pub(super) judged_at: Timestamp,
-}
-
 /// Results that were written.
 pub(super) struct Written {
     pub(super) records: usize,
@@ -41,7 +35,7 @@ pub(super) struct Written {
 pub(super) async fn run(
     context: Context,
     lane: LaneMetrics,
-    mut judged: mpsc::UnboundedReceiver<Judged>,
+    mut judged: mpsc::UnboundedReceiver<Record>,
     written: mpsc::UnboundedSender<Written>,
     give_up: &CancellationToken,
 ) {
@@ -57,9 +51,9 @@ pub(super) async fn run(
                 batch.push(more);
             }
         }
-        let bytes = batch.iter().map(|judged| judged.record.ticket.bytes()).sum();
+        let bytes = batch.iter().map(|record| record.ticket.bytes()).sum();
         let done = Written { records: batch.len(), bytes };
-        let write = write(&context, &lane, std::mem::take(&mut batch), &answers);
+        let write = write(&context, &lane, &mut batch, &answers);
         if give_up.run_until_cancelled(write).await.is_none() {
             break;
         }
@@ -72,29 +66,27 @@ pub(super) async fn run(
     }
 }
 
-/// Writes one batch, however often it takes.
+/// Writes all records of a batch, however often it takes.
 async fn write(
     context: &Context,
     lane: &LaneMetrics,
-    batch: Vec<Judged>,
+    records: &mut Vec<Record>,
     answers: &mpsc::Sender<Vec<(MessageId, Response)>>,
 ) {
     let watch = context.clock.stopwatch();
-    let (mut records, judged_at): (Vec<_>, Vec<_>) =
-        batch.into_iter().map(|j| (j.record, j.judged_at)).unzip();
-    let refused = write_records(context, &mut records).await;
+    let refused = write_records(context, records).await;
     context.metrics.batch("record", records.len(), watch.elapsed());
     context.metrics.stale("record", refused.len());
     let refused: HashSet<MessageId> = refused.into_iter().collect();
 
     let mut responses = Vec::new();
     let mut letters = Vec::new();
-    for (record, judged_at) in records.into_iter().zip(judged_at) {
+    for record in records.drain(..) {
         // A success is never refused; another try of its message may be, in the same write.
         if record.verdict != Verdict::Sent && refused.contains(&record.ticket.id) {
             continue;
         }
-        let ticket = record.ticket;
+        let (ticket, judged_at) = (record.ticket, record.judged_at);
         lane.judged(&record.verdict);
         let Some(outcome) = record.outcome else { continue };
         match record.verdict {

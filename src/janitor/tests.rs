@@ -103,8 +103,8 @@ async fn wait_until(context: &Context, due_at: Timestamp) {
     let wanted = [Wanted { lease, batch: ticket.batch, positions }];
     let begun = store.begin(&Begin { wanted: &wanted, repeated: false, owner }).await.unwrap().remove(0);
     let verdict = Verdict::Retry { lane: "messages-retry".into(), lane_tries: 0, at: due_at };
-    let (lane, root) = ("messages".to_owned(), begun.root);
-    let record = Record { ticket, lane, lease, root, outcome: None, verdict };
+    let (lane, root) = ("messages".into(), begun.root);
+    let record = Record { ticket, lane, lease, root, outcome: None, verdict, judged_at: context.clock.now() };
     store.record(&Records { records: &[record], now: context.clock.now() }).await.unwrap();
 }
 

@@ -361,7 +361,7 @@ pub(crate) fn outcome(class: Class, status: Option<u16>, started_at: Timestamp) 
 
 fn record(delivery: &BegunDelivery, outcome: Option<Outcome>, verdict: Verdict) -> Record {
     let BegunDelivery { ticket, lease, root } = delivery.clone();
-    Record { ticket, lane: FRESH.to_owned(), lease, root, outcome, verdict }
+    Record { ticket, lane: FRESH.into(), lease, root, outcome, verdict, judged_at: Timestamp::EPOCH }
 }
 
 fn ids(claimed: &Claimed) -> Vec<MessageId> {

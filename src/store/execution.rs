@@ -1,5 +1,7 @@
 //! What a consumer asks of the store: to begin deliveries, and to record what their attempts came to.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 
 #[cfg(doc)]
@@ -56,13 +58,15 @@ pub struct Begun {
 pub struct Record {
     pub ticket: Ticket,
     /// The lane it was made on.
-    pub lane: String,
+    pub lane: Arc<str>,
     pub lease: LeaseId,
     /// As [`Begun::root`].
     pub root: BatchId,
     /// `None` with [`Verdict::Release`] and [`Verdict::Expired`]: there was no attempt.
     pub outcome: Option<Outcome>,
     pub verdict: Verdict,
+    /// When that was decided.
+    pub judged_at: Timestamp,
 }
 
 impl Record {

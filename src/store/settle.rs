@@ -78,6 +78,7 @@ pub(super) fn settle(records: &[Record], mut places: Places) -> Settled {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Timestamp;
     use crate::ticket::Ticket;
     use crate::ticket::tests::ticket;
 
@@ -87,7 +88,15 @@ mod tests {
 
     fn record(position: u16, verdict: Verdict) -> Record {
         let ticket = Ticket { position, batch: ROOT, ..ticket(i64::from(position) + 100) };
-        Record { ticket, lane: "messages".into(), lease: OURS, root: ROOT, outcome: None, verdict }
+        Record {
+            ticket,
+            lane: "messages".into(),
+            lease: OURS,
+            root: ROOT,
+            outcome: None,
+            verdict,
+            judged_at: Timestamp::EPOCH,
+        }
     }
 
     fn left(positions: &[usize]) -> Left {

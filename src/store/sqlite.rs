@@ -355,7 +355,7 @@ impl Execution for SqliteStore {
         // The messages' contents would only be copied for the other thread.
         let written = |record: &Record| Record {
             ticket: record.ticket.without_message(),
-            lane: record.lane.clone(),
+            lane: Arc::clone(&record.lane),
             outcome: record.outcome.clone(),
             verdict: record.verdict.clone(),
             ..*record

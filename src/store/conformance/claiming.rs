@@ -135,7 +135,7 @@ pub(crate) async fn a_delivery_that_is_claimed_ahead_keeps_its_time(store: Arc<d
         let now = bench.now();
         if released {
             let begun = bench.begin(&tickets).await;
-            let record = crate::store::Record { lane: RETRY.to_owned(), ..bench.released(&begun[0]) };
+            let record = crate::store::Record { lane: RETRY.into(), ..bench.released(&begun[0]) };
             bench.record(&[record]).await;
         } else {
             bench.store.hold(RETRY, &tickets, Held::EndpointBusy, now).await.unwrap();

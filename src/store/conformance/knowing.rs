@@ -142,7 +142,7 @@ pub(crate) async fn attempts_read_back_in_order(store: Arc<dyn Store>) {
         bench.pass(3);
         let delivery = bench.begin(&bench.claim_timed(RETRY).await.tickets).await.remove(0);
         let record = if attempt == 5 { bench.sent(&delivery) } else { bench.failed(&delivery) };
-        bench.record(&[crate::store::Record { lane: RETRY.to_owned(), ..record }]).await;
+        bench.record(&[crate::store::Record { lane: RETRY.into(), ..record }]).await;
     }
     let attempts = bench.store.attempts(id).await.unwrap();
     let seen: Vec<_> = attempts.iter().map(|a| (a.attempt, a.lane.as_str())).collect();

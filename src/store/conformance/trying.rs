@@ -185,7 +185,7 @@ pub(crate) async fn a_released_message_is_as_it_was(store: Arc<dyn Store>) {
     bench.pass(3);
     let third = bench.begin(&bench.claim_timed(RETRY).await.tickets).await.remove(0);
     bench.pass(2);
-    let released = Record { lane: RETRY.to_owned(), ..bench.released(&third) };
+    let released = Record { lane: RETRY.into(), ..bench.released(&third) };
     assert!(bench.record(&[released]).await.is_empty());
     let row = bench.message(delivery.id()).await;
     assert_eq!((row.status, row.attempts, row.due_at), (Status::Retrying, 1, Some(bench.now())));

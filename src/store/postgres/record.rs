@@ -360,7 +360,7 @@ async fn write_ended(db: &Transaction<'_>, accepted: &[&Record], now: Timestamp)
         endpoints.push(record.ticket.endpoint_id.0);
         statuses.push(status);
         attempts.push(record.attempts());
-        lanes.push(record.lane.as_str());
+        lanes.push(&*record.lane);
         reasons.push(reason);
     }
     if ids.is_empty() {
@@ -444,7 +444,7 @@ async fn write_attempts(db: &Transaction<'_>, records: &[&Record]) -> Result<()>
         &column(&tried, |_, outcome| outcome.times.head_us),
         &column(&tried, |_, outcome| outcome.times.body_us),
         &column(&tried, |_, outcome| http_status(outcome)),
-        &column(&tried, |record, _| record.lane.as_str()),
+        &column(&tried, |record, _| &*record.lane),
         &column(&tried, |_, outcome| outcome.class.as_str()),
         &column(&tried, |_, outcome| outcome.address.as_str()),
         &column(&tried, |_, outcome| outcome.error.as_deref().map(storable)),

@@ -168,7 +168,7 @@ fn log(db: &Connection, record: &Record) -> Result<bool> {
 fn failed(db: &Connection, record: &Record, now: Timestamp) -> Result<()> {
     let ticket = &record.ticket;
     let end = |status, attempts, reason| {
-        let lane = if attempts == 0 { "" } else { record.lane.as_str() };
+        let lane = if attempts == 0 { "" } else { &*record.lane };
         End { id: ticket.id, endpoint: ticket.endpoint_id, status, attempts, lane, reason, now }.write(db)
     };
     match &record.verdict {

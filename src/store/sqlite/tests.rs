@@ -534,7 +534,15 @@ mod shell {
             let class = if failed { Class::Timeout } else { Class::Accepted };
             let made = !matches!(verdict, Verdict::Expired | Verdict::Release);
             let outcome = made.then(|| outcome(class, None, now()));
-            Record { ticket: ticket.clone(), lane: "messages".to_owned(), lease, root, outcome, verdict }
+            Record {
+                ticket: ticket.clone(),
+                lane: "messages".into(),
+                lease,
+                root,
+                outcome,
+                verdict,
+                judged_at: now(),
+            }
         };
         let records: Vec<_> = tickets.iter().zip(verdicts).map(record).collect();
         assert!(file.store.record(&Records { records: &records, now: now() }).await.unwrap().is_empty());

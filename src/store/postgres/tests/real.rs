@@ -179,11 +179,12 @@ async fn deliver_all(store: &PostgresStore, db: &tokio_postgres::Client) -> i64 
     let outcome = crate::store::conformance::outcome(Class::Accepted, Some(200), now);
     let record = |ticket: Ticket| Record {
         ticket,
-        lane: "messages".to_owned(),
+        lane: "messages".into(),
         lease,
         root: batch,
         outcome: Some(outcome.clone()),
         verdict: Verdict::Sent,
+        judged_at: now,
     };
     let records: Vec<_> = tickets.into_iter().map(record).collect();
     store.record(&Records { records: &records, now }).await.unwrap();
