@@ -42,6 +42,8 @@ pub(crate) async fn a_claimed_message_is_not_claimed_again(store: Arc<dyn Store>
     assert_eq!(bench.claim_fresh().await.seen, 0);
     let last = bench.fill(1).await;
     assert_eq!(ids(&bench.claim_fresh().await), last);
+    let many = bench.fill(300).await;
+    assert_eq!(ids(&bench.claim(Due::New(Urgency::Normal), 300).await), many, "in the order of the ids");
 }
 
 pub(crate) async fn urgent_messages_have_a_feed_of_their_own(store: Arc<dyn Store>) {

@@ -110,9 +110,9 @@ macro_rules! reissue {
                  select $2, root, lane, $3, lo, hi, ids, endpoints, attempts, lane_tries, dues, expiries, \
                      (select bit_or(set_bit(repeat('0', 2048)::varbit, t.position, 1)) from t), $4 \
                  from o where exists (select from t)) \
-             select t.id, t.position, t.endpoint_id, m.endpoint, m.created_at, m.recipient, m.content, m.content_type, \
+             select t.id, t.endpoint_id, m.endpoint, m.created_at, m.recipient, m.content, m.content_type, \
                  m.headers, m.ordering_key, m.priority, case when t.expires then t.expires_at else m.expires_at end, \
-                 t.attempts + 1, t.lane_tries, case when t.due_at > $4 then t.due_at end, (select lane from o) \
+                 t.attempts + 1, t.lane_tries, case when t.due_at > $4 then t.due_at end, (select lane from o), t.position \
              from t cross join lateral (select endpoint, created_at, recipient, content, content_type, headers, \
                  ordering_key, priority, expires_at from messages where id = t.id limit 1) m order by t.position"
         )
@@ -134,7 +134,10 @@ pub(super) async fn reissue(db: &Object, reissue: &Reissue) -> Result<Option<Rei
     let statement = db.prepare_cached(statement).await?;
     let rows = db.query(&statement, &[&id, &reissue.batch.0, &reissue.owner.0, &reissue.now]).await?;
     let Some(first) = rows.first() else { return Ok(None) };
-    let lane = first.try_get(15)?;
-    let tickets = read_all(&rows, |row| ticket(row, reissue.batch))?;
+    let lane = first.try_get(14)?;
+    let tickets = read_all(&rows, |row| {
+        let position: i32 = row.try_get(15)?;
+        ticket(row, reissue.batch, usize::try_from(position).unwrap_or(usize::MAX))
+    })?;
     Ok(Some(Reissued { lane, tickets }))
 }

@@ -103,7 +103,7 @@ pub(super) async fn attempts(db: &Object, id: MessageId) -> Result<Vec<Attempt>>
 pub(super) async fn dead_letters(db: &Object, before: Timestamp, count: usize) -> Result<Vec<DeadLetter>> {
     let statement = db
         .prepare_cached(
-            "/* ams:dead_letters */ select m.id, 0, d.endpoint_id, m.endpoint, m.created_at, m.recipient, \
+            "/* ams:dead_letters */ select m.id, d.endpoint_id, m.endpoint, m.created_at, m.recipient, \
                  m.content, m.content_type, m.headers, m.ordering_key, m.priority, null::timestamptz, d.attempts, 0, \
                  null::timestamptz, d.lane, d.reason, d.last_status, d.last_error, d.dead_at \
              from dead_letters d cross join lateral (select id, endpoint, created_at, recipient, content, content_type, \
@@ -115,13 +115,13 @@ pub(super) async fn dead_letters(db: &Object, before: Timestamp, count: usize) -
     read_all(&rows, |row| {
         Ok(DeadLetter {
             // Its batch is no more, so what this says of the batch begins nothing.
-            ticket: ticket(row, BatchId(0))?,
-            attempts: row.try_get(12)?,
-            lane: row.try_get(15)?,
-            reason: row.try_get(16)?,
-            last_status: row.try_get::<_, Option<i16>>(17)?.and_then(|status| u16::try_from(status).ok()),
-            last_error: row.try_get(18)?,
-            dead_at: row.try_get(19)?,
+            ticket: ticket(row, BatchId(0), 0)?,
+            attempts: row.try_get(11)?,
+            lane: row.try_get(14)?,
+            reason: row.try_get(15)?,
+            last_status: row.try_get::<_, Option<i16>>(16)?.and_then(|status| u16::try_from(status).ok()),
+            last_error: row.try_get(17)?,
+            dead_at: row.try_get(18)?,
         })
     })
 }
