@@ -9,6 +9,7 @@ mod log;
 mod poller;
 mod positions;
 mod publisher;
+mod trackers;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -9,17 +9,14 @@
 //! broker now and then how far the group has come (`watch`): where records wait and none comes, or nobody moves on
 //! while no partition is ours, the client is made anew and starts at what the group has committed, or at the beginning.
 
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
 use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
 use rdkafka::error::{KafkaError, KafkaResult};
-use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use tokio::sync::mpsc::{self, error::TryRecvError, error::TrySendError};
 use tokio::sync::oneshot;
@@ -27,10 +24,9 @@ use tokio::sync::oneshot;
 use super::log::LogContext;
 use super::positions::Positions;
 use super::refused;
-use crate::clock::{Clock, Stopwatch, Timestamp};
-use crate::queue::{
-    Depth, QueueError, RECORD_CUT, RECORD_MAX, Receipt, Result, Subscription, Taken, Watermark,
-};
+use super::trackers::Trackers;
+use crate::clock::{Clock, Stopwatch};
+use crate::queue::{Depth, QueueError, Receipt, Result, Subscription, Taken};
 
 /// Records given at once, at most.
 const BATCH: usize = 1_000;
@@ -54,11 +50,16 @@ const UNREAD_MAX: u32 = 3;
 /// Each time that this did not help it takes twice as many, up to so many, some 5 minutes: a log can have places
 /// that are never read, such as the marks of another program's transactions.
 const UNREAD_LIMIT: u32 = 100;
+/// After so many answers that the poller has not taken it counts as stuck: it looks for one every 100 ms at least. Calls that
+/// pause and resume wait for librdkafka's threads without a limit; a consumer was seen that read nothing after a restart
+/// of the broker, and that did not see how far behind it was.
+const UNTAKEN_MAX: u32 = 3;
 /// How long the end waits for its last commit.
 const LAST_COMMIT: Duration = Duration::from_secs(1);
 
 type Client = BaseConsumer<Assignment>;
 
+/// Starts a subscription: its poller, and who watches over it.
 pub(super) fn subscribe(
     config: &ClientConfig,
     lane: &str,
@@ -66,6 +67,14 @@ pub(super) fn subscribe(
     window: usize,
     positions: Arc<Positions>,
 ) -> Result<Subscription> {
+    let (subscription, shared) = prepare(config, lane, group, window);
+    let tell = start(&shared)?;
+    tokio::spawn(watch(positions, group.to_owned(), shared, tell));
+    Ok(subscription)
+}
+
+/// A subscription without a poller.
+fn prepare(config: &ClientConfig, lane: &str, group: &str, window: usize) -> (Subscription, Arc<Shared>) {
     let mut config = config.clone();
     config
         .set("group.id", group)
@@ -76,6 +85,8 @@ pub(super) fn subscribe(
         .set("partition.assignment.strategy", "cooperative-sticky")
         .set("session.timeout.ms", "10000")
         .set("heartbeat.interval.ms", "2000")
+        // Its poller polls every two seconds at least. One that is stuck leaves its partitions to the next.
+        .set("max.poll.interval.ms", "15000")
         .set("fetch.queue.backoff.ms", "10")
         .set("fetch.wait.max.ms", "250")
         .set("fetch.error.backoff.ms", "200")
@@ -84,17 +95,44 @@ pub(super) fn subscribe(
     let (give, taken) = mpsc::channel(2);
     let (done, receipts) = mpsc::unbounded_channel();
     let (ended, closed) = oneshot::channel();
-    let client = connect(&config, lane)?;
-    let clock = Clock::system();
-    let (tell, told) = mpsc::channel(1);
-    tokio::spawn(watch(positions, lane.to_owned(), group.to_owned(), tell));
-    let poller = Poller {
+    let shared = Arc::new(Shared {
         lane: lane.to_owned(),
         config,
-        client,
         window,
         give,
-        receipts,
+        receipts: Mutex::new(receipts),
+        current: AtomicU32::new(0),
+        ended: Mutex::new(Some(ended)),
+    });
+    (Subscription { taken, done, closed }, shared)
+}
+
+/// What the pollers of a subscription have in common. One after the other is its poller: one that is stuck in a call of
+/// librdkafka's is left there, and holds none of these locks.
+struct Shared {
+    lane: String,
+    config: ClientConfig,
+    window: usize,
+    give: mpsc::Sender<Vec<Taken>>,
+    /// Locked by the poller for as long as it takes what is there.
+    receipts: Mutex<mpsc::UnboundedReceiver<Vec<Receipt>>>,
+    /// The number of the poller whose turn it is.
+    current: AtomicU32,
+    ended: Mutex<Option<oneshot::Sender<()>>>,
+}
+
+/// Starts the subscription's next poller, on a thread of its own. Returns how to tell it how far the group has come.
+fn start(shared: &Arc<Shared>) -> Result<mpsc::Sender<Vec<Depth>>> {
+    let number = shared.current.fetch_add(1, Ordering::Relaxed) + 1;
+    let client = connect(&shared.config, &shared.lane)?;
+    // Receipts of the poller before must not count for this one.
+    client.context().trackers().generation = number << 16;
+    let clock = Clock::system();
+    let (tell, told) = mpsc::channel(1);
+    let poller = Poller {
+        shared: Arc::clone(shared),
+        number,
+        client,
         told,
         patience: UNREAD_MAX,
         pending: Vec::new(),
@@ -105,14 +143,10 @@ pub(super) fn subscribe(
         clock,
     };
     std::thread::Builder::new()
-        .name(format!("kafka {lane}"))
-        .spawn(move || {
-            poller.run();
-            // Whoever dropped the subscription does not wait.
-            let _ = ended.send(());
-        })
+        .name(format!("kafka {}", shared.lane))
+        .spawn(move || poller.run())
         .map_err(|error| QueueError::Unavailable(format!("no thread for a subscription: {error}")))?;
-    Ok(Subscription { taken, done, closed })
+    Ok(tell)
 }
 
 fn connect(config: &ClientConfig, lane: &str) -> Result<Client> {
@@ -121,28 +155,46 @@ fn connect(config: &ClientConfig, lane: &str) -> Result<Client> {
     Ok(client)
 }
 
-/// Asks how far the group has come, for as long as anybody wants to know.
-async fn watch(positions: Arc<Positions>, lane: String, group: String, tell: mpsc::Sender<Vec<Depth>>) {
+/// Asks how far the group has come, for as long as anybody wants to know, and tells the poller. One that does not take what
+/// it is told is replaced.
+async fn watch(
+    positions: Arc<Positions>,
+    group: String,
+    shared: Arc<Shared>,
+    mut tell: mpsc::Sender<Vec<Depth>>,
+) {
+    let (lane, mut untaken) = (&shared.lane, 0);
     loop {
         tokio::select! {
             () = tell.closed() => return,
             () = tokio::time::sleep(WATCH) => {}
         }
-        match positions.depth(&lane, &group).await {
-            // When the poller has gone the next turn ends this.
-            Ok(depths) => drop(tell.send(depths).await),
-            Err(error) => tracing::debug!(target: "kafka", "how far {lane} was read is unknown: {error}"),
+        let depths = match positions.depth(lane, &group).await {
+            Ok(depths) => depths,
+            Err(error) => {
+                tracing::debug!(target: "kafka", lane, "how far {lane} was read is unknown: {error}");
+                continue;
+            }
+        };
+        untaken = match tell.try_send(depths) {
+            Ok(()) => 0,
+            Err(TrySendError::Full(_)) => untaken + 1,
+            Err(TrySendError::Closed(_)) => return,
+        };
+        if untaken >= UNTAKEN_MAX {
+            tracing::warn!(target: "kafka", lane, "the poller of {lane} is stuck in its client; another takes its place");
+            match start(&shared) {
+                Ok(next) => (tell, untaken) = (next, 0),
+                Err(error) => tracing::warn!(target: "kafka", lane, "{lane}: {error}"),
+            }
         }
     }
 }
 
 struct Poller {
-    lane: String,
-    config: ClientConfig,
+    shared: Arc<Shared>,
+    number: u32,
     client: Client,
-    window: usize,
-    give: mpsc::Sender<Vec<Taken>>,
-    receipts: mpsc::UnboundedReceiver<Vec<Receipt>>,
     /// How far the group has come, as others see it.
     told: mpsc::Receiver<Vec<Depth>>,
     /// Answers in a row that have the client made anew.
@@ -159,7 +211,7 @@ struct Poller {
 
 impl Poller {
     fn run(mut self) {
-        while self.note_done() {
+        while self.is_current() && self.note_done() {
             if self.stuck.is_some() && !self.paused {
                 // The reader is busy for a moment. Pausing now would throw away what was fetched ahead.
                 std::thread::sleep(FULL);
@@ -173,17 +225,32 @@ impl Poller {
                 self.commit();
             }
         }
+        if !self.is_current() {
+            return;
+        }
         self.commit();
         let watch = self.clock.stopwatch();
         while self.client.context().committing.load(Ordering::Relaxed) && watch.elapsed() < LAST_COMMIT {
             drop(self.client.poll(POLL));
         }
+        let shared = Arc::clone(&self.shared);
+        drop(self);
+        if let Some(ended) = lock(&shared.ended).take() {
+            // Whoever dropped the subscription does not wait.
+            let _ = ended.send(());
+        }
+    }
+
+    /// Whether no other has taken its place.
+    fn is_current(&self) -> bool {
+        self.shared.current.load(Ordering::Relaxed) == self.number
     }
 
     /// Notes what is done; `false` when the other side has gone.
     fn note_done(&mut self) -> bool {
+        let mut receipts = lock(&self.shared.receipts);
         loop {
-            match self.receipts.try_recv() {
+            match receipts.try_recv() {
                 Ok(receipts) => self.client.context().trackers().done(&receipts),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
@@ -218,7 +285,7 @@ impl Poller {
 
     /// Most errors pass by themselves; a client that is dead for good is replaced.
     fn failed(&mut self, error: &KafkaError) {
-        tracing::debug!(target: "kafka", lane = self.lane, "{}: {error}", self.lane);
+        tracing::debug!(target: "kafka", lane = self.shared.lane, "{}: {error}", self.shared.lane);
         if self.client.client().fatal_error().is_some() {
             self.renew(&error.to_string());
         }
@@ -229,6 +296,10 @@ impl Poller {
         let Ok(depths) = self.told.try_recv() else { return };
         let takes = !self.paused && self.stuck.is_none() && self.pending.is_empty();
         let (unread, behind) = self.client.context().trackers().unread(&depths, takes);
+        if behind {
+            let (lane, out) = (&self.shared.lane, self.client.context().trackers().out());
+            tracing::debug!(target: "kafka", lane, unread, takes, out, paused = self.paused, "{lane} is behind: {depths:?}");
+        }
         if unread >= self.patience {
             self.patience = (self.patience * 2).min(UNREAD_LIMIT);
             self.renew("records wait there and do not come; was the lane made anew?");
@@ -238,9 +309,9 @@ impl Poller {
     }
 
     fn renew(&mut self, why: &str) {
-        match connect(&self.config, &self.lane) {
+        match connect(&self.shared.config, &self.shared.lane) {
             Ok(client) => {
-                tracing::warn!(target: "kafka", lane = self.lane, "the client of {} is made anew: {why}", self.lane);
+                tracing::warn!(target: "kafka", lane = self.shared.lane, "the client of {} is made anew: {why}", self.shared.lane);
                 // Receipts of the old client must not count for the new one, nor its positions for the lane.
                 let mut old = self.client.context().trackers();
                 client.context().trackers().generation = old.generation + 1;
@@ -250,7 +321,9 @@ impl Poller {
                 self.paused = false;
                 close(old);
             }
-            Err(error) => tracing::warn!(target: "kafka", lane = self.lane, "{}: {error}", self.lane),
+            Err(error) => {
+                tracing::warn!(target: "kafka", lane = self.shared.lane, "{}: {error}", self.shared.lane)
+            }
         }
     }
 
@@ -258,7 +331,7 @@ impl Poller {
         if self.pending.is_empty() {
             return;
         }
-        match self.give.try_send(std::mem::take(&mut self.pending)) {
+        match self.shared.give.try_send(std::mem::take(&mut self.pending)) {
             // A reader that has gone will drop the other end too.
             Ok(()) | Err(TrySendError::Closed(_)) => self.stuck = None,
             Err(TrySendError::Full(back)) => {
@@ -277,8 +350,8 @@ impl Poller {
             (trackers.out(), std::mem::take(&mut trackers.reassigned))
         };
         let stalled = self.stuck.as_ref().is_some_and(|since| since.elapsed() > STALLED);
-        let full = stalled || out >= self.window;
-        let roomy = self.pending.is_empty() && out <= self.window / 4 * 3;
+        let full = stalled || out >= self.shared.window;
+        let roomy = self.pending.is_empty() && out <= self.shared.window / 4 * 3;
         let pause = full || (self.paused && !roomy && !reassigned);
         // Partitions that have just come are not paused, and those that were there before may be.
         if pause == self.paused && !reassigned {
@@ -291,7 +364,7 @@ impl Poller {
         match changed {
             Ok(()) => self.paused = pause,
             Err(error) => {
-                tracing::debug!(target: "kafka", "{} can't be paused or resumed: {error}", self.lane)
+                tracing::debug!(target: "kafka", "{} can't be paused or resumed: {error}", self.shared.lane)
             }
         }
     }
@@ -305,7 +378,7 @@ impl Poller {
             context.trackers().repeat();
         }
         let positions = context.trackers().moved();
-        commit(&self.client, &self.lane, &positions);
+        commit(&self.client, &self.shared.lane, &positions);
     }
 }
 
@@ -335,128 +408,13 @@ fn commit(client: &BaseConsumer<Assignment>, lane: &str, positions: &[(i32, i64)
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Bytes of the values of a batch.
 fn bytes(batch: &[Taken]) -> usize {
     batch.iter().map(|taken| taken.value.len()).sum()
-}
-
-/// What is out of each assigned partition.
-#[derive(Default)]
-struct Trackers {
-    partitions: BTreeMap<i32, Tracker>,
-    generation: u32,
-    reassigned: bool,
-    /// What the broker last said of the group, and how often in a row it has now said that records wait where nobody moves
-    /// on. Kept while no partition is ours.
-    heard: Vec<Depth>,
-    unmoved: u32,
-}
-
-#[derive(Default)]
-struct Tracker {
-    generation: u32,
-    watermark: Watermark,
-    committed: Option<i64>,
-    last: Option<i64>,
-    /// How often in a row the broker was heard to have records for us that did not come.
-    unread: u32,
-}
-
-impl Trackers {
-    fn assign(&mut self, partitions: &[i32]) {
-        self.generation += 1;
-        self.reassigned = true;
-        (self.heard, self.unmoved) = (Vec::new(), 0);
-        for partition in partitions {
-            let tracker = Tracker { generation: self.generation, ..Tracker::default() };
-            self.partitions.insert(*partition, tracker);
-        }
-    }
-
-    fn take(&mut self, message: &BorrowedMessage<'_>) -> Taken {
-        let (partition, offset) = (message.partition(), message.offset());
-        let tracker = self.partitions.entry(partition).or_default();
-        if tracker.last.is_some_and(|last| offset <= last) {
-            // The log was made anew, or the position was set back: what was out before counts no more.
-            self.generation += 1;
-            *tracker = Tracker { generation: self.generation, ..Tracker::default() };
-        }
-        tracker.last = Some(offset);
-        tracker.unread = 0;
-        tracker.watermark.take(offset);
-        let value = message.payload().unwrap_or_default();
-        // What no lane takes is no ticket: its start says what it is, and the rest must not fill the memory.
-        let kept = if value.len() > RECORD_MAX { &value[..RECORD_CUT] } else { value };
-        Taken {
-            receipt: Receipt { partition, generation: tracker.generation, offset },
-            published_at: Timestamp::from_micros(message.timestamp().to_millis().unwrap_or(0) * 1_000),
-            key: Bytes::copy_from_slice(message.key().unwrap_or_default()),
-            value: Bytes::copy_from_slice(kept),
-            size: value.len(),
-        }
-    }
-
-    fn done(&mut self, receipts: &[Receipt]) {
-        for receipt in receipts {
-            if let Some(tracker) = self.partitions.get_mut(&receipt.partition)
-                && tracker.generation == receipt.generation
-            {
-                tracker.watermark.done(receipt.offset);
-            }
-        }
-    }
-
-    fn out(&self) -> usize {
-        self.partitions.values().map(|tracker| tracker.watermark.out()).sum()
-    }
-
-    /// Compares with what the broker says of the group. Returns how often in a row it has now said of some partition
-    /// of ours that records wait there while we have none of them, and whether it says so of any. Means nothing
-    /// while we do not take (`takes`). While no partition is ours, those count where nobody moves on.
-    fn unread(&mut self, depths: &[Depth], takes: bool) -> (u32, bool) {
-        if self.partitions.is_empty() {
-            return self.unmoved(depths);
-        }
-        let (mut most, mut behind) = (0, false);
-        for depth in depths {
-            let Some(tracker) = self.partitions.get_mut(&depth.partition) else { continue };
-            behind |= depth.position < depth.end;
-            let waits = takes && depth.position < depth.end && tracker.watermark.out() == 0;
-            tracker.unread = if waits { tracker.unread + 1 } else { 0 };
-            most = most.max(tracker.unread);
-        }
-        (most, behind)
-    }
-
-    /// The same while no partition is ours: perhaps the group has forgotten us.
-    fn unmoved(&mut self, depths: &[Depth]) -> (u32, bool) {
-        let mut behind = depths.iter().filter(|depth| depth.position < depth.end).peekable();
-        let is_behind = behind.peek().is_some();
-        let stands = |depth: &Depth| {
-            self.heard.iter().any(|last| (last.partition, last.position) == (depth.partition, depth.position))
-        };
-        self.unmoved = if behind.any(stands) { self.unmoved + 1 } else { 0 };
-        self.heard = depths.to_vec();
-        (self.unmoved, is_behind)
-    }
-
-    /// Has all positions count as moved.
-    fn repeat(&mut self) {
-        self.partitions.values_mut().for_each(|tracker| tracker.committed = None);
-    }
-
-    /// The positions that have moved since they were last asked for.
-    fn moved(&mut self) -> Vec<(i32, i64)> {
-        let mut moved = Vec::new();
-        for (partition, tracker) in &mut self.partitions {
-            let position = tracker.watermark.position();
-            if let (Some(offset), true) = (position, position != tracker.committed) {
-                tracker.committed = position;
-                moved.push((*partition, offset));
-            }
-        }
-        moved
-    }
 }
 
 /// The client's context: it is told of assignments from inside the poll.
@@ -470,7 +428,7 @@ struct Assignment {
 
 impl Assignment {
     fn trackers(&self) -> MutexGuard<'_, Trackers> {
-        self.trackers.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.trackers)
     }
 }
 
@@ -516,49 +474,46 @@ impl ConsumerContext for Assignment {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::queue::Queue;
+    use crate::queue::conformance::{self, receipts, records, take};
+    use crate::queue::kafka::real::queue;
 
-    fn depth(partition: i32, position: i64, end: i64) -> Depth {
-        Depth { partition, position, end }
-    }
-
-    #[test]
-    fn records_that_wait_and_do_not_come_are_counted_answer_by_answer() {
-        let mut trackers = Trackers::default();
-        trackers.assign(&[0, 1]);
-        let behind = [depth(0, 5, 5), depth(1, 3, 9), depth(2, 0, 9)];
-        for unread in 1..4 {
-            assert_eq!(trackers.unread(&behind, true), (unread, true));
+    #[tokio::test]
+    async fn a_poller_that_is_stuck_is_replaced_and_nothing_is_passed_over() {
+        let (queue, lane) = (queue(), conformance::lane());
+        queue.ensure(std::slice::from_ref(&lane)).await.unwrap();
+        let (mut subscription, shared) = prepare(&queue.config, &lane, &lane, 1_000);
+        let tell = start(&shared).unwrap();
+        tokio::spawn(watch(Arc::clone(&queue.positions), lane.clone(), Arc::clone(&shared), tell));
+        queue.publish(&lane, records(0..100)).await.unwrap();
+        let first = take(&mut subscription, 100).await;
+        subscription.done.send(receipts(&first)).unwrap();
+        // Whoever holds what the poller needs keeps it from everything else.
+        let (held, release) = (Arc::clone(&shared), std::sync::mpsc::channel::<()>());
+        let holder = std::thread::spawn(move || {
+            let _receipts = lock(&held.receipts);
+            release.1.recv().unwrap_err();
+        });
+        queue.publish(&lane, records(100..200)).await.unwrap();
+        let replaced = async {
+            while shared.current.load(Ordering::Relaxed) == 1 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(40), replaced).await.expect("another takes its place");
+        drop(release.0);
+        holder.join().unwrap();
+        let mut keys = std::collections::BTreeSet::new();
+        while keys.len() < 100 {
+            let more = tokio::time::timeout(Duration::from_secs(40), subscription.taken.recv()).await;
+            let more = more.expect("the rest comes").expect("the subscription goes on");
+            subscription.done.send(receipts(&more)).unwrap();
+            keys.extend(
+                more.into_iter()
+                    .map(|taken| taken.value)
+                    .filter(|value| first.iter().all(|seen| seen.value != *value)),
+            );
         }
-        assert_eq!(trackers.unread(&behind, false), (0, true), "nothing is taken: it is full or paused");
-        assert_eq!(trackers.unread(&behind, true), (1, true));
-        assert_eq!(trackers.unread(&[depth(0, 5, 5), depth(1, 9, 9)], true), (0, false));
-        assert_eq!(trackers.unread(&[depth(2, 0, 9)], true), (0, false), "another member's");
-        // What is out is on its way: a slow reader is no reason.
-        trackers.unread(&behind, true);
-        trackers.partitions.get_mut(&1).unwrap().watermark.take(3);
-        assert_eq!(trackers.unread(&behind, true), (0, true));
-        trackers.unread(&behind, true);
-        trackers.assign(&[0, 1]);
-        assert_eq!(trackers.unread(&behind, true), (1, true), "a new assignment has its time");
-    }
-
-    #[test]
-    fn without_a_partition_those_count_where_nobody_moves_on() {
-        let mut trackers = Trackers::default();
-        for (depths, said) in [
-            (vec![depth(0, 3, 9)], (0, true)),
-            (vec![depth(0, 5, 9)], (0, true)),
-            (vec![depth(0, 5, 12)], (1, true)),
-            (vec![depth(0, 5, 12), depth(1, 0, 4)], (2, true)),
-            (vec![depth(0, 12, 12), depth(1, 0, 4)], (3, true)),
-            (vec![depth(0, 12, 12), depth(1, 4, 4)], (0, false)),
-            (vec![], (0, false)),
-        ] {
-            assert_eq!(trackers.unread(&depths, true), said, "{depths:?}");
-        }
-        trackers.unread(&[depth(1, 0, 4)], true);
-        assert_eq!(trackers.unread(&[depth(1, 0, 4)], true), (1, true));
-        trackers.assign(&[]);
-        assert_eq!(trackers.unread(&[depth(1, 0, 4)], true), (0, true), "a new assignment has its time");
+        subscription.close().await;
     }
 }

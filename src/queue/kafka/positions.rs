@@ -15,10 +15,13 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use super::log::LogContext;
 use super::{ANSWER, NO_GROUP, blocking, refused};
 use crate::clock::{Clock, Stopwatch};
-use crate::queue::{Depth, Result};
+use crate::queue::{Depth, QueueError, Result};
 
 /// A client that has had no answer for so long is made anew: two questions that run out of time.
 const SILENT: Duration = Duration::from_secs(10);
+
+/// The longest a question may take: its calls end by themselves sooner, unless librdkafka is stuck.
+const QUESTION_MAX: Duration = Duration::from_secs(4 * ANSWER.as_secs() + 1);
 
 /// How long to look for what a client reports. Without any time one report that is no error ends the search.
 const REPORTS: Duration = Duration::from_millis(1);
@@ -67,7 +70,9 @@ impl Positions {
     ) -> Result<T> {
         let client = self.client(group)?;
         // The client is dropped there, too, which may take its time.
-        let answer = blocking(move || question(&client)).await;
+        let answer = tokio::time::timeout(QUESTION_MAX, blocking(move || question(&client))).await;
+        let answer = answer
+            .unwrap_or_else(|_| Err(QueueError::Unavailable(format!("no answer within {QUESTION_MAX:?}"))));
         let silent = self.note(group, answer.is_ok());
         if let (Some(client), Err(error)) = (silent, &answer) {
             tracing::warn!(target: "kafka", "the client that asks for the positions of {group} is made anew: {error}");

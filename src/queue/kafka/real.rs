@@ -9,7 +9,7 @@ use super::*;
 use crate::queue::conformance::{self, receipts, records, take};
 
 #[expect(clippy::disallowed_methods, reason = "tests are told by the environment where Kafka is")]
-fn queue() -> KafkaQueue {
+pub(super) fn queue() -> KafkaQueue {
     let brokers = std::env::var("KAFKA_BROKERS");
     let brokers = brokers.expect("KAFKA_BROKERS is set by `make test`, or by `eval \"$(dev/services env)\"`");
     KafkaQueue::open(KafkaOptions { brokers, client: BTreeMap::new() }).unwrap()
