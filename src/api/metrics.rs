@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::response::IntoResponse;
 
-use super::status::{context, depths};
+use super::status::{depths, parts};
 use super::{ApiState, typed};
 use crate::clock::Stopwatch;
 use crate::service::Context;
@@ -45,7 +45,7 @@ impl Survey {
                     state.metrics.installation(&installation(state).await);
                 }
             };
-            tokio::join!(context(state), whole);
+            tokio::join!(parts(state), whole);
             *last = Some(state.clock.stopwatch());
         }
         state.metrics.encode()

@@ -40,7 +40,7 @@ pub(super) struct StatusView {
     /// What the producers do.
     producer: ProducerView,
     /// Health of store, queue and cache.
-    context: BTreeMap<&'static str, PartView>,
+    parts: BTreeMap<&'static str, PartView>,
     /// What the process that answers is short of.
     shortages: Vec<ShortageView>,
     /// The proof that every message has a place.
@@ -137,7 +137,7 @@ pub(super) struct ReadyView {
     #[schema(example = true)]
     ready: bool,
     /// Each part.
-    context: BTreeMap<&'static str, PartView>,
+    parts: BTreeMap<&'static str, PartView>,
     /// What this process is short of: deliveries or clients wait for it, and everything else goes on.
     shortages: Vec<ShortageView>,
 }
@@ -191,14 +191,14 @@ pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusV
     let count = |count: &crate::store::Count| {
         (count.status.to_string(), CountView { count: count.count, more: count.more })
     };
-    let (lag, context) = tokio::join!(lag(&state.context), context(&state.context));
+    let (lag, parts) = tokio::join!(lag(&state.context), parts(&state.context));
     Ok(Json(StatusView {
         version: env!("CARGO_PKG_VERSION"),
         counts: overview.counts.iter().map(count).collect(),
         oldest_due_age_s: overview.oldest_due_at.map(|due| now.since(due).as_secs_f64()),
         lag,
         producer: control.into(),
-        context,
+        parts,
         shortages: shortages(&state.context),
         reconciliation,
         services,
@@ -222,7 +222,7 @@ pub(super) async fn depths(context: &Context) -> Vec<(String, Vec<Depth>)> {
     futures_util::future::join_all(depths).await.into_iter().flatten().collect()
 }
 
-pub(super) async fn context(context: &Context) -> BTreeMap<&'static str, PartView> {
+pub(super) async fn parts(context: &Context) -> BTreeMap<&'static str, PartView> {
     let (store, queue, cache) = tokio::join!(
         ask(context, context.store.kind(), context.store.missing_migrations()),
         ask(context, context.queue.kind(), context.queue.ping()),
@@ -266,8 +266,8 @@ pub(super) async fn livez() -> impl IntoResponse {
     )
 )]
 pub(super) async fn readyz(State(state): State<ApiState>) -> (StatusCode, Json<ReadyView>) {
-    let context = context(&state.context).await;
-    let ready = context.iter().all(|(part, view)| view.up || *part == "cache");
+    let parts = parts(&state.context).await;
+    let ready = parts.iter().all(|(part, view)| view.up || *part == "cache");
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(ReadyView { ready, context, shortages: shortages(&state.context) }))
+    (status, Json(ReadyView { ready, parts, shortages: shortages(&state.context) }))
 }
