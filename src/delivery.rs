@@ -23,7 +23,7 @@ mod target;
 use std::collections::HashMap;
 use std::error::Error as _;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -407,7 +407,7 @@ impl Network {
     }
 
     fn prepare(&self, endpoint: &Endpoint) -> Result<Arc<Prepared>, String> {
-        let mut all = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.prepared);
         if let Some(known) = all.get(&endpoint.name)
             && known.url == endpoint.url
             && known.secret == endpoint.secret
@@ -536,6 +536,11 @@ fn describe(error: &hyper::Error) -> String {
             None => source.to_string(),
         },
     }
+}
+
+/// Locks what a panic elsewhere can't have left half done.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -115,8 +115,9 @@ impl Limits {
         if self.available(endpoint, in_flight_max, now) > 0 {
             self.total += 1;
             let load = self.load(endpoint);
+            let ahead = load.admitted.saturating_sub(load.in_flight as usize);
             load.admitted += 1;
-            return Admission::Admitted { ahead: load.admitted - 1 - load.in_flight as usize };
+            return Admission::Admitted { ahead };
         }
         match self.loads.get(endpoint) {
             Some(load) if load.is_slow(in_flight_max, now) => Admission::Hold,

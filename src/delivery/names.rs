@@ -5,7 +5,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use hickory_resolver::TokioResolver;
@@ -16,6 +16,7 @@ use hickory_resolver::proto::op::ResponseCode;
 
 use super::budget::Permit;
 use super::connect::{NotConnected, describe};
+use super::lock;
 use crate::clock::Stopwatch;
 use crate::shortage::{Resource, Shortage};
 
@@ -84,11 +85,11 @@ impl AddressCache {
             Err(NotConnected::Short(_)) => return,
         };
         let known = Known { until: watch.elapsed() + wait, addresses };
-        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(known);
+        *lock(&self.known) = Some(known);
     }
 
     fn fresh(&self, watch: &Stopwatch) -> Option<Result<Vec<SocketAddr>, String>> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = lock(&self.known);
         let known = known.as_ref().filter(|known| watch.elapsed() < known.until)?;
         Some(known.addresses.clone())
     }
@@ -130,7 +131,7 @@ impl Resolver {
     /// The resolver of the files as they are.
     fn current(&self) -> Result<Arc<TokioResolver>, NetError> {
         let changed = FILES.map(|file| Path::new(file).metadata().and_then(|meta| meta.modified()).ok());
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = lock(&self.current);
         if let Some(current) = current.as_ref().filter(|current| current.changed == changed) {
             return Ok(Arc::clone(&current.resolver));
         }

@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::budget::{Budget, Permit};
 use super::connect::{Connector, NotConnected};
 use super::connection::Connection;
+use super::lock;
 use super::names::AddressCache;
 use super::target::Origin;
 use crate::shortage::Shortage;
@@ -226,8 +227,4 @@ impl Pool {
         assert_eq!(counted, self.budget.idle(), "the budget counts the same");
         counted
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -12,7 +12,7 @@ mod publisher;
 mod trackers;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -187,6 +187,11 @@ impl Queue for KafkaQueue {
         };
         self.positions.ask(NO_GROUP, ping).await
     }
+}
+
+/// Locks what a panic elsewhere can't have left half done.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs a call that blocks on a thread that may be blocked.

@@ -10,7 +10,7 @@
 //! while no partition is ours, the client is made anew and starts at what the group has committed, or at the beginning.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use rdkafka::client::ClientContext;
@@ -23,8 +23,8 @@ use tokio::sync::oneshot;
 
 use super::log::LogContext;
 use super::positions::Positions;
-use super::refused;
 use super::trackers::Trackers;
+use super::{lock, refused};
 use crate::clock::{Clock, Stopwatch};
 use crate::queue::{Depth, QueueError, Receipt, Result, Subscription, Taken};
 
@@ -406,10 +406,6 @@ fn commit(client: &BaseConsumer<Assignment>, lane: &str, positions: &[(i32, i64)
         client.context().committing.store(false, Ordering::Relaxed);
         tracing::debug!(target: "kafka", "{lane}: positions were not committed: {error}");
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Bytes of the values of a batch.

@@ -4,7 +4,7 @@
 //! an outage it may wait for a coordinator that is no more.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use rdkafka::config::ClientConfig;
@@ -13,7 +13,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use super::log::LogContext;
-use super::{ANSWER, NO_GROUP, blocking, refused};
+use super::{ANSWER, NO_GROUP, blocking, lock, refused};
 use crate::clock::{Clock, Stopwatch};
 use crate::queue::{Depth, QueueError, Result};
 
@@ -111,7 +111,7 @@ impl Positions {
     }
 
     fn clients(&self) -> MutexGuard<'_, BTreeMap<String, Asking>> {
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.clients)
     }
 }
 

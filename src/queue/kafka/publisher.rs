@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -14,7 +14,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, Prod
 use tokio::sync::oneshot;
 
 use super::log::LogContext;
-use super::{unavailable, unpublished};
+use super::{lock, unavailable, unpublished};
 use crate::queue::{LaneRecord, Result};
 use crate::store::LogPosition;
 
@@ -64,15 +64,15 @@ impl Publisher {
     }
 
     pub(super) fn known_partitions(&self, lane: &str) -> Option<i32> {
-        self.partitions.lock().unwrap_or_else(PoisonError::into_inner).get(lane).copied()
+        lock(&self.partitions).get(lane).copied()
     }
 
     pub(super) fn know(&self, lane: &str, partitions: i32) {
-        self.partitions.lock().unwrap_or_else(PoisonError::into_inner).insert(lane.to_owned(), partitions);
+        lock(&self.partitions).insert(lane.to_owned(), partitions);
     }
 
     pub(super) fn forget(&self, lanes: &[String]) {
-        let mut known = self.partitions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.partitions);
         for lane in lanes {
             known.remove(lane);
         }
@@ -190,7 +190,7 @@ impl Acks {
     }
 
     fn failed(&self, error: KafkaError) {
-        self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        lock(&self.error).get_or_insert(error);
         self.count();
     }
 
@@ -198,8 +198,8 @@ impl Acks {
         if self.left.fetch_sub(1, Ordering::AcqRel) > 1 {
             return;
         }
-        let error = self.error.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let error = lock(&self.error).take();
+        let answer = lock(&self.answer).take();
         if let Some(answer) = answer {
             // Whoever published may have been stopped meanwhile; the batch in the store is issued again.
             let _ = answer.send(error.map_or_else(|| Ok(self.last_offset.load(Ordering::Relaxed)), Err));
