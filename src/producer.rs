@@ -52,7 +52,7 @@ const TIMED_LATE: Duration = Duration::from_millis(20);
 /// Deliveries come due in bursts, as their tries failed in bursts; for so long after one the looks stay frequent.
 const BURST: Duration = Duration::from_secs(1);
 /// How often consumers are asked, while there is something to claim, which endpoints are saturated.
-const SATURATED_LOOK: Duration = Duration::from_millis(20);
+const SATURATED_LOOK: Duration = Duration::from_millis(40);
 /// How often held deliveries of endpoints that are open again are looked for.
 const UNHOLD: Duration = Duration::from_secs(1);
 /// How often, while there are more of them than were freed: the store may know of a closed endpoint before we do, and
@@ -142,7 +142,7 @@ impl Service for Producer {
         let mut worked = false;
         if new {
             worked |= self.claim_new(instance, now).await?;
-        } else {
+        } else if self.has_room() {
             // What was true before a pause would only delay the first messages after it.
             self.saturated.clear();
         }
@@ -203,7 +203,7 @@ impl Producer {
         self.context.metrics.is_active_producer(false);
     }
 
-    /// After work the next look follows at once; then the gap doubles up to the poll interval. In a burst the
+    /// After work the next look follows at once; then the gap grows up to the poll interval. In a burst the
     /// looks begin at even times, however long each takes.
     fn rest(&mut self, worked: bool, now: Now) -> Step {
         if worked {
@@ -211,7 +211,7 @@ impl Producer {
             return Step::Worked;
         }
         let mut gap = self.gap.min(self.options.poll);
-        self.gap = (gap * 2).min(self.options.poll);
+        self.gap = gap.mul_f64(GAP_GROWTH).min(self.options.poll);
         if now.instant < self.burst_until {
             gap = gap.min(self.next_timed.since(self.context.clock.instant())).max(GAP_MIN);
         }
@@ -261,6 +261,8 @@ impl Producer {
     async fn due(&self, now: Now) -> Result<DueNow> {
         if now.instant < self.next_timed {
             return match self.gap {
+                // Nothing could be claimed, whatever the answer.
+                _ if !self.has_room() => Ok(DueNow::default()),
                 GAP_MIN => Ok(DueNow { new: true, lanes: Vec::new() }),
                 _ => self.context.store.due(&[], now.time).await,
             };
@@ -386,6 +388,13 @@ impl Producer {
         }
     }
 
+    /// Whether the fresh lane takes a claim of new messages now.
+    fn has_room(&self) -> bool {
+        let lane = &self.options.fresh_lane;
+        let least = self.least(lane, Due::New(Urgency::Normal));
+        self.capacity.free(lane) >= least && !self.publisher.is_busy(lane)
+    }
+
     /// Publishes a claimed batch beside the next claim.
     fn publish(&mut self, lane: String, batch: BatchId, tickets: Vec<Ticket>) {
         if !tickets.is_empty() {
@@ -420,8 +429,10 @@ impl Producer {
     }
 }
 
-/// The gap after work; it doubles from here.
-const GAP_MIN: Duration = Duration::from_millis(2);
+/// The gap after work, and by how much it grows with each look in vain: slowly, so that steady traffic is looked for
+/// as often as it comes.
+const GAP_MIN: Duration = Duration::from_millis(1);
+const GAP_GROWTH: f64 = 1.25;
 const GAP_MAX: Duration = Duration::from_millis(100);
 
 /// What a claim came to.

@@ -101,7 +101,7 @@ mod tests {
         store.put_endpoint(&Endpoint::new("default", "http://localhost:3000")).await.unwrap();
         Context {
             queue: Arc::new(EmbeddedQueue::new(1, clock.clone())),
-            cache: Arc::new(MemoryCache::new()),
+            cache: Arc::new(MemoryCache::new(clock)),
             clock: clock.clone(),
             metrics: Arc::default(),
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "test", "here")),

@@ -41,7 +41,7 @@ impl Api {
         let context = Context {
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "api", "test")),
             queue: Arc::new(EmbeddedQueue::new(2, clock.clone())),
-            cache: Arc::new(MemoryCache::new()),
+            cache: Arc::new(MemoryCache::new(&clock)),
             metrics: Arc::default(),
             clock: clock.clone(),
             directory,

@@ -145,7 +145,7 @@ async fn post(
     stages: &mut BTreeMap<&'static str, f64>,
 ) -> Result<f64> {
     let delivery = stack.delivery()?;
-    let endpoint = Arc::new(crate::store::Endpoint::new("default", &receiver.url()));
+    let endpoint = Arc::new(super::stack::endpoint(&receiver.url()));
     let watch = stack.clock().stopwatch();
     let mut meter = Meter { count: tickets.len() as f64, stages };
     let before = machine_us();

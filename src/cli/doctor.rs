@@ -191,7 +191,7 @@ async fn look_at_cache(config: &Config) -> Finding {
     if config.cache == CacheConfig::Memory {
         return ok(about, "in each process (REDIS_URL is not set)");
     }
-    let cache = match app::open_cache(&config.cache) {
+    let cache = match app::open_cache(&config.cache, &Clock::system()) {
         Ok(cache) => cache,
         Err(error) => return fault(about, error.0),
     };

@@ -30,11 +30,13 @@ use crate::telemetry::LaneMetrics;
 use crate::ticket::Ticket;
 
 /// Under load, tickets wait for others before they are begun together, because a call costs the store more than a
-/// ticket: until there are so many, or one has waited for so long. Longer where so many of its endpoint are here before
-/// it: that is busy meanwhile.
+/// ticket: until there are so many, or one has waited for so long.
 const GROUP: usize = 1_000;
 const LINGER: Duration = Duration::from_millis(5);
-const LONG_LINGER: Duration = Duration::from_millis(30);
+/// Longer where others of its endpoint are here before it: each keeps that endpoint busy for so long at least (40,000 a
+/// second are more than one consumer delivers), up to a bound.
+const BUSY_FOR: Duration = Duration::from_micros(25);
+const LINGER_MAX: Duration = Duration::from_millis(30);
 /// There is load while this many messages wait for a slot or have one: then nothing idles meanwhile.
 const LOADED: usize = 64;
 /// Bytes of tickets in memory, at most: then no more is taken from the lane. What was taken at once may come on top.
@@ -207,7 +209,7 @@ impl Dispatcher {
                         return;
                     }
                     Admission::Admitted { ahead } => {
-                        let by = now.after(if ahead >= GROUP { LONG_LINGER } else { LINGER });
+                        let by = now.after(linger(ahead));
                         if self.to_begin.is_empty() || by < self.to_begin.begin_at {
                             self.to_begin.begin_at = by;
                         }
@@ -420,6 +422,11 @@ impl Dispatcher {
         }
         self.subscription
     }
+}
+
+/// How long a ticket may wait for others, with so many of its endpoint before it.
+fn linger(ahead: usize) -> Duration {
+    BUSY_FOR.saturating_mul(u32::try_from(ahead).unwrap_or(u32::MAX)).clamp(LINGER, LINGER_MAX)
 }
 
 /// Waits for so long; for ever without a time.

@@ -21,6 +21,8 @@ use crate::telemetry::LaneMetrics;
 const BATCH: usize = 2_000;
 /// With at least this many results at once there is load, and waiting a moment makes fewer, larger writes.
 const LOADED: usize = 64;
+/// So many are worth a write at once.
+const FULL: usize = BATCH * 3 / 4;
 const LINGER: Duration = Duration::from_millis(25);
 
 /// Results that were written.
@@ -44,7 +46,7 @@ pub(super) async fn run(
     let cache = tokio::spawn(keep_answers(context.clone(), kept));
     let mut batch = Vec::with_capacity(BATCH);
     while judged.recv_many(&mut batch, BATCH).await > 0 {
-        if (LOADED..BATCH / 2).contains(&batch.len()) {
+        if (LOADED..FULL).contains(&batch.len()) {
             tokio::time::sleep(LINGER).await;
             while batch.len() < BATCH {
                 let Ok(more) = judged.try_recv() else { break };

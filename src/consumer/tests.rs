@@ -47,7 +47,7 @@ impl Bench {
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "test")),
             directory: Arc::new(Directory::new(Arc::clone(&store))),
             queue: Arc::new(EmbeddedQueue::new(1, clock.clone())),
-            cache: Arc::new(MemoryCache::new()),
+            cache: Arc::new(MemoryCache::new(&clock)),
             metrics: Arc::default(),
             clock,
             store,

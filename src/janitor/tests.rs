@@ -17,7 +17,7 @@ fn context(clock: &Clock) -> Context {
     let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
     Context {
         queue: Arc::new(crate::queue::embedded::EmbeddedQueue::new(1, clock.clone())),
-        cache: Arc::new(crate::cache::memory::MemoryCache::new()),
+        cache: Arc::new(crate::cache::memory::MemoryCache::new(clock)),
         clock: clock.clone(),
         metrics: Arc::default(),
         presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "test", "here")),

@@ -38,7 +38,7 @@ impl Bench {
             presence: Arc::new(Presence::new(Arc::clone(&store), clock.clone(), "up", "here")),
             directory: Arc::new(Directory::new(Arc::clone(&store))),
             queue: queue(clock.clone()),
-            cache: Arc::new(MemoryCache::new()),
+            cache: Arc::new(MemoryCache::new(&clock)),
             metrics: Arc::new(Metrics::default()),
             clock,
             store,

@@ -132,7 +132,7 @@ async fn happen(world: &World, event: Event) {
         }
         Event::WipeCache => {
             world.faults.count("wipes of the cache", 1);
-            world.cache.wipe();
+            world.cache.wipe(&world.clock);
         }
     }
 }

@@ -108,7 +108,7 @@ impl World {
         let world = World {
             database: Mutex::new(database()),
             queue: EmbeddedQueue::new(3, clock.clone()),
-            cache: SharedCache::default(),
+            cache: SharedCache::new(&clock),
             faults: Faults::random(clock.clone(), calm_at),
             history: Mutex::default(),
             hosts: [Host::default(), Host::default()],

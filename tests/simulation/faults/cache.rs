@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use ams::cache::memory::MemoryCache;
 use ams::cache::{Cache, CacheError, Response, Result};
+use ams::clock::Clock;
 use ams::message::MessageId;
 use async_trait::async_trait;
 
@@ -12,16 +13,19 @@ use crate::node::Process;
 use crate::world::World;
 
 /// The cache that all processes share.
-#[derive(Default)]
 pub struct SharedCache(Mutex<Arc<MemoryCache>>);
 
 impl SharedCache {
+    pub fn new(clock: &Clock) -> SharedCache {
+        SharedCache(Mutex::new(Arc::new(MemoryCache::new(clock))))
+    }
+
     pub fn now(&self) -> Arc<MemoryCache> {
         Arc::clone(&self.0.lock().unwrap())
     }
 
-    pub fn wipe(&self) {
-        *self.0.lock().unwrap() = Arc::default();
+    pub fn wipe(&self, clock: &Clock) {
+        *self.0.lock().unwrap() = Arc::new(MemoryCache::new(clock));
     }
 }
 
