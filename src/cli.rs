@@ -65,7 +65,7 @@ pub fn command() -> Command {
         .arg_required_else_help(true)
         .subcommands(services::commands().map(with_settings))
         .subcommands(own.map(with_settings))
-        .subcommand(bench::receiver_command())
+        .subcommands(bench::server_commands())
         .subcommand(send::command())
         .subcommand(messages::command())
         .subcommand(dlq::command())
@@ -98,7 +98,7 @@ fn json_arg() -> Arg {
 
 async fn run(verb: &str, matches: &ArgMatches) -> app::Result<ExitCode> {
     match verb {
-        "bench-receiver" => return bench::run_receiver(matches).await,
+        "bench-receiver" | "bench-sink" => return bench::run_server(verb, matches).await,
         "completions" => return completions::run(matches),
         _ => {}
     }

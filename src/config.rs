@@ -14,7 +14,7 @@ use crate::lane::Lane;
 use crate::store::Pacing;
 
 pub use parse::duration;
-pub use settings::{SETTINGS, Setting};
+pub use settings::{SETTINGS, Setting, kafka_client_settings};
 
 /// A setting that can't be used.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]

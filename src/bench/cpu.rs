@@ -51,15 +51,6 @@ impl Usage {
     }
 }
 
-/// CPU time that all processors of this machine have spent working, in µs.
-pub(super) fn machine_us() -> f64 {
-    let Ok(stat) = std::fs::read_to_string("/proc/stat") else { return 0.0 };
-    let ticks: Vec<f64> =
-        stat.lines().next().unwrap_or("").split_whitespace().skip(1).flat_map(str::parse).collect();
-    // user, nice, system, (idle, iowait,) irq, softirq
-    [0, 1, 2, 5, 6].iter().filter_map(|i| ticks.get(*i)).sum::<f64>() * 1e6 / TICKS
-}
-
 /// User and system time of a process, in µs.
 fn cpu_us(pid: u32) -> Option<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -87,6 +78,6 @@ mod tests {
         while Usage::of(&watched).cpu_us_since(&before)["me"] < 20_000.0 {
             sum = (0..100_000_u64).fold(sum, |a, b| a.wrapping_mul(31).wrapping_add(b));
         }
-        assert!(machine_us() > 0.0 && Usage::of(&watched).memory_mb()["me"] > 1.0, "{sum}");
+        assert!(Usage::of(&watched).memory_mb()["me"] > 1.0, "{sum}");
     }
 }

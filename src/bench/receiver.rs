@@ -3,6 +3,7 @@
 
 mod server;
 
+use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -13,13 +14,18 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 
 pub use self::server::serve;
+use super::failed;
+use super::measure::Latency;
 use super::stack::Stack;
-use super::{Latency, failed};
 use crate::app::Result;
 use crate::clock::Clock;
 
 /// Below the ephemeral range, so that no client can take the port first.
 const PORTS: std::ops::Range<u16> = 21_000..21_100;
+/// Messages on paths that begin like this are never answered.
+pub(super) const HANG: &str = "/hang";
+/// Messages on paths that begin like this are answered after so many milliseconds as follow.
+pub(super) const WAIT: &str = "/wait/";
 /// Without a single new arrival for this long, the rest is believed lost.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -35,31 +41,29 @@ pub(super) struct Receiver {
 pub(super) struct Arrived {
     pub(super) arrivals: usize,
     pub(super) distinct: usize,
-    first_us: i64,
-    last_us: i64,
-    /// Ages in µs, sorted; at most a million are kept.
+    /// When the first and the last came, in µs of the epoch.
+    pub(super) first_us: i64,
+    pub(super) last_us: i64,
+    /// Ages in µs, sorted; at most a million of each path are kept.
     #[serde(default)]
     ages_us: Vec<i64>,
 }
 
 impl Arrived {
-    pub(super) fn per_s(&self) -> f64 {
-        let took = Duration::from_micros(u64::try_from(self.last_us - self.first_us).unwrap_or(0).max(1));
-        self.arrivals as f64 / took.as_secs_f64()
+    /// How old they were.
+    pub(super) fn latency(&self) -> Latency {
+        Latency::of_sorted(&self.ages_us)
     }
 
-    pub(super) fn latency(&self) -> Latency {
-        let at = |share: f64| {
-            let index = (self.ages_us.len().saturating_sub(1)) as f64 * share;
-            self.ages_us.get(index as usize).map_or(0.0, |us| *us as f64 / 1000.0)
-        };
-        Latency { p50: at(0.5), p99: at(0.99), max: at(1.0) }
+    /// Arrivals beyond the first of each message.
+    pub(super) fn repeats(&self) -> usize {
+        self.arrivals - self.distinct
     }
 }
 
 impl Receiver {
     pub(super) async fn start(clock: &Clock) -> Result<Receiver> {
-        let port = free_port().await?;
+        let port = free_port(PORTS.start).await?;
         let program =
             std::env::current_exe().map_err(|error| failed("our own program is not found")(&error))?;
         let child = Command::new(program)
@@ -78,8 +82,13 @@ impl Receiver {
         Ok(receiver)
     }
 
-    pub(super) fn url(&self) -> String {
-        format!("http://127.0.0.1:{}/", self.port)
+    /// Where messages of `path`, which begins with a slash, are sent to.
+    pub(super) fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address())
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.port))
     }
 
     pub(super) fn pid(&self) -> u32 {
@@ -91,16 +100,22 @@ impl Receiver {
         self.ask(Method::DELETE, "/").await.map(drop)
     }
 
-    /// Waits until `wanted` distinct messages have arrived, or nothing has for a while.
-    pub(super) async fn wait_for(&self, wanted: usize, stack: &Stack) -> Result<Arrived> {
+    /// What has arrived on `path`, or on all when it is empty.
+    pub(super) async fn arrived(&self, path: &str) -> Result<Arrived> {
+        self.parsed(&format!("/ages{path}")).await
+    }
+
+    /// Waits until `wanted` distinct messages have arrived on `path`, or on all when it is empty, or nothing has for a
+    /// while.
+    pub(super) async fn wait_for(&self, path: &str, wanted: usize, stack: &Stack<'_>) -> Result<Arrived> {
         let (mut last, mut watch) = (0, self.clock.stopwatch());
         loop {
-            let seen: Arrived = self.parsed("/counts").await?;
+            let seen: Arrived = self.parsed(&format!("/counts{path}")).await?;
             if seen.arrivals != last {
                 (last, watch) = (seen.arrivals, self.clock.stopwatch());
             }
             if seen.distinct >= wanted || watch.elapsed() > PATIENCE {
-                return self.parsed("/ages").await;
+                return self.arrived(path).await;
             }
             stack.assert_running()?;
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -148,8 +163,9 @@ impl Drop for Receiver {
     }
 }
 
-async fn free_port() -> Result<u16> {
-    for port in PORTS {
+/// The first free port from this one on.
+pub(super) async fn free_port(first: u16) -> Result<u16> {
+    for port in first..PORTS.end {
         if TcpListener::bind(("127.0.0.1", port)).await.is_ok() {
             return Ok(port);
         }

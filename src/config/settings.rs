@@ -1,5 +1,7 @@
 //! Every setting, declared once: name, default, help, and what of it may be shown.
 
+use std::collections::BTreeMap;
+
 use super::Role;
 use crate::redact::{self, HIDDEN};
 
@@ -148,3 +150,9 @@ pub(super) const KAFKA_CLIENT: &[(&str, &str)] = &[
     ("KAFKA_SSL_CERTIFICATE", "ssl.certificate.location"),
     ("KAFKA_SSL_KEY", "ssl.key.location"),
 ];
+
+/// The settings, by their names here, that make a Kafka client as `client` has it.
+pub fn kafka_client_settings(client: &BTreeMap<String, String>) -> Vec<(&'static str, String)> {
+    let value = |(name, key): &(&'static str, &str)| Some((*name, client.get(*key)?.clone()));
+    KAFKA_CLIENT.iter().filter_map(value).collect()
+}

@@ -1,4 +1,4 @@
-//! Everything in one process: the demo, the embedded store beside a shell, and the benchmark.
+//! Everything in one process: the demo, and the embedded store beside a shell.
 
 use std::process::Command;
 use std::time::Duration;
@@ -62,33 +62,4 @@ async fn a_shell_inserts_into_the_embedded_store_and_a_kill_loses_nothing() {
     println!("killed in mid-run: lost 0, repeats {}", receiver.duplicates());
     up.kill().unwrap();
     up.wait().unwrap();
-}
-
-#[test]
-fn the_benchmark_prints_what_the_contract_names() {
-    let _alone = alone();
-    let _stack = setting("DATABASE_URL").expect("DATABASE_URL is set by `make test`");
-    let folder = tempfile::tempdir().unwrap();
-    let arguments = ["bench", "--json", "--messages", "5000", "--seconds", "1", "--rate", "200"];
-    let full =
-        Command::new(env!("CARGO_BIN_EXE_ams")).args(arguments).current_dir(folder.path()).output().unwrap();
-    let embedded = embedded(folder.path()).args(arguments).output().unwrap();
-    for (output, stack) in [(full, "full"), (embedded, "embedded")] {
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-        assert_eq!(
-            (&report["stack"], &report["lost"], &report["duplicates"]),
-            (&stack.into(), &0.into(), &0.into())
-        );
-        for name in ["messages", "payload_bytes", "delivered_per_s", "limit_per_s", "ratio"] {
-            assert!(report[name].as_f64().unwrap() > 0.0, "{name} in {report}");
-        }
-        for name in ["p50", "p99", "max"] {
-            assert!(report["latency_ms"][name].as_f64().unwrap() > 0.0, "{name} in {report}");
-            assert!(report["rest_latency_ms"][name].as_f64().unwrap() > 0.0, "{name} in {report}");
-        }
-        assert!(report["cpu_us_per_message"]["receiver"].as_f64().unwrap() > 0.0, "{report}");
-        assert!(report["idle_cpu_percent"]["receiver"].is_number(), "{report}");
-        assert_eq!(report["sql_statements_per_message"].is_number(), stack == "full", "{report}");
-    }
 }

@@ -4,6 +4,7 @@
 //! Needs `DATABASE_URL`, `KAFKA_BROKERS` and `REDIS_URL` (`make test` sets them) and fails without. The
 //! tests share the services and some of them kill those, so they run one at a time.
 
+mod bench;
 mod broken;
 mod calm;
 mod clocks;

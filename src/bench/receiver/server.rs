@@ -1,10 +1,12 @@
-//! The receiver's process: `POST` counts, `GET /counts` and `GET /ages` tell, `DELETE` forgets.
+//! The receiver's process: `POST` counts, `GET /counts` and `GET /ages` tell, `DELETE` forgets. What arrives on a path is
+//! told by itself, too (`GET /counts/PATH`). `POST /hang…` is counted and never answered, `POST /wait/MS…` after so
+//! many milliseconds.
 //!
 //! It shares the machine with what is measured, so it does no more than it must: hyper's server costs
 //! some 3 us a request more than this (measured with a prototype). It is for this benchmark's two clients only.
 
 use std::cell::RefCell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -13,7 +15,7 @@ use tokio::net::TcpStream;
 use tokio::task::LocalSet;
 use tokio_util::sync::CancellationToken;
 
-use super::Arrived;
+use super::{Arrived, HANG, WAIT};
 use crate::app::{self, Result};
 use crate::clock::{Clock, Timestamp};
 
@@ -53,12 +55,12 @@ pub async fn serve(port: u16, stop: CancellationToken) -> Result<()> {
 
 struct Receiver {
     clock: Clock,
-    // Never borrowed over an await.
-    counts: RefCell<Counts>,
+    /// By path. Never borrowed over an await.
+    counts: RefCell<HashMap<String, Counts>>,
 }
 
-/// What has arrived since the last `DELETE`.
-#[derive(Default)]
+/// What has arrived on a path since the last `DELETE`.
+#[derive(Clone, Default)]
 struct Counts {
     arrivals: usize,
     ids: HashSet<i64>,
@@ -84,8 +86,14 @@ impl Receiver {
             };
             let length = request.length;
             let written = match self.answer(&request) {
-                None => stream.write_all(ACCEPTED).await,
-                Some(told) => stream.write_all(&told).await,
+                Answer::Accepted => stream.write_all(ACCEPTED).await,
+                Answer::AcceptedAfter(wait) => {
+                    tokio::time::sleep(wait).await;
+                    stream.write_all(ACCEPTED).await
+                }
+                Answer::Told(told) => stream.write_all(&told).await,
+                // Until the client has had enough.
+                Answer::Never => return drop(stream.read_to_end(&mut taken).await),
             };
             if written.is_err() {
                 return;
@@ -94,23 +102,51 @@ impl Receiver {
         }
     }
 
-    /// Does what the request asks; `None`: a message has been counted.
-    fn answer(&self, request: &Request<'_>) -> Option<Vec<u8>> {
+    /// Does what the request asks.
+    fn answer(&self, request: &Request<'_>) -> Answer {
         let mut counts = self.counts.borrow_mut();
         let body = match request.method {
             "POST" => {
-                counts.count(request.body, &self.clock);
-                return None;
+                match counts.get_mut(request.path) {
+                    Some(counts) => counts.count(request.body, &self.clock),
+                    None => {
+                        counts.entry(request.path.to_owned()).or_default().count(request.body, &self.clock)
+                    }
+                }
+                return Answer::to(request.path);
             }
-            "GET" => counts.tell(request.path == "/ages"),
+            "GET" => match request.path.strip_prefix("/ages") {
+                Some(path) => tell(&counts, path, true),
+                None => tell(&counts, request.path.strip_prefix("/counts").unwrap_or(""), false),
+            },
             _ => {
-                *counts = Counts::default();
+                counts.clear();
                 Vec::new()
             }
         };
         let mut answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len()).into_bytes();
         answer.extend(body);
-        Some(answer)
+        Answer::Told(answer)
+    }
+}
+
+/// How a request is answered.
+#[derive(Debug, PartialEq)]
+enum Answer {
+    Accepted,
+    AcceptedAfter(Duration),
+    Told(Vec<u8>),
+    Never,
+}
+
+impl Answer {
+    /// The answer to a message on this path.
+    fn to(path: &str) -> Answer {
+        if path.starts_with(HANG) {
+            return Answer::Never;
+        }
+        let wait = path.strip_prefix(WAIT).and_then(|rest| rest.split('/').next()?.parse().ok());
+        wait.map_or(Answer::Accepted, |ms| Answer::AcceptedAfter(Duration::from_millis(ms)))
     }
 }
 
@@ -172,22 +208,31 @@ impl Counts {
         }
     }
 
-    fn tell(&self, with_ages: bool) -> Vec<u8> {
-        let mut ages_us = Vec::new();
-        if with_ages {
-            ages_us.clone_from(&self.ages_us);
-            ages_us.sort_unstable();
-        }
-        let arrived = Arrived {
-            arrivals: self.arrivals,
-            distinct: self.ids.len(),
-            first_us: self.first_us,
-            last_us: self.last_us,
-            ages_us,
-        };
-        // Numbers always serialize.
-        serde_json::to_vec(&arrived).unwrap_or_default()
+    /// Adds what arrived on another path.
+    fn add(&mut self, other: &Counts) {
+        let first = [self.first_us, other.first_us].into_iter().filter(|us| *us > 0).min();
+        self.first_us = first.unwrap_or(0);
+        self.last_us = self.last_us.max(other.last_us);
+        self.arrivals += other.arrivals;
+        self.ids.extend(&other.ids);
+        self.ages_us.extend(&other.ages_us);
     }
+}
+
+/// Tells what arrived on `path`, or on all paths when it is empty.
+fn tell(counts: &HashMap<String, Counts>, path: &str, with_ages: bool) -> Vec<u8> {
+    let mut told = Counts::default();
+    counts.iter().filter(|(on, _)| path.is_empty() || *on == path).for_each(|(_, counts)| told.add(counts));
+    told.ages_us.sort_unstable();
+    let arrived = Arrived {
+        arrivals: told.arrivals,
+        distinct: told.ids.len(),
+        first_us: told.first_us,
+        last_us: told.last_us,
+        ages_us: if with_ages { told.ages_us } else { Vec::new() },
+    };
+    // Numbers always serialize.
+    serde_json::to_vec(&arrived).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -223,9 +268,24 @@ mod tests {
             counts.count(format!(r#"{{"id":{id},"created_at":"1970-01-01T00:00:05Z"}}"#).as_bytes(), &clock);
         }
         counts.count(b"no message", &clock);
-        let told: Arrived = serde_json::from_slice(&counts.tell(true)).unwrap();
-        assert_eq!((told.arrivals, told.distinct), (3, 2));
-        assert_eq!(told.ages_us, [4_000_000, 4_000_000]);
+        let other =
+            Counts { arrivals: 1, ids: HashSet::from([9]), first_us: 1, last_us: 2, ages_us: vec![3] };
+        let all = HashMap::from([("/a".to_owned(), counts), ("/b".to_owned(), other)]);
+        let told = |path, ages| serde_json::from_slice::<Arrived>(&tell(&all, path, ages)).unwrap();
+        let on_a = told("/a", true);
+        assert_eq!((on_a.arrivals, on_a.distinct, &on_a.ages_us[..]), (3, 2, &[4_000_000, 4_000_000][..]));
+        let on_all = told("", true);
+        assert_eq!((on_all.arrivals, on_all.distinct, on_all.ages_us.len()), (4, 3, 3));
+        assert_eq!((on_all.first_us, on_all.last_us), (1, 9_000_000));
+        assert!(told("", false).ages_us.is_empty() && told("/c", true).arrivals == 0);
+    }
+
+    #[test]
+    fn a_path_says_how_it_is_answered() {
+        assert_eq!(Answer::to("/"), Answer::Accepted);
+        assert_eq!(Answer::to("/hang/7"), Answer::Never);
+        assert_eq!(Answer::to("/wait/300/x"), Answer::AcceptedAfter(Duration::from_millis(300)));
+        assert_eq!(Answer::to("/wait/x"), Answer::Accepted);
     }
 
     #[test]

@@ -263,7 +263,8 @@ impl Poller {
         let mut wait = match self.client.context().trackers().out() {
             0 => REST,
             _ if self.pending.is_empty() => POLL,
-            _ => Duration::ZERO,
+            // What is pending has been offered, and the reader was busy.
+            _ => FULL,
         };
         let mut bytes = bytes(&self.pending);
         while self.pending.len() < BATCH && bytes < BATCH_BYTES {

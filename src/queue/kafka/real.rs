@@ -70,6 +70,36 @@ async fn partitions_that_are_added_take_their_share() {
     tokio::time::timeout(Duration::from_secs(30), all).await.expect("each partition gets records");
 }
 
+/// CPU time of the thread that has this name, in milliseconds.
+fn thread_ms(name: &str) -> u64 {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let comm = |task: &std::path::Path| std::fs::read_to_string(task.join("comm")).unwrap_or_default();
+    let task = tasks.into_iter().find(|task| comm(task).trim() == name).expect("the thread runs");
+    let stat = std::fs::read_to_string(task.join("stat")).unwrap();
+    let fields = stat.rsplit_once(')').unwrap().1.split_whitespace().skip(11).take(2);
+    // Ticks of 10 ms: user and system.
+    fields.map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum()
+}
+
+#[tokio::test]
+async fn a_poller_whose_reader_is_busy_costs_nothing() {
+    // Of a thread's name the system keeps 15 bytes.
+    let (queue, lane) = (queue(), format!("busy-{:04x}", fastrand::u16(..)));
+    let mut subscription = queue.subscribe(&lane, &lane, 8_000).await.unwrap();
+    queue.publish(&lane, records(0..1)).await.unwrap();
+    take(&mut subscription, 1).await;
+    while subscription.taken.len() < subscription.taken.max_capacity() {
+        queue.publish(&lane, records(0..10)).await.unwrap();
+    }
+    // Fewer than it gives at once.
+    queue.publish(&lane, records(0..10)).await.unwrap();
+    let before = thread_ms(&format!("kafka {lane}"));
+    let _ = tokio::time::timeout(Duration::from_secs(1), std::future::pending::<()>()).await;
+    let used = thread_ms(&format!("kafka {lane}")) - before;
+    assert!(used < 300, "the poller used {used} ms of a second in which nothing could be given");
+    subscription.close().await;
+}
+
 /// Reads on and marks all as done, until nothing is left in the partitions that `mine` picks.
 async fn drain(queue: &KafkaQueue, lane: &str, subscription: &mut Subscription, mine: impl Fn(i32) -> bool) {
     let all = async {

@@ -33,25 +33,22 @@ impl Scratch {
         &self.url
     }
 
-    /// Forgets the statements counted so far, where the server counts them.
+    /// A connection to it.
     ///
     /// # Errors
     /// When the server can't be reached.
-    pub async fn reset_statements(&self) -> Result<()> {
-        let client = connect(&PostgresOptions::parse(&self.url)?).await?;
-        if client.batch_execute("create extension if not exists pg_stat_statements").await.is_ok() {
-            // Without the preloaded library the extension is there and counts nothing.
-            let _ = client.batch_execute("select pg_stat_statements_reset()").await;
-        }
-        Ok(())
+    pub async fn client(&self) -> Result<Client> {
+        connect(&PostgresOptions::parse(&self.url)?).await
     }
 
-    /// Statements run in this database since the last reset; `None` where the server does not count.
+    /// Statements run in this database so far; `None` where the server does not count.
     ///
     /// # Errors
     /// When the server can't be reached.
     pub async fn statements(&self) -> Result<Option<u64>> {
-        let client = connect(&PostgresOptions::parse(&self.url)?).await?;
+        let client = self.client().await?;
+        // Without the preloaded library the extension is there and counts nothing.
+        let _ = client.batch_execute("create extension if not exists pg_stat_statements").await;
         let statement = "select coalesce(sum(calls), 0)::bigint from pg_stat_statements s \
                          join pg_database d on d.oid = s.dbid where d.datname = current_database()";
         let counted = client.query_one(statement, &[]).await.ok();
