@@ -43,7 +43,8 @@ impl Publisher {
         config
             .set("enable.idempotence", "true")
             .set("acks", "all")
-            .set("linger.ms", "0.5")
+            // Not less: the client's thread waits in whole milliseconds, and spins through what is left of one.
+            .set("linger.ms", "1")
             .set("batch.num.messages", "10000")
             .set("batch.size", "2000000")
             .set("queue.buffering.max.messages", "500000")
