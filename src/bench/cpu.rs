@@ -27,27 +27,38 @@ pub(super) fn named(command: &str, name: &str) -> Vec<Watched> {
 /// What processes have used so far.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Usage {
-    by_name: BTreeMap<String, (f64, f64)>,
+    /// By name and process: CPU time in µs, and the peak of memory in MB.
+    processes: BTreeMap<(String, u32), (f64, f64)>,
 }
 
 impl Usage {
     pub(super) fn of(processes: &[Watched]) -> Usage {
-        let mut usage = Usage::default();
-        for process in processes {
-            let entry = usage.by_name.entry(process.name.clone()).or_default();
-            entry.0 += cpu_us(process.pid).unwrap_or(0.0);
-            entry.1 = entry.1.max(peak_memory_mb(process.pid).unwrap_or(0.0));
-        }
-        usage
+        let of = |process: &Watched| {
+            let used = (cpu_us(process.pid)?, peak_memory_mb(process.pid).unwrap_or(0.0));
+            Some(((process.name.clone(), process.pid), used))
+        };
+        Usage { processes: processes.iter().filter_map(of).collect() }
     }
 
+    /// CPU time used since `before`, by name.
     pub(super) fn cpu_us_since(&self, before: &Usage) -> BTreeMap<String, f64> {
-        let earlier = |name: &str| before.by_name.get(name).map_or(0.0, |usage| usage.0);
-        self.by_name.iter().map(|(name, usage)| (name.clone(), (usage.0 - earlier(name)).max(0.0))).collect()
+        let mut by_name = BTreeMap::new();
+        for (process, (us, _)) in &self.processes {
+            // Of one that was not there before all counts; one that has gone since takes what it used with it.
+            let earlier = before.processes.get(process).map_or(0.0, |used| used.0);
+            *by_name.entry(process.0.clone()).or_default() += (us - earlier).max(0.0);
+        }
+        by_name
     }
 
+    /// The largest peak of memory of one process, by name.
     pub(super) fn memory_mb(&self) -> BTreeMap<String, f64> {
-        self.by_name.iter().map(|(name, usage)| (name.clone(), usage.1)).collect()
+        let mut by_name: BTreeMap<String, f64> = BTreeMap::new();
+        for ((name, _), (_, mb)) in &self.processes {
+            let peak = by_name.entry(name.clone()).or_default();
+            *peak = peak.max(*mb);
+        }
+        by_name
     }
 }
 
@@ -79,5 +90,16 @@ mod tests {
             sum = (0..100_000_u64).fold(sum, |a, b| a.wrapping_mul(31).wrapping_add(b));
         }
         assert!(Usage::of(&watched).memory_mb()["me"] > 1.0, "{sum}");
+    }
+    #[test]
+    fn each_process_is_compared_with_itself() {
+        let usage = |all: &[(&str, u32, f64)]| {
+            let of = |(name, pid, us): &(&str, u32, f64)| (((*name).to_owned(), *pid), (*us, 1.0));
+            Usage { processes: all.iter().map(of).collect() }
+        };
+        let before = usage(&[("postgres", 1, 900.0), ("postgres", 2, 50.0)]);
+        let after = usage(&[("postgres", 2, 70.0), ("postgres", 3, 5.0), ("redis", 4, 1.0)]);
+        let used = BTreeMap::from([("postgres".to_owned(), 25.0), ("redis".to_owned(), 1.0)]);
+        assert_eq!(after.cpu_us_since(&before), used);
     }
 }

@@ -46,7 +46,7 @@ pub(super) struct Arrived {
     pub(super) last_us: i64,
     /// Ages in µs, sorted; at most a million of each path are kept.
     #[serde(default)]
-    ages_us: Vec<i64>,
+    pub(super) ages_us: Vec<i64>,
 }
 
 impl Arrived {

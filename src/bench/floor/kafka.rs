@@ -27,7 +27,7 @@ pub(super) async fn measure(
     count: usize,
     meter: &mut Meter<impl Watch>,
 ) -> Result<()> {
-    let (config, topic) = (site.kafka(), site.name("floor"));
+    let (config, topic) = (site.kafka(), site.name(&format!("floor_{:08x}", fastrand::u32(..))));
     let wrong = |error: KafkaError| failed("the floor's queue failed")(&error);
     let admin: AdminClient<DefaultClientContext> = config.create().map_err(wrong)?;
     let new = [NewTopic::new(&topic, 1, TopicReplication::Fixed(-1))];

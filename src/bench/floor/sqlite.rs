@@ -22,7 +22,10 @@ pub(super) async fn measure(
     count: usize,
     meter: &mut Meter<impl Watch>,
 ) -> Result<()> {
-    let (path, content) = (site.folder().join("floor.db"), content.to_owned());
+    let folder = site.folder().join("floor");
+    let stays = |error| failed("the floor's folder can't be made or removed")(&error);
+    std::fs::create_dir(&folder).map_err(stays)?;
+    let (path, content) = (folder.join("floor.db"), content.to_owned());
     let filled = tokio::task::spawn_blocking({
         let path = path.clone();
         move || fill(&path, &content, count)
@@ -37,7 +40,7 @@ pub(super) async fn measure(
     if taken != count {
         return Err(AppError(format!("the floor's store gave {taken} of {count} messages")));
     }
-    Ok(())
+    std::fs::remove_dir_all(&folder).map_err(stays)
 }
 
 fn fill(path: &Path, content: &str, count: usize) -> rusqlite::Result<Connection> {
