@@ -225,7 +225,7 @@ async fn end(
     for begun in begun {
         let of_batch = tickets.iter().filter(|ticket| begun.positions.has(usize::from(ticket.position)));
         records.extend(of_batch.map(|ticket| Record {
-            ticket: (*ticket).clone(),
+            ticket: Arc::new((*ticket).clone()),
             lane: lane.into(),
             lease: begun.lease,
             root: begun.root,

@@ -38,7 +38,7 @@ impl ToBegin {
 /// A ticket whose endpoint has room for it.
 #[derive(Debug)]
 pub(super) struct Admitted {
-    pub(super) ticket: Ticket,
+    pub(super) ticket: Arc<Ticket>,
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) ready_at: Timestamp,
 }
@@ -46,7 +46,7 @@ pub(super) struct Admitted {
 /// A message that this process is to try.
 #[derive(Debug)]
 pub(super) struct BegunDelivery {
-    pub(super) ticket: Ticket,
+    pub(super) ticket: Arc<Ticket>,
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) instance: InstanceId,
     pub(super) lease: LeaseId,
@@ -129,7 +129,7 @@ async fn begin(
     admitted: &[Admitted],
     stop: &CancellationToken,
 ) -> Option<(InstanceId, Vec<Begun>)> {
-    let wanted = wanted(admitted.iter().map(|admitted| &admitted.ticket));
+    let wanted = wanted(admitted.iter().map(|admitted| &*admitted.ticket));
     if wanted.is_empty() {
         return Some((InstanceId(0), Vec::new()));
     }
@@ -168,13 +168,13 @@ mod tests {
     fn admitted(batch: i64, position: u16) -> Admitted {
         let ticket = Ticket { batch: BatchId(batch), position, ..ticket(batch * 10 + i64::from(position)) };
         let endpoint = Arc::new(Endpoint::new("default", "http://localhost:3000"));
-        Admitted { ticket, endpoint, ready_at: Timestamp::EPOCH }
+        Admitted { ticket: ticket.into(), endpoint, ready_at: Timestamp::EPOCH }
     }
 
     #[test]
     fn tickets_are_wanted_batch_by_batch() {
         let all = [admitted(7, 3), admitted(5, 0), admitted(7, 1), admitted(7, 3)];
-        let wanted = wanted(all.iter().map(|admitted| &admitted.ticket));
+        let wanted = wanted(all.iter().map(|admitted| &*admitted.ticket));
         let seen: Vec<_> =
             wanted.iter().map(|w| (w.batch.0, w.positions.positions().collect::<Vec<_>>())).collect();
         assert_eq!(seen, [(7, vec![1, 3]), (5, vec![0])]);

@@ -74,7 +74,7 @@ pub(super) struct Dispatcher {
 
 /// A ticket that was taken from the lane.
 struct Arrival {
-    ticket: Ticket,
+    ticket: Arc<Ticket>,
     /// When it was published, or due if that was later.
     ready_at: Timestamp,
     receipt: Receipt,
@@ -136,10 +136,11 @@ impl Dispatcher {
                 biased;
                 () = stop.cancelled() => break,
                 _ = self.finished.recv_many(&mut ended, BATCH) => {
+                    let now = self.context.clock.reading();
                     for Finished { begun, tried, took } in ended.drain(..) {
                         match tried {
-                            Some(Err(shortage)) => self.put_off(begun, &shortage),
-                            tried => self.finish(begun, tried.and_then(Result::ok), took),
+                            Some(Err(shortage)) => self.put_off(begun, &shortage, now),
+                            tried => self.finish(begun, tried.and_then(Result::ok), took, now),
                         }
                     }
                 }
@@ -179,7 +180,9 @@ impl Dispatcher {
                     self.saturated.came(&ticket.endpoint);
                     let (receipt, ready_at) = (taken.receipt, taken.published_at);
                     // No ticket is more than that ahead: if it seems so, our clock is behind the producer's.
-                    match ticket.due_at.take().map(|at| at.min(now.after(Ticket::AHEAD))) {
+                    let due_at = ticket.due_at.take();
+                    let ticket = Arc::new(ticket);
+                    match due_at.map(|at| at.min(now.after(Ticket::AHEAD))) {
                         Some(at) if at > now => {
                             let ready_at = ready_at.max(at);
                             self.early
@@ -280,7 +283,7 @@ impl Dispatcher {
             self.limits.leave(&endpoint.name);
         }
         self.done(started.receipts);
-        let now = self.context.clock.now();
+        let Now { time: now, instant } = self.context.clock.reading();
         let mut touched: Vec<Arc<crate::store::Endpoint>> = Vec::new();
         for begun in started.begun {
             self.metrics.begun_after(now.since(begun.ready_at));
@@ -291,13 +294,12 @@ impl Dispatcher {
             }
         }
         for endpoint in touched {
-            self.try_next(&endpoint.name, endpoint.in_flight_max);
+            self.try_next(&endpoint.name, endpoint.in_flight_max, instant);
         }
     }
 
     /// Starts as many waiting messages of an endpoint as may be in flight.
-    fn try_next(&mut self, endpoint: &str, in_flight_max: u32) {
-        let now = self.context.clock.instant();
+    fn try_next(&mut self, endpoint: &str, in_flight_max: u32, now: Instant) {
         let (limits, attempts) = (&mut self.limits, &self.attempts);
         self.waiting.start(
             endpoint,
@@ -307,34 +309,32 @@ impl Dispatcher {
     }
 
     /// Judges a try that ended, and gives its slot to the next.
-    fn finish(&mut self, begun: BegunDelivery, outcome: Option<Outcome>, took: Duration) {
+    fn finish(&mut self, begun: BegunDelivery, outcome: Option<Outcome>, took: Duration, now: Now) {
         let endpoint = Arc::clone(&begun.endpoint);
-        self.limits.finish(&endpoint.name, took, self.context.clock.instant());
-        self.judge(begun, outcome, took);
-        self.try_next(&endpoint.name, endpoint.in_flight_max);
+        self.limits.finish(&endpoint.name, took, now.instant);
+        self.judge(begun, outcome, took, now.time);
+        self.try_next(&endpoint.name, endpoint.in_flight_max, now.instant);
     }
 
     /// Puts a message back in its turn: this process was short of a connection for it, so it has not been tried.
-    fn put_off(&mut self, begun: BegunDelivery, shortage: &Shortage) {
-        let now = self.context.clock.reading();
+    fn put_off(&mut self, begun: BegunDelivery, shortage: &Shortage, now: Now) {
         self.context.metrics.put_off(shortage, now);
         self.limits.put_off(&begun.endpoint.name, now.instant);
         self.waiting.put_back(begun);
     }
 
     /// Starts what was put off, where the pause is over.
-    fn take_up(&mut self) {
+    fn take_up(&mut self, now: Instant) {
         for endpoint in self.waiting.take_put_off() {
-            self.try_next(&endpoint.name, endpoint.in_flight_max);
+            self.try_next(&endpoint.name, endpoint.in_flight_max, now);
             if self.limits.is_short(&endpoint.name) {
                 self.waiting.put_off(&endpoint.name);
             }
         }
     }
 
-    fn judge(&mut self, begun: BegunDelivery, outcome: Option<Outcome>, took: Duration) {
+    fn judge(&mut self, begun: BegunDelivery, outcome: Option<Outcome>, took: Duration, now: Timestamp) {
         let lane = &self.options.lane;
-        let now = self.context.clock.now();
         let verdict = match &outcome {
             None if begun.ticket.is_expired(now) => Verdict::Expired,
             None => Verdict::Release,
@@ -357,7 +357,7 @@ impl Dispatcher {
             lane: Arc::clone(&self.lane),
             lease: begun.lease,
             root: begun.root,
-            outcome,
+            outcome: outcome.map(Arc::new),
             verdict,
             judged_at: now,
         };
@@ -371,7 +371,7 @@ impl Dispatcher {
         self.metrics.in_flight(self.limits.in_flight());
         self.limits.forget_idle();
         let now = self.context.clock.instant();
-        self.take_up();
+        self.take_up(now);
         // The log says when one is over.
         self.context.metrics.shortages(now);
         if self.holding.is_due(now) {
@@ -393,20 +393,20 @@ impl Dispatcher {
             let started = beginning.await;
             self.done(started.receipts);
             for begun in started.begun {
-                self.judge(begun, None, Duration::ZERO);
+                self.judge(begun, None, Duration::ZERO, self.context.clock.now());
             }
         }
         let receipts = self.holding.finish().await;
         self.done(receipts);
         for begun in std::mem::take(&mut self.waiting).into_all() {
-            self.judge(begun, None, Duration::ZERO);
+            self.judge(begun, None, Duration::ZERO, self.context.clock.now());
         }
         while self.limits.in_flight() > 0 || self.unrecorded > 0 {
             tokio::select! {
                 biased;
                 Some(Finished { begun, tried, took }) = self.finished.recv() => {
                     // What was put off has not been tried, and is given back as well.
-                    self.finish(begun, tried.and_then(Result::ok), took);
+                    self.finish(begun, tried.and_then(Result::ok), took, self.context.clock.reading());
                 }
                 Some(recorded) = written.recv() => self.recorded(&recorded),
                 () = &mut patience => {

@@ -4,6 +4,7 @@
 //! repeated until the store has it. Answers go to the cache and dead letters to their lane afterwards.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -99,9 +100,9 @@ async fn write(
             Verdict::Dead { reason, lane } => letters.push(DeadLetter {
                 attempts: ticket.attempt,
                 last_status: outcome.status,
-                last_error: outcome.error,
+                last_error: outcome.error.clone(),
                 dead_at: judged_at,
-                ticket,
+                ticket: Arc::unwrap_or_clone(ticket),
                 lane,
                 reason,
             }),
@@ -160,13 +161,13 @@ async fn write_records(context: &Context, records: &mut [Record]) -> Vec<Message
 /// Takes out of a record what its verdict does not need: first what came from the receiver, then the attempt itself, then
 /// the words of the verdict. `false`: there is nothing more to take out.
 fn strip(record: &mut Record, refusals: u32) -> bool {
-    match (refusals, &mut record.outcome, &mut record.verdict) {
+    match (refusals, record.outcome.as_mut().map(Arc::make_mut), &mut record.verdict) {
         (1, Some(outcome), _) => {
             outcome.answer = String::new();
             outcome.provider_message_id = None;
             outcome.error = Some("the answer could not be stored".to_owned());
         }
-        (1 | 2, outcome, _) => *outcome = None,
+        (1 | 2, ..) => record.outcome = None,
         (3, _, Verdict::Dead { reason, .. }) => *reason = "its reason could not be stored".to_owned(),
         (3, ..) => {}
         _ => return false,

@@ -83,7 +83,7 @@ mod tests {
 
     fn begun(endpoint: &str, id: i64) -> BegunDelivery {
         BegunDelivery {
-            ticket: Ticket { endpoint: endpoint.to_owned(), ..ticket(id) },
+            ticket: Ticket { endpoint: endpoint.to_owned(), ..ticket(id) }.into(),
             endpoint: Arc::new(Endpoint::new(endpoint, "http://127.0.0.1:9/")),
             instance: InstanceId(1),
             lease: LeaseId(1),

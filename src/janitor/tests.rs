@@ -104,7 +104,15 @@ async fn wait_until(context: &Context, due_at: Timestamp) {
     let begun = store.begin(&Begin { wanted: &wanted, repeated: false, owner }).await.unwrap().remove(0);
     let verdict = Verdict::Retry { lane: "messages-retry".into(), lane_tries: 0, at: due_at };
     let (lane, root) = ("messages".into(), begun.root);
-    let record = Record { ticket, lane, lease, root, outcome: None, verdict, judged_at: context.clock.now() };
+    let record = Record {
+        ticket: ticket.into(),
+        lane,
+        lease,
+        root,
+        outcome: None,
+        verdict,
+        judged_at: context.clock.now(),
+    };
     store.record(&Records { records: &[record], now: context.clock.now() }).await.unwrap();
 }
 

@@ -361,6 +361,7 @@ pub(crate) fn outcome(class: Class, status: Option<u16>, started_at: Timestamp) 
 
 fn record(delivery: &BegunDelivery, outcome: Option<Outcome>, verdict: Verdict) -> Record {
     let BegunDelivery { ticket, lease, root } = delivery.clone();
+    let (ticket, outcome) = (ticket.into(), outcome.map(Into::into));
     Record { ticket, lane: FRESH.into(), lease, root, outcome, verdict, judged_at: Timestamp::EPOCH }
 }
 

@@ -56,14 +56,14 @@ pub struct Begun {
 /// What one attempt came to and what was decided.
 #[derive(Clone, Debug)]
 pub struct Record {
-    pub ticket: Ticket,
+    pub ticket: Arc<Ticket>,
     /// The lane it was made on.
     pub lane: Arc<str>,
     pub lease: LeaseId,
     /// As [`Begun::root`].
     pub root: BatchId,
     /// `None` with [`Verdict::Release`] and [`Verdict::Expired`]: there was no attempt.
-    pub outcome: Option<Outcome>,
+    pub outcome: Option<Arc<Outcome>>,
     pub verdict: Verdict,
     /// When that was decided.
     pub judged_at: Timestamp,

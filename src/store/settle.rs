@@ -89,7 +89,7 @@ mod tests {
     fn record(position: u16, verdict: Verdict) -> Record {
         let ticket = Ticket { position, batch: ROOT, ..ticket(i64::from(position) + 100) };
         Record {
-            ticket,
+            ticket: ticket.into(),
             lane: "messages".into(),
             lease: OURS,
             root: ROOT,

@@ -42,8 +42,8 @@ use super::operate::{
 use super::{
     About, AllOrNone, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint,
     Execution, Inserted, InstanceId, Leadership, LogPosition, Operations, Overview, Reconciled,
-    Reconciliation, Record, Records, Recovered, Recovery, Registry, Reissue, Reissued, Removal, Removed,
-    Result, Scheduling, SchemaVersion, Store, StoreError, Upkeep,
+    Reconciliation, Records, Recovered, Recovery, Registry, Reissue, Reissued, Removal, Removed, Result,
+    Scheduling, SchemaVersion, Store, StoreError, Upkeep,
 };
 use crate::clock::Timestamp;
 use crate::lane::{Lane, LaneGroup};
@@ -352,15 +352,8 @@ impl Execution for SqliteStore {
         if records.records.is_empty() {
             return Ok(Vec::new());
         }
-        // The messages' contents would only be copied for the other thread.
-        let written = |record: &Record| Record {
-            ticket: record.ticket.without_message(),
-            lane: Arc::clone(&record.lane),
-            outcome: record.outcome.clone(),
-            verdict: record.verdict.clone(),
-            ..*record
-        };
-        let (written, now): (Vec<_>, _) = (records.records.iter().map(written).collect(), records.now);
+        // Copies of what is shared, for the other thread.
+        let (written, now) = (records.records.to_vec(), records.now);
         self.write(move |db| record::record(db, &Records { records: &written, now })).await
     }
 

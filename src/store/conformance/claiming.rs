@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::{Bench, RETRY, batch, ids, record, text};
+use super::{Bench, RETRY, batch, ids, text};
 use crate::message::{Held, MessageId, NewMessage, Status, Verdict};
 use crate::store::{Due, DueNow, Store, Suspect, Urgency};
 use crate::ticket::Ticket;
@@ -90,7 +90,7 @@ pub(crate) async fn waiting_deliveries_are_claimed_lane_by_lane_oldest_due_first
         .map(|(delivery, (lane, seconds))| {
             let verdict =
                 Verdict::Retry { lane: lane.to_owned(), lane_tries: 2, at: bench.in_seconds(seconds) };
-            record(delivery, bench.failed(delivery).outcome, verdict)
+            crate::store::Record { verdict, ..bench.failed(delivery) }
         })
         .collect();
     assert!(bench.record(&records).await.is_empty());

@@ -119,7 +119,7 @@ impl<'a> Columns<'a> {
     fn of(records: &[&'a Record]) -> Columns<'a> {
         let mut columns = Columns::default();
         for record in records {
-            let (ticket, outcome) = (&record.ticket, record.outcome.as_ref());
+            let (ticket, outcome) = (&record.ticket, record.outcome.as_deref());
             columns.ids.push(ticket.id.0);
             columns.endpoints.push(ticket.endpoint_id.0);
             columns.attempts.push(ticket.attempt);
@@ -342,7 +342,7 @@ fn waits<'a>(record: &'a Record, now: Timestamp) -> Option<Waits<'a>> {
             attempts: record.ticket.attempt,
             lane,
             lane_tries: *lane_tries,
-            reason: record.outcome.as_ref().map(summary),
+            reason: record.outcome.as_deref().map(summary),
         }),
         Verdict::Release => Some(Waits::again(&record.ticket, &record.lane, None, now)),
         Verdict::Sent | Verdict::Dead { .. } | Verdict::Expired => None,
@@ -386,7 +386,7 @@ async fn write_dead_letters(db: &Transaction<'_>, accepted: &[&Record], now: Tim
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for record in accepted {
         let Verdict::Dead { reason, lane } = &record.verdict else { continue };
-        let outcome = record.outcome.as_ref();
+        let outcome = record.outcome.as_deref();
         ids.push(record.ticket.id.0);
         endpoints.push(record.ticket.endpoint_id.0);
         lanes.push(lane.as_str());
@@ -418,7 +418,7 @@ async fn write_dead_letters(db: &Transaction<'_>, accepted: &[&Record], now: Tim
 /// Writes the attempts that no delivery tells.
 async fn write_attempts(db: &Transaction<'_>, records: &[&Record]) -> Result<()> {
     let tried: Vec<(&Record, &Outcome)> =
-        records.iter().filter_map(|record| Some((*record, record.outcome.as_ref()?))).collect();
+        records.iter().filter_map(|record| Some((*record, record.outcome.as_deref()?))).collect();
     if tried.is_empty() {
         return Ok(());
     }

@@ -81,7 +81,7 @@ fn write_lefts<'a>(
 /// Writes a success over whatever else the delivery ended as; `stood` says that it stood in its lease, and so in no
 /// other place. `false`: this very attempt is written already.
 fn sent(db: &Connection, record: &Record, stood: bool, now: Timestamp) -> Result<bool> {
-    let (ticket, outcome) = (&record.ticket, record.outcome.as_ref());
+    let (ticket, outcome) = (&record.ticket, record.outcome.as_deref());
     let written = db
         .prepare_cached(
             "/* ams:sent */ insert into deliveries (message_id, endpoint_id, status, attempts, lane, finished_at, batch, \
@@ -174,7 +174,7 @@ fn failed(db: &Connection, record: &Record, now: Timestamp) -> Result<()> {
     match &record.verdict {
         Verdict::Sent => Ok(()),
         Verdict::Retry { lane, lane_tries, at } => {
-            let reason = record.outcome.as_ref().map(summary);
+            let reason = record.outcome.as_deref().map(summary);
             let (due_at, attempts, lane_tries) = (*at, ticket.attempt, *lane_tries);
             Wait { due_at, attempts, lane, lane_tries, reason, ..Wait::again(ticket, lane, now) }.write(db)
         }
@@ -190,7 +190,7 @@ fn failed(db: &Connection, record: &Record, now: Timestamp) -> Result<()> {
 /// Notes a dead letter that has still to be published. The letter of an earlier death may still wait here: the newer
 /// one is the one to tell.
 fn dead_letter(db: &Connection, record: &Record, (reason, lane): (&str, &str), now: Timestamp) -> Result<()> {
-    let outcome = record.outcome.as_ref();
+    let outcome = record.outcome.as_deref();
     db.prepare_cached(
         "/* ams:dead_letter */ insert or replace into dead_letters \
          (message_id, endpoint_id, lane, reason, attempts, last_status, last_error, dead_at) \

@@ -535,11 +535,11 @@ mod shell {
             let made = !matches!(verdict, Verdict::Expired | Verdict::Release);
             let outcome = made.then(|| outcome(class, None, now()));
             Record {
-                ticket: ticket.clone(),
+                ticket: ticket.clone().into(),
                 lane: "messages".into(),
                 lease,
                 root,
-                outcome,
+                outcome: outcome.map(Into::into),
                 verdict,
                 judged_at: now(),
             }

@@ -178,11 +178,11 @@ async fn deliver_all(store: &PostgresStore, db: &tokio_postgres::Client) -> i64 
     assert_eq!(begun[0].positions.count(), tickets.len());
     let outcome = crate::store::conformance::outcome(Class::Accepted, Some(200), now);
     let record = |ticket: Ticket| Record {
-        ticket,
+        ticket: ticket.into(),
         lane: "messages".into(),
         lease,
         root: batch,
-        outcome: Some(outcome.clone()),
+        outcome: Some(outcome.clone().into()),
         verdict: Verdict::Sent,
         judged_at: now,
     };
