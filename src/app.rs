@@ -47,7 +47,8 @@ pub struct AppError(pub String);
 /// The result of running something.
 pub type Result<T> = std::result::Result<T, AppError>;
 
-/// Rows a claim takes at most: twice as many halve the statements of a backlog.
+/// Rows a claim takes at most. With it come a look for urgent messages and an acknowledgement, which cost as much however
+/// few it takes; a batch holds 2,048.
 const CLAIM: usize = 2_000;
 /// Tickets that may be on a lane and not taken up: half a second's worth at full speed, held in memory when embedded.
 const LANE_CAPACITY: usize = 16_000;

@@ -17,21 +17,23 @@ mod isolation;
 mod latency;
 mod measure;
 mod receiver;
-mod site;
 mod stack;
 mod steady;
+mod testbed;
 mod throughput;
 mod writer;
 
 use std::fmt::Display;
 use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
 use crate::app::{AppError, Result};
 use crate::clock::Clock;
 use crate::config::Config;
 
 use receiver::Receiver;
-use site::Site;
+use testbed::Testbed;
 use writer::Rows;
 
 pub use ingest::serve_sink;
@@ -137,25 +139,41 @@ impl Report {
 }
 
 /// Runs a scenario on what `config` names: PostgreSQL and Kafka, and Redis when it is configured, or embedded parts.
+/// Ends early at `stop`. What stays behind is said on standard error.
 ///
 /// # Errors
-/// When a part can't be started or reached, messages stop arriving, or something that was made stays behind.
-pub async fn run(config: Config, scenario: Scenario, options: &BenchOptions) -> Result<Report> {
-    let site = Site::new(&config).await?;
+/// When a part can't be started or reached, messages stop arriving, or it was stopped.
+pub async fn run(
+    config: Config,
+    scenario: Scenario,
+    options: &BenchOptions,
+    stop: &CancellationToken,
+) -> Result<Report> {
+    let testbed = Testbed::new(&config).await?;
     let mut receiver = Receiver::start(&Clock::system()).await?;
-    let (at, to) = (&site, &receiver);
-    let measured = match scenario {
-        Scenario::Throughput => throughput::run(at, to, options).await.map(Report::Throughput),
-        Scenario::Latency => latency::run(at, to, options).await.map(Report::Latency),
-        Scenario::Ingest => ingest::run(at, to, options).await.map(Report::Ingest),
-        Scenario::Backlog => backlog::run(at, to, options).await.map(Report::Backlog),
-        Scenario::Growth => growth::run(at, to, options).await.map(Report::Growth),
-        Scenario::Isolation => isolation::run(at, to, options).await.map(Report::Isolation),
-    };
+    let measured = stop.run_until_cancelled(measure(scenario, &testbed, &receiver, options)).await;
     receiver.stop();
-    let cleaned = site.clean_up().await;
-    // What went wrong first matters more than what stays behind because of it.
-    measured.and_then(|report| cleaned.map(|()| report))
+    if let Err(left) = testbed.clean_up().await {
+        // The figures are worth having all the same.
+        note(&left.0);
+    }
+    measured.unwrap_or_else(|| Err(AppError("the benchmark was stopped".to_owned())))
+}
+
+async fn measure(
+    scenario: Scenario,
+    testbed: &Testbed,
+    receiver: &Receiver,
+    options: &BenchOptions,
+) -> Result<Report> {
+    match scenario {
+        Scenario::Throughput => throughput::run(testbed, receiver, options).await.map(Report::Throughput),
+        Scenario::Latency => latency::run(testbed, receiver, options).await.map(Report::Latency),
+        Scenario::Ingest => ingest::run(testbed, receiver, options).await.map(Report::Ingest),
+        Scenario::Backlog => backlog::run(testbed, receiver, options).await.map(Report::Backlog),
+        Scenario::Growth => growth::run(testbed, receiver, options).await.map(Report::Growth),
+        Scenario::Isolation => isolation::run(testbed, receiver, options).await.map(Report::Isolation),
+    }
 }
 
 /// Says how far it is: standard output is for the figures.

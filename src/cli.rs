@@ -117,7 +117,7 @@ async fn run(verb: &str, matches: &ArgMatches) -> app::Result<ExitCode> {
     match verb {
         "migrate" => migrate::run(&config, matches).await,
         "testclient" => testclient::run(&config, matches, stop).await,
-        "bench" => bench::run(config, matches).await,
+        "bench" => bench::run(config, matches, &stop).await,
         "send" => send::run(&operator()?, matches).await,
         "tail" => tail::run(&operator()?, matches).await,
         "dlq" => dlq::run(&operator()?, matches).await,

@@ -260,9 +260,11 @@ impl Producer {
     /// question in place of a claim for each lane keeps a producer at rest below 1 % of a core.
     async fn due(&self, now: Now) -> Result<DueNow> {
         if now.instant < self.next_timed {
-            return match self.gap {
+            if !self.has_room() {
                 // Nothing could be claimed, whatever the answer.
-                _ if !self.has_room() => Ok(DueNow::default()),
+                return Ok(DueNow::default());
+            }
+            return match self.gap {
                 GAP_MIN => Ok(DueNow { new: true, lanes: Vec::new() }),
                 _ => self.context.store.due(&[], now.time).await,
             };

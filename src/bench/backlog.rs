@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use super::drain::{Drained, drain};
 use super::measure::{Spread, medians};
 use super::receiver::Receiver;
-use super::site::Site;
 use super::stack::{Stack, endpoint};
+use super::testbed::Testbed;
 use super::writer::Rows;
 use super::{BenchOptions, note};
 use crate::app::Result;
@@ -44,20 +44,22 @@ pub struct Report {
 ///
 /// # Errors
 /// When a part can't be started or reached, or messages are not recorded.
-pub(super) async fn run(site: &Site, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
+pub(super) async fn run(testbed: &Testbed, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
     let sample = SAMPLE.min(options.messages);
     let (mut all, mut alone) = (Vec::new(), Vec::new());
     for round in 1..=options.rounds {
         note(&format!("round {round} of {}: {sample} messages wait", options.rounds));
-        alone.push(one(site, receiver, options, (&format!("sample{round}"), sample, sample)).await?);
+        alone.push(one(testbed, receiver, options, (&format!("sample{round}"), sample, sample)).await?);
         note(&format!("round {round} of {}: {} messages wait", options.rounds, options.messages));
-        all.push(one(site, receiver, options, (&format!("backlog{round}"), options.messages, sample)).await?);
+        all.push(
+            one(testbed, receiver, options, (&format!("backlog{round}"), options.messages, sample)).await?,
+        );
     }
     let rate = |drains: &[Drained]| Spread::of(drains.iter().map(|drained| drained.per_s));
     let (delivered, small) = (rate(&all), rate(&alone));
     let first = Spread::of(all.iter().map(|drained| drained.first_after.as_secs_f64()));
     Ok(Report {
-        stack: site.kind(),
+        stack: testbed.kind(),
         messages: options.messages,
         sample,
         rounds: options.rounds,
@@ -70,19 +72,19 @@ pub(super) async fn run(site: &Site, receiver: &Receiver, options: &BenchOptions
             ("delivered_per_s", delivered.range()),
             ("alone_per_s", small.range()),
         ]),
-        memory_mb: medians(&all.iter().map(|drained| drained.memory.clone()).collect::<Vec<_>>()),
+        memory_mb: medians(all.iter().map(|drained| &drained.memory)),
         duplicates: all.iter().chain(&alone).map(|drained| drained.duplicates).sum(),
     })
 }
 
 /// Lets `waiting` messages wait and delivers the first `sample` of them.
 async fn one(
-    site: &Site,
+    testbed: &Testbed,
     receiver: &Receiver,
     options: &BenchOptions,
     (name, waiting, sample): (&str, usize, usize),
 ) -> Result<Drained> {
-    let mut stack = Stack::set_up(site, name, &[endpoint("default", &receiver.url("/"))]).await?;
+    let mut stack = Stack::set_up(testbed, name, &[endpoint("default", &receiver.url("/"))]).await?;
     stack.writer().insert(Rows { count: waiting, ..options.rows() }).await?;
     let drained = drain(&mut stack, receiver, sample).await?;
     stack.tear_down().await?;

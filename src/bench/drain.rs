@@ -40,7 +40,7 @@ pub(super) async fn drain(stack: &mut Stack<'_>, receiver: &Receiver, count: usi
     receiver.reset().await?;
     let recorded_before = stack.writer().recorded().await?;
     let statements_before = stack.statements().await?;
-    let before_parts = Usage::of(&stack.processes(receiver));
+    let used_before = Usage::of(&stack.processes(receiver));
     let started = stack.clock().now();
     stack.start()?;
     let arrived = receiver.wait_for("", count, stack).await?;
@@ -54,7 +54,7 @@ pub(super) async fn drain(stack: &mut Stack<'_>, receiver: &Receiver, count: usi
     Ok(Drained {
         per_s: messages / took.as_secs_f64(),
         first_after: Duration::from_micros((arrived.first_us - started.as_micros()).max(0).unsigned_abs()),
-        cpu: after.cpu_us_since(&before_parts).into_iter().map(|(name, us)| (name, us / messages)).collect(),
+        cpu: after.cpu_us_since(&used_before).into_iter().map(|(name, us)| (name, us / messages)).collect(),
         statements: statements
             .zip(statements_before)
             .map(|(after, before)| (after - before) as f64 / messages),

@@ -19,7 +19,7 @@ use ring::hmac;
 
 use super::cpu::{Usage, Watched};
 use super::receiver::Receiver;
-use super::site::Site;
+use super::testbed::Testbed;
 use crate::app::Result;
 
 /// Messages in one group, as the system has them in a claim.
@@ -48,19 +48,25 @@ impl Floor {
     }
 }
 
-/// Names the processes that are watched.
-trait Watch: Fn() -> Vec<Watched> {}
-impl<F: Fn() -> Vec<Watched>> Watch for F {}
+/// What is measured, and where.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    testbed: &'a Testbed,
+    /// What each message says.
+    content: &'a str,
+    /// How many messages.
+    count: usize,
+}
 
 /// Counts the CPU time of the stages.
-struct Meter<W> {
+struct Meter<'a> {
     /// The processes that work for the floor, as they are now: PostgreSQL has one for each connection.
-    watched: W,
+    watched: &'a dyn Fn() -> Vec<Watched>,
     count: f64,
     floor: Floor,
 }
 
-impl<W: Watch> Meter<W> {
+impl Meter<'_> {
     fn start(&self) -> Usage {
         Usage::of(&(self.watched)())
     }
@@ -78,31 +84,36 @@ impl<W: Watch> Meter<W> {
 ///
 /// # Errors
 /// When a part can't be reached or refuses.
-pub(super) async fn measure(site: &Site, receiver: &Receiver, count: usize, payload: usize) -> Result<Floor> {
+pub(super) async fn measure(
+    testbed: &Testbed,
+    receiver: &Receiver,
+    count: usize,
+    payload: usize,
+) -> Result<Floor> {
     let content = "x".repeat(payload);
     let own = [("receiver", receiver.pid()), ("client", std::process::id())];
     let watched = || {
         let own = own.map(|(name, pid)| Watched { name: name.to_owned(), pid });
-        site.parts().into_iter().chain(own).collect()
+        testbed.parts().into_iter().chain(own).collect()
     };
-    let mut meter = Meter { watched, count: count as f64, floor: Floor::default() };
-    if site.is_full() {
-        postgres::measure(site, &content, count, &mut meter).await?;
-        kafka::measure(site, &content, count, &mut meter).await?;
-        redis::measure(site, count, &mut meter).await?;
+    let mut meter = Meter { watched: &watched, count: count as f64, floor: Floor::default() };
+    let job = Job { testbed, content: &content, count };
+    if testbed.is_full() {
+        postgres::measure(job, &mut meter).await?;
+        kafka::measure(job, &mut meter).await?;
+        redis::measure(job, &mut meter).await?;
     } else {
-        sqlite::measure(site, &content, count, &mut meter).await?;
+        sqlite::measure(job, &mut meter).await?;
     }
-    post(receiver.address(), &content, count, &mut meter).await?;
+    post(receiver.address(), job, &mut meter).await?;
     Ok(meter.floor)
 }
 
 /// Delivers all messages with signed requests.
 async fn post(
     receiver: SocketAddr,
-    content: &str,
-    count: usize,
-    meter: &mut Meter<impl Watch>,
+    Job { content, count, .. }: Job<'_>,
+    meter: &mut Meter<'_>,
 ) -> Result<()> {
     let content = content.to_owned();
     let key = hmac::Key::new(hmac::HMAC_SHA256, b"a secret of 24 bytes ...");
@@ -140,7 +151,7 @@ mod tests {
     #[test]
     fn stages_and_processes_add_up_to_the_same() {
         let mut meter = Meter {
-            watched: || vec![Watched { name: "client".into(), pid: std::process::id() }],
+            watched: &|| vec![Watched { name: "client".into(), pid: std::process::id() }],
             count: 10.0,
             floor: Floor::default(),
         };

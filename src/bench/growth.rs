@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use super::drain::{Drained, drain};
 use super::measure::Spread;
 use super::receiver::Receiver;
-use super::site::Site;
 use super::stack::{Stack, endpoint};
+use super::testbed::Testbed;
 use super::writer::{Rows, Writer};
 use super::{BenchOptions, note};
 use crate::app::{AppError, Result};
@@ -41,16 +41,15 @@ pub struct Report {
 ///
 /// # Errors
 /// When a part can't be started or reached, or messages are not recorded; embedded, there are no partitions.
-pub(super) async fn run(site: &Site, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
-    if !site.is_full() {
+pub(super) async fn run(testbed: &Testbed, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
+    if !testbed.is_full() {
         return Err(AppError(
-            "`ams bench growth` needs PostgreSQL, Kafka and Redis: DATABASE_URL, KAFKA_BROKERS, REDIS_URL"
-                .to_owned(),
+            "`ams bench growth` needs PostgreSQL and Kafka; set DATABASE_URL and KAFKA_BROKERS".to_owned(),
         ));
     }
     let endpoints = [endpoint("default", &receiver.url("/"))];
-    let mut empty = Stack::set_up(site, "empty", &endpoints).await?;
-    let mut grown = Stack::set_up(site, "grown", &endpoints).await?;
+    let mut empty = Stack::set_up(testbed, "empty", &endpoints).await?;
+    let mut grown = Stack::set_up(testbed, "grown", &endpoints).await?;
     note(&format!("writing {} finished messages", options.finished));
     finish(grown.writer(), options).await?;
     grown.set("RETENTION", "0");

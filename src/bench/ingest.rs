@@ -14,8 +14,8 @@ use tokio_util::sync::CancellationToken;
 use super::floor::http::Client;
 use super::measure::Spread;
 use super::receiver::{Receiver, free_port};
-use super::site::Site;
 use super::stack::{Stack, endpoint};
+use super::testbed::Testbed;
 use super::writer::{Rows, Writer};
 use super::{BenchOptions, failed, note};
 use crate::app::{self, AppError, Result};
@@ -55,10 +55,10 @@ pub struct Report {
 ///
 /// # Errors
 /// When a server can't be started or does not accept.
-pub(super) async fn run(site: &Site, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
+pub(super) async fn run(testbed: &Testbed, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
     let (port, sink_port) =
         (free_port(receiver.address().port() + 1).await?, free_port(receiver.address().port() + 2).await?);
-    let mut stack = Stack::set_up(site, "ingest", &[endpoint("default", &receiver.url("/"))]).await?;
+    let mut stack = Stack::set_up(testbed, "ingest", &[endpoint("default", &receiver.url("/"))]).await?;
     stack.start_service("api", &[("PORT", port.to_string())])?;
     let sink = Sink::start(sink_port)?;
     let (api, nothing) = (local(port), local(sink_port));
@@ -83,7 +83,7 @@ pub(super) async fn run(site: &Site, receiver: &Receiver, options: &BenchOptions
     let [singles, nothing, batches, inserts] =
         ["singles_per_s", "stores_nothing_per_s", "batches_per_s", "inserts_per_s"].map(spread);
     Ok(Report {
-        stack: site.kind(),
+        stack: testbed.kind(),
         messages: options.messages,
         payload_bytes: options.payload_bytes,
         rounds: options.rounds,

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use super::measure::{Latency, Spread};
 use super::receiver::{HANG, Receiver};
-use super::site::Site;
 use super::stack::{Stack, endpoint};
+use super::steady::at_rate;
+use super::testbed::Testbed;
 use super::writer::Rows;
 use super::{BenchOptions, note};
 use crate::app::Result;
@@ -57,20 +58,20 @@ struct One {
 ///
 /// # Errors
 /// When a part can't be started or reached.
-pub(super) async fn run(site: &Site, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
+pub(super) async fn run(testbed: &Testbed, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
     let (mut alone, mut beside) = (Vec::new(), Vec::new());
     for round in 1..=options.rounds {
         note(&format!("round {round} of {}: the healthy endpoint alone", options.rounds));
-        alone.push(one(site, receiver, options, (&format!("alone{round}"), 0)).await?);
+        alone.push(one(testbed, receiver, options, (&format!("alone{round}"), 0)).await?);
         note(&format!("round {round} of {}: beside {} that hang", options.rounds, options.hanging));
-        beside.push(one(site, receiver, options, (&format!("beside{round}"), options.hanging)).await?);
+        beside.push(one(testbed, receiver, options, (&format!("beside{round}"), options.hanging)).await?);
     }
     let rate = |all: &[One]| Spread::of(all.iter().map(|one| one.per_s));
     let latency = |all: &[One]| Latency::median(&all.iter().map(|one| one.latency).collect::<Vec<_>>());
     let (alone_rate, beside_rate) = (rate(&alone), rate(&beside));
     let (alone_latency_ms, beside_latency_ms) = (latency(&alone), latency(&beside));
     Ok(Report {
-        stack: site.kind(),
+        stack: testbed.kind(),
         messages: options.messages,
         hanging: options.hanging,
         each: options.each,
@@ -90,7 +91,7 @@ pub(super) async fn run(site: &Site, receiver: &Receiver, options: &BenchOptions
 
 /// The healthy endpoint beside so many that hang.
 async fn one(
-    site: &Site,
+    testbed: &Testbed,
     receiver: &Receiver,
     options: &BenchOptions,
     (name, hanging): (&str, usize),
@@ -100,7 +101,7 @@ async fn one(
     let healthy = endpoint("healthy", &receiver.url(HEALTHY));
     let hang = |name: &String| endpoint(name, &receiver.url(&format!("{HANG}/{name}")));
     let endpoints: Vec<Endpoint> = std::iter::once(healthy).chain(names.iter().map(hang)).collect();
-    let mut stack = Stack::set_up(site, name, &endpoints).await?;
+    let mut stack = Stack::set_up(testbed, name, &endpoints).await?;
     write(&stack, options, &names).await?;
     stack.start()?;
     let drained = receiver.wait_for(HEALTHY, options.messages, &stack).await?;
@@ -143,20 +144,15 @@ fn share(all: usize, turn: usize, turns: usize) -> std::ops::Range<usize> {
 
 /// Inserts at an even rate for the healthy endpoint, and as much for the others in turn; how many for the first.
 async fn stream(stack: &Stack<'_>, options: &BenchOptions, names: &[String]) -> Result<usize> {
-    let group = options.rate.div_ceil(100);
-    let mut tick =
-        tokio::time::interval(std::time::Duration::from_secs_f64(group as f64 / options.rate as f64));
-    let watch = stack.clock().stopwatch();
-    let (mut inserted, mut others) = (0, names.iter().cycle());
-    while watch.elapsed() < options.steady {
-        tick.tick().await;
-        stack.writer().insert(Rows { count: group, endpoint: "healthy", ..options.rows() }).await?;
-        inserted += group;
-        if let Some(name) = others.next() {
-            stack.writer().insert(Rows { count: group, endpoint: name, ..options.rows() }).await?;
+    let mut others = names.iter().cycle();
+    let insert = async |count| {
+        stack.writer().insert(Rows { count, endpoint: "healthy", ..options.rows() }).await?;
+        match others.next() {
+            Some(name) => stack.writer().insert(Rows { count, endpoint: name, ..options.rows() }).await,
+            None => Ok(()),
         }
-    }
-    Ok(inserted)
+    };
+    at_rate(stack, options, insert).await
 }
 
 impl Report {

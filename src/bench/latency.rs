@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use super::measure::{Latency, medians};
 use super::receiver::Receiver;
-use super::site::Site;
 use super::stack::{Stack, endpoint};
 use super::steady::{Phase, idle, rest, steady};
+use super::testbed::Testbed;
 use super::writer::Rows;
 use super::{BenchOptions, note};
 use crate::app::Result;
@@ -36,8 +36,8 @@ pub struct Report {
 ///
 /// # Errors
 /// When a part can't be started or reached, or messages stop arriving.
-pub(super) async fn run(site: &Site, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
-    let mut stack = Stack::set_up(site, "latency", &[endpoint("default", &receiver.url("/"))]).await?;
+pub(super) async fn run(testbed: &Testbed, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
+    let mut stack = Stack::set_up(testbed, "latency", &[endpoint("default", &receiver.url("/"))]).await?;
     receiver.reset().await?;
     stack.start()?;
     stack.writer().insert(Rows { count: WARM, ..options.rows() }).await?;
@@ -53,7 +53,7 @@ pub(super) async fn run(site: &Site, receiver: &Receiver, options: &BenchOptions
     stack.tear_down().await?;
     let latencies = |phases: &[Phase]| phases.iter().map(|phase| phase.latency).collect::<Vec<_>>();
     Ok(Report {
-        stack: site.kind(),
+        stack: testbed.kind(),
         rate: options.rate,
         payload_bytes: options.payload_bytes,
         rounds: options.rounds,

@@ -34,8 +34,11 @@ impl Spread {
 }
 
 /// The median of each named figure over all rounds; where a round lacks one, it counts as zero.
-pub(super) fn medians<K: Clone + Ord>(rounds: &[BTreeMap<K, f64>]) -> BTreeMap<K, f64> {
-    let names: BTreeSet<&K> = rounds.iter().flat_map(BTreeMap::keys).collect();
+pub(super) fn medians<'a, K: Clone + Ord + 'a>(
+    rounds: impl IntoIterator<Item = &'a BTreeMap<K, f64>>,
+) -> BTreeMap<K, f64> {
+    let rounds: Vec<_> = rounds.into_iter().collect();
+    let names: BTreeSet<&K> = rounds.iter().flat_map(|round| round.keys()).collect();
     let median = |name| Spread::of(rounds.iter().map(|round| round.get(name).copied().unwrap_or(0.0))).median;
     names.into_iter().map(|name| (name.clone(), median(name))).collect()
 }

@@ -1,4 +1,4 @@
-//! The system under test: a store of its own on the site's parts, lanes of its own, and the services as processes that
+//! The system under test: a store of its own on the testbed's parts, lanes of its own, and the services as processes that
 //! are told nothing but what they need: no setting is taken from the environment or a file.
 
 use std::collections::BTreeMap;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::cpu::Watched;
 use super::failed;
 use super::receiver::Receiver;
-use super::site::Site;
+use super::testbed::Testbed;
 use super::writer::Writer;
 use crate::app::{self, AppError, Result};
 use crate::clock::Clock;
@@ -25,7 +25,7 @@ const RECORDED: Duration = Duration::from_secs(60);
 const STOP: Duration = Duration::from_secs(20);
 
 pub(super) struct Stack<'a> {
-    site: &'a Site,
+    testbed: &'a Testbed,
     clock: Clock,
     writer: Writer,
     scratch: Option<Scratch>,
@@ -38,10 +38,14 @@ pub(super) struct Stack<'a> {
 
 impl<'a> Stack<'a> {
     /// A store with these endpoints and nothing else; no service runs yet.
-    pub(super) async fn set_up(site: &'a Site, what: &str, endpoints: &[Endpoint]) -> Result<Stack<'a>> {
-        let (name, clock) = (site.name(what), Clock::system());
-        let scratch = if site.is_full() { Some(site.database(what).await?) } else { None };
-        let file = site.folder().join(format!("{what}.db"));
+    pub(super) async fn set_up(
+        testbed: &'a Testbed,
+        what: &str,
+        endpoints: &[Endpoint],
+    ) -> Result<Stack<'a>> {
+        let (name, clock) = (testbed.name(what), Clock::system());
+        let scratch = if testbed.is_full() { Some(testbed.database(what).await?) } else { None };
+        let file = testbed.folder().join(format!("{what}.db"));
         let config = match &scratch {
             Some(scratch) => StoreConfig::Postgres(scratch.url().to_owned()),
             None => StoreConfig::Sqlite(file.clone()),
@@ -71,9 +75,9 @@ impl<'a> Stack<'a> {
             ("KAFKA_TOPIC", format!("{name}-fresh")),
             ("KAFKA_TOPIC_RETRY", format!("{name}-retry")),
         ]);
-        environment.extend(site.kafka_settings());
-        environment.extend(site.redis().map(|url| ("REDIS_URL", url.to_owned())));
-        Ok(Stack { site, clock, writer, scratch, name, environment, services: Mutex::default() })
+        environment.extend(testbed.kafka_settings());
+        environment.extend(testbed.redis().map(|url| ("REDIS_URL", url.to_owned())));
+        Ok(Stack { testbed, clock, writer, scratch, name, environment, services: Mutex::default() })
     }
 
     /// Gives the services one more setting; call it before they start.
@@ -97,7 +101,7 @@ impl<'a> Stack<'a> {
     /// Starts the services, each as a process of its own.
     pub(super) fn start(&mut self) -> Result<()> {
         let all: &[&str] =
-            if self.site.is_full() { &["producer", "consumer", "retry-consumer"] } else { &["up"] };
+            if self.testbed.is_full() { &["producer", "consumer", "retry-consumer"] } else { &["up"] };
         all.iter().try_for_each(|verb| self.start_service(verb, &[]))
     }
 
@@ -116,7 +120,7 @@ impl<'a> Stack<'a> {
         }
         command.envs(settings.iter().map(|(name, value)| (name, value)));
         // A file ams.toml in the folder of whoever runs this would be read.
-        command.current_dir(self.site.folder()).stdout(Stdio::null());
+        command.current_dir(self.testbed.folder()).stdout(Stdio::null());
         let child = command.spawn().map_err(|error| failed("a service can't be started")(&error))?;
         self.services.get_mut().unwrap_or_else(PoisonError::into_inner).push((verb.to_owned(), child));
         Ok(())
@@ -159,7 +163,7 @@ impl<'a> Stack<'a> {
         for (name, child) in self.services.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             watched.push(Watched { name: name.clone(), pid: child.id() });
         }
-        watched.extend(self.site.parts());
+        watched.extend(self.testbed.parts());
         watched
     }
 

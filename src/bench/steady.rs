@@ -38,6 +38,21 @@ impl Phase {
 /// When the store or the receiver can't be reached, or a service ends.
 pub(super) async fn steady(stack: &Stack<'_>, receiver: &Receiver, options: &BenchOptions) -> Result<Phase> {
     receiver.reset().await?;
+    let insert = async |count| stack.writer().insert(Rows { count, ..options.rows() }).await;
+    let inserted = at_rate(stack, options, insert).await?;
+    let arrived = receiver.wait_for("", inserted, stack).await?;
+    Ok(Phase::of(inserted, &arrived))
+}
+
+/// Has `insert` called with a number of messages, at an even rate, for the time that the options tell. Returns how many.
+///
+/// # Errors
+/// Those of `insert`.
+pub(super) async fn at_rate(
+    stack: &Stack<'_>,
+    options: &BenchOptions,
+    mut insert: impl AsyncFnMut(usize) -> Result<()>,
+) -> Result<usize> {
     let wanted = options.rate as f64 * GROUP.as_secs_f64();
     let group = wanted.ceil();
     let mut tick = tokio::time::interval(GROUP.mul_f64(group / wanted));
@@ -45,12 +60,10 @@ pub(super) async fn steady(stack: &Stack<'_>, receiver: &Receiver, options: &Ben
     let mut inserted = 0;
     while watch.elapsed() < options.steady {
         tick.tick().await;
-        let count = group as usize;
-        stack.writer().insert(Rows { count, ..options.rows() }).await?;
-        inserted += count;
+        insert(group as usize).await?;
+        inserted += group as usize;
     }
-    let arrived = receiver.wait_for("", inserted, stack).await?;
-    Ok(Phase::of(inserted, &arrived))
+    Ok(inserted)
 }
 
 /// Inserts single rows, each after everything has come to rest.

@@ -6,9 +6,9 @@ use super::drain::{Drained, drain};
 use super::floor::{self, Floor};
 use super::measure::{Latency, Spread, medians};
 use super::receiver::Receiver;
-use super::site::Site;
 use super::stack::{Stack, endpoint};
 use super::steady::{Phase, steady};
+use super::testbed::Testbed;
 use super::writer::Rows;
 use super::{BenchOptions, note};
 use crate::app::Result;
@@ -55,15 +55,15 @@ pub struct Report {
 ///
 /// # Errors
 /// When a part can't be started or reached, or messages are not recorded.
-pub(super) async fn run(site: &Site, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
+pub(super) async fn run(testbed: &Testbed, receiver: &Receiver, options: &BenchOptions) -> Result<Report> {
     let (mut floors, mut drains, mut last) = (Vec::new(), Vec::new(), Phase::default());
     for round in 1..=options.rounds {
         note(&format!("round {round} of {}: floor", options.rounds));
         let count = options.messages.min(FLOOR_MESSAGES);
-        floors.push(floor::measure(site, receiver, count, options.payload_bytes).await?);
+        floors.push(floor::measure(testbed, receiver, count, options.payload_bytes).await?);
         note(&format!("round {round} of {}: system", options.rounds));
         let endpoints = [endpoint("default", &receiver.url("/"))];
-        let mut stack = Stack::set_up(site, &format!("throughput{round}"), &endpoints).await?;
+        let mut stack = Stack::set_up(testbed, &format!("throughput{round}"), &endpoints).await?;
         stack.writer().insert(Rows { count: options.messages, ..options.rows() }).await?;
         drains.push(drain(&mut stack, receiver, options.messages).await?);
         if round == options.rounds {
@@ -72,7 +72,7 @@ pub(super) async fn run(site: &Site, receiver: &Receiver, options: &BenchOptions
         }
         stack.tear_down().await?;
     }
-    Ok(report(site.kind(), options, &floors, &drains, &last))
+    Ok(report(testbed.kind(), options, &floors, &drains, &last))
 }
 
 fn report(
@@ -87,9 +87,6 @@ fn report(
         (Spread::of(floors.iter().map(Floor::us)), Spread::of(drains.iter().map(Drained::us)));
     let delivered = Spread::of(drains.iter().map(|drained| drained.per_s));
     let limit_per_s = cores * 1e6 / floor.median;
-    let maps = |of: fn(&Drained) -> &BTreeMap<String, f64>| {
-        medians(&drains.iter().map(|drained| of(drained).clone()).collect::<Vec<_>>())
-    };
     let statements: Option<Vec<f64>> = drains.iter().map(|drained| drained.statements).collect();
     Report {
         stack,
@@ -109,13 +106,11 @@ fn report(
         rate: options.rate,
         lost: drains.iter().map(|drained| drained.lost).sum::<usize>() + last.lost,
         duplicates: drains.iter().map(|drained| drained.duplicates).sum::<usize>() + last.duplicates,
-        cpu_us_per_message: maps(|drained| &drained.cpu),
-        floor_us_per_message: medians(
-            &floors.iter().map(|floor| floor.processes.clone()).collect::<Vec<_>>(),
-        ),
-        floor_stages_us: medians(&floors.iter().map(|floor| floor.stages.clone()).collect::<Vec<_>>()),
+        cpu_us_per_message: medians(drains.iter().map(|drained| &drained.cpu)),
+        floor_us_per_message: medians(floors.iter().map(|floor| &floor.processes)),
+        floor_stages_us: medians(floors.iter().map(|floor| &floor.stages)),
         sql_statements_per_message: statements.map(|all| Spread::of(all).median),
-        memory_mb: maps(|drained| &drained.memory),
+        memory_mb: medians(drains.iter().map(|drained| &drained.memory)),
     }
 }
 

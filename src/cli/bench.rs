@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Arg, ArgMatches, Command};
+use tokio_util::sync::CancellationToken;
 
 use super::{json_arg, print};
 use crate::app::{self, AppError};
@@ -52,7 +53,11 @@ pub(super) async fn run_server(verb: &str, matches: &ArgMatches) -> app::Result<
     Ok(ExitCode::SUCCESS)
 }
 
-pub(super) async fn run(config: Config, matches: &ArgMatches) -> app::Result<ExitCode> {
+pub(super) async fn run(
+    config: Config,
+    matches: &ArgMatches,
+    stop: &CancellationToken,
+) -> app::Result<ExitCode> {
     let number = |name| matches.get_one::<u32>(name).copied().unwrap_or(1) as usize;
     let named = matches.get_one::<String>("scenario").map(String::as_str);
     let scenario = Scenario::ALL.into_iter().find(|(name, _)| Some(*name) == named);
@@ -66,7 +71,8 @@ pub(super) async fn run(config: Config, matches: &ArgMatches) -> app::Result<Exi
         hanging: number("hanging"),
         each: number("each"),
     };
-    let report = bench::run(config, scenario.map_or(Scenario::default(), |(_, one)| one), &options).await?;
+    let report =
+        bench::run(config, scenario.map_or(Scenario::default(), |(_, one)| one), &options, stop).await?;
     if !matches.get_flag("json") {
         print(&report.text())?;
         return Ok(ExitCode::SUCCESS);

@@ -1,7 +1,8 @@
 //! The benchmark: what it prints, and that it leaves nothing behind and heeds no setting that would bend its figures.
 
 use std::collections::BTreeSet;
-use std::process::Command;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -108,10 +109,12 @@ fn left_by_benchmarks() -> BTreeSet<String> {
     let wait = Duration::from_secs(20);
     let (metadata, list) =
         (client.fetch_metadata(None, wait).unwrap(), client.fetch_group_list(None, wait).unwrap());
-    let topics = metadata.topics().iter().map(|topic| topic.name());
-    let groups = list.groups().iter().map(|group| group.name());
-    let all = databases.lines().chain(topics).chain(groups);
-    all.filter(|name| name.starts_with("ams_bench")).map(str::to_owned).collect()
+    let ours = |name: &&str| name.starts_with("ams_bench");
+    let told = |what: &'static str| move |name: &str| format!("{what} {name}");
+    let databases = databases.lines().filter(ours).map(told("database"));
+    let topics = metadata.topics().iter().map(|topic| topic.name()).filter(ours).map(told("topic"));
+    let groups = list.groups().iter().map(|group| group.name()).filter(ours).map(told("group"));
+    databases.chain(topics).chain(groups).collect()
 }
 
 #[test]
@@ -121,4 +124,25 @@ fn nothing_stays_behind_on_the_services() {
     let before = left_by_benchmarks();
     report(true, &["backlog", "--messages", "1000"]);
     assert_eq!(left_by_benchmarks(), before);
+}
+
+#[test]
+fn a_benchmark_that_is_stopped_leaves_no_database_and_no_topic() {
+    let _alone = alone();
+    let before = left_by_benchmarks();
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ams"));
+    command.current_dir(folder.path()).args(["bench", "latency", "--seconds", "600", "--rate", "100"]);
+    let mut bench = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(bench.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(said.any(|line| line.contains("100 messages a second")), "its services work");
+    assert!(left_by_benchmarks().len() > before.len());
+    assert!(Command::new("kill").arg(bench.id().to_string()).status().unwrap().success());
+    let said: Vec<String> = said.collect();
+    assert_eq!(bench.wait().unwrap().code(), Some(1), "{said:?}");
+    assert!(said.iter().any(|line| line.contains("the benchmark was stopped")), "{said:?}");
+    // A group goes once the broker has missed its killed members.
+    let left = left_by_benchmarks().difference(&before).cloned().collect::<Vec<_>>();
+    assert!(left.iter().all(|name| name.starts_with("group ")), "{left:?}");
+    assert!(std::fs::read_dir(folder.path().join("ams-data")).unwrap().next().is_none());
 }

@@ -10,10 +10,9 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::{Message, Offset, TopicPartitionList};
 
-use super::{Meter, Watch, body};
+use super::{Job, Meter, body};
 use crate::app::{AppError, Result};
 use crate::bench::failed;
-use crate::bench::site::Site;
 
 /// How long the broker may take for all of it.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -21,13 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 type Kafka<T> = std::result::Result<T, KafkaError>;
 
 /// Measures publish and take.
-pub(super) async fn measure(
-    site: &Site,
-    content: &str,
-    count: usize,
-    meter: &mut Meter<impl Watch>,
-) -> Result<()> {
-    let (config, topic) = (site.kafka(), site.name(&format!("floor_{:08x}", fastrand::u32(..))));
+pub(super) async fn measure(Job { testbed, content, count }: Job<'_>, meter: &mut Meter<'_>) -> Result<()> {
+    let (config, topic) = (testbed.kafka(), testbed.name(&format!("floor_{:08x}", fastrand::u32(..))));
     let wrong = |error: KafkaError| failed("the floor's queue failed")(&error);
     let admin: AdminClient<DefaultClientContext> = config.create().map_err(wrong)?;
     let new = [NewTopic::new(&topic, 1, TopicReplication::Fixed(-1))];

@@ -2,10 +2,9 @@
 
 use tokio_postgres::{Client, Statement};
 
-use super::{ANSWER, GROUP, Meter, PROVIDER_ID, RECIPIENT, Watch};
+use super::{ANSWER, GROUP, Job, Meter, PROVIDER_ID, RECIPIENT};
 use crate::app::{AppError, Result};
 use crate::bench::failed;
-use crate::bench::site::Site;
 
 const TABLES: &str = "\
     create table floor_messages (id bigint primary key, recipient text not null, content text not null); \
@@ -22,13 +21,8 @@ const RECORD: &str = "with g as (delete from floor_groups where number = $1) \
     from unnest($2::bigint[], $3::text[], $4::text[]) as t(id, provider_id, answer)";
 
 /// Measures the stages of the store.
-pub(super) async fn measure(
-    site: &Site,
-    content: &str,
-    count: usize,
-    meter: &mut Meter<impl Watch>,
-) -> Result<()> {
-    let scratch = site.database("floor").await?;
+pub(super) async fn measure(Job { testbed, content, count }: Job<'_>, meter: &mut Meter<'_>) -> Result<()> {
+    let scratch = testbed.database("floor").await?;
     let client =
         scratch.client().await.map_err(|error| failed("the floor's store can't be reached")(&error))?;
     let measured = stages(&client, content, count, meter).await;
@@ -44,7 +38,7 @@ async fn stages(
     db: &Client,
     content: &str,
     count: usize,
-    meter: &mut Meter<impl Watch>,
+    meter: &mut Meter<'_>,
 ) -> std::result::Result<usize, tokio_postgres::Error> {
     db.batch_execute(TABLES).await?;
     db.execute(FILL, &[&(count as i64), &RECIPIENT, &content]).await?;
@@ -58,8 +52,10 @@ async fn stages(
     let mut taken = 0;
     for first in &firsts {
         let rows = db.query(claim, &[first, &(GROUP as i64)]).await?;
-        // The texts are read where they stand; a program has to look at them at least.
-        taken += rows.iter().filter(|row| row.get::<_, &str>(2).len() == content.len()).count();
+        for row in &rows {
+            // The texts are read where they stand; a program has to look at them at least.
+            taken += usize::from(row.try_get::<_, &str>(2)?.len() == content.len());
+        }
     }
     meter.stop("claim", &before);
 

@@ -2,17 +2,16 @@
 
 use redis::{AsyncCommands, Client};
 
-use super::{ANSWER, GROUP, Meter, Watch};
+use super::{ANSWER, GROUP, Job, Meter};
 use crate::app::Result;
 use crate::bench::failed;
-use crate::bench::site::Site;
 
 /// Seconds that an answer lives, as in the system.
 const LIVES: u64 = 86_400;
 
 /// Measures the writes of all answers.
-pub(super) async fn measure(site: &Site, count: usize, meter: &mut Meter<impl Watch>) -> Result<()> {
-    let Some(url) = site.redis() else { return Ok(()) };
+pub(super) async fn measure(Job { testbed, count, .. }: Job<'_>, meter: &mut Meter<'_>) -> Result<()> {
+    let Some(url) = testbed.redis() else { return Ok(()) };
     let wrong = |error| failed("the floor's cache failed")(&error);
     let client = Client::open(url).map_err(wrong)?;
     let mut connection = client.get_multiplexed_async_connection().await.map_err(wrong)?;

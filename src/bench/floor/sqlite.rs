@@ -4,10 +4,9 @@ use std::path::Path;
 
 use rusqlite::{Connection, params};
 
-use super::{ANSWER, GROUP, Meter, PROVIDER_ID, RECIPIENT, Watch};
+use super::{ANSWER, GROUP, Job, Meter, PROVIDER_ID, RECIPIENT};
 use crate::app::{AppError, Result};
 use crate::bench::failed;
-use crate::bench::site::Site;
 
 const TABLES: &str = "\
     pragma journal_mode = wal; pragma synchronous = full; \
@@ -16,13 +15,8 @@ const TABLES: &str = "\
     create table floor_results (id integer primary key, finished_at integer, provider_id text, answer text)";
 
 /// Measures the stages of the store, on a thread of its own.
-pub(super) async fn measure(
-    site: &Site,
-    content: &str,
-    count: usize,
-    meter: &mut Meter<impl Watch>,
-) -> Result<()> {
-    let folder = site.folder().join("floor");
+pub(super) async fn measure(Job { testbed, content, count }: Job<'_>, meter: &mut Meter<'_>) -> Result<()> {
+    let folder = testbed.folder().join("floor");
     let stays = |error| failed("the floor's folder can't be made or removed")(&error);
     std::fs::create_dir(&folder).map_err(stays)?;
     let (path, content) = (folder.join("floor.db"), content.to_owned());

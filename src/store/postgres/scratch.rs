@@ -56,17 +56,33 @@ impl Scratch {
         Ok(Some(row.try_get::<_, i64>(0)?.unsigned_abs()))
     }
 
+    /// Removes all databases on the server of `url` whose names begin with `prefix`.
+    ///
+    /// # Errors
+    /// When the server can't be reached.
+    pub async fn remove_all(url: &str, prefix: &str) -> Result<()> {
+        let client = connect(&PostgresOptions::parse(url)?).await?;
+        let found = "select datname::text from pg_database where starts_with(datname::text, $1)";
+        for row in client.query(found, &[&prefix]).await? {
+            drop_database(&client, row.try_get(0)?).await?;
+        }
+        Ok(())
+    }
+
     /// Removes the database, whoever is still connected.
     ///
     /// # Errors
     /// When the server can't be reached.
     pub async fn remove(self) -> Result<()> {
-        let client = connect(&self.server).await?;
-        // It waits for a checkpoint, and that for a disk that the benchmark has kept busy.
-        client.batch_execute("set statement_timeout = 0").await?;
-        client.batch_execute(&format!("drop database \"{}\" with (force)", self.name)).await?;
-        Ok(())
+        drop_database(&connect(&self.server).await?, &self.name).await
     }
+}
+
+async fn drop_database(client: &Client, name: &str) -> Result<()> {
+    // It waits for a checkpoint, and that for a disk that the benchmark has kept busy.
+    client.batch_execute("set statement_timeout = 0").await?;
+    client.batch_execute(&format!("drop database \"{name}\" with (force)")).await?;
+    Ok(())
 }
 
 async fn connect(options: &PostgresOptions) -> Result<Client> {

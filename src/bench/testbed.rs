@@ -21,7 +21,7 @@ const ANSWER: Duration = Duration::from_secs(20);
 /// Databases that a Redis has unless it is told otherwise.
 const REDIS_DATABASES: i64 = 16;
 
-pub(super) struct Site {
+pub(super) struct Testbed {
     config: Config,
     folder: PathBuf,
     name: String,
@@ -29,22 +29,22 @@ pub(super) struct Site {
     redis: Option<String>,
 }
 
-impl Site {
+impl Testbed {
     /// The full stack when PostgreSQL and Kafka are configured, else embedded parts.
     ///
     /// # Errors
     /// When the folder can't be made, or Redis is configured and can't be used.
-    pub(super) async fn new(config: &Config) -> Result<Site> {
+    pub(super) async fn new(config: &Config) -> Result<Testbed> {
         let name = format!("ams_bench_{}", std::process::id());
         let folder = std::env::current_dir()
             .and_then(|here| std::path::absolute(here.join("ams-data").join(&name)))
             .and_then(|folder| std::fs::create_dir_all(&folder).map(|()| folder))
             .map_err(|error| failed("the folder ams-data can't be made here")(&error))?;
-        let mut site = Site { config: config.clone(), folder, name, redis: None };
-        if let (true, CacheConfig::Redis(url)) = (site.is_full(), &site.config.cache) {
-            site.redis = Some(empty_database(url).await?);
+        let mut testbed = Testbed { config: config.clone(), folder, name, redis: None };
+        if let (true, CacheConfig::Redis(url)) = (testbed.is_full(), &testbed.config.cache) {
+            testbed.redis = Some(empty_database(url).await?);
         }
-        Ok(site)
+        Ok(testbed)
     }
 
     /// Whether it has PostgreSQL and Kafka.
@@ -114,27 +114,14 @@ impl Site {
         parts.into_iter().flat_map(|(command, name)| named(command, name)).collect()
     }
 
-    /// Removes what was made. Databases are removed by those who made them.
+    /// Removes what was made. Databases are gone already unless something failed.
     ///
     /// # Errors
     /// When something stays behind; the sentence says what.
     pub(super) async fn clean_up(self) -> Result<()> {
-        if self.is_full() {
-            let (config, prefix) = (self.kafka(), self.name.clone());
-            let found = tokio::task::spawn_blocking(move || topics_and_groups(&config, &prefix)).await;
-            let (topics, groups) = found
-                .map_err(|error| failed("the thread that asks the broker failed")(&error))?
-                .map_err(|error| failed("the benchmark's topics can't be named")(&error))?;
-            let stays = |what: &str| format!("{what} of the benchmark ({}…) can't be removed", self.name);
-            let wrong = |what: &'static str| move |error| failed(&stays(what))(&error);
-            let admin: AdminClient<DefaultClientContext> = self.kafka().create().map_err(wrong("topics"))?;
-            let options = AdminOptions::new().operation_timeout(Some(ANSWER));
-            if !topics.is_empty() {
-                admin.delete_topics(&texts(&topics), &options).await.map_err(wrong("topics"))?;
-            }
-            if !groups.is_empty() {
-                admin.delete_groups(&texts(&groups), &options).await.map_err(wrong("groups"))?;
-            }
+        if let (true, StoreConfig::Postgres(url)) = (self.is_full(), &self.config.store) {
+            let removed = Scratch::remove_all(url, &self.name("")).await;
+            removed.map_err(|error| failed("databases of the benchmark can't be removed")(&error))?;
         }
         if let Some(url) = &self.redis {
             let mut connection = connect(url).await?;
@@ -142,7 +129,31 @@ impl Site {
             emptied.map_err(|error| failed("the benchmark's answers stay in Redis")(&error))?;
         }
         std::fs::remove_dir_all(&self.folder)
-            .map_err(|error| failed(&format!("{} stays behind", self.folder.display()))(&error))
+            .map_err(|error| failed(&format!("{} stays behind", self.folder.display()))(&error))?;
+        // Last, because a group whose members were killed stays for as long as the broker waits for them.
+        if self.is_full() { self.remove_topics().await } else { Ok(()) }
+    }
+
+    async fn remove_topics(&self) -> Result<()> {
+        let (config, prefix) = (self.kafka(), self.name(""));
+        let found = tokio::task::spawn_blocking(move || topics_and_groups(&config, &prefix)).await;
+        let (topics, groups) = found
+            .map_err(|error| failed("the thread that asks the broker failed")(&error))?
+            .map_err(|error| failed("the benchmark's topics can't be named")(&error))?;
+        let wrong = |error| failed("topics and groups of the benchmark can't be removed")(&error);
+        let admin: AdminClient<DefaultClientContext> = self.kafka().create().map_err(wrong)?;
+        let options = AdminOptions::new().operation_timeout(Some(ANSWER));
+        let mut removed = Vec::new();
+        if !topics.is_empty() {
+            removed.extend(admin.delete_topics(&texts(&topics), &options).await.map_err(wrong)?);
+        }
+        if !groups.is_empty() {
+            removed.extend(admin.delete_groups(&texts(&groups), &options).await.map_err(wrong)?);
+        }
+        match removed.into_iter().find_map(std::result::Result::err) {
+            Some((name, code)) => Err(AppError(format!("{name} stays with the broker: {code}"))),
+            None => Ok(()),
+        }
     }
 }
 
