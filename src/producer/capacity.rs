@@ -11,7 +11,10 @@ use crate::queue::{Depth, QueueError};
 use crate::service::{Backoff, Context};
 use crate::ticket::Ticket;
 
+/// How often the broker is asked, and how often while a lane is more than half full: a producer that waits for room learns
+/// of it soon.
 const REFRESH: Duration = Duration::from_millis(100);
+const REFRESH_FULL: Duration = Duration::from_millis(30);
 
 /// Bytes of tickets that may be on a lane and not taken up, about: embedded they are in this process's memory.
 const BYTES_MAX: usize = 128 << 20;
@@ -68,13 +71,19 @@ impl Capacity {
                         self.learn(&lane, before, &depth);
                     }
                     self.backoff.succeeded();
-                    REFRESH
+                    let is_full = |lane: &String| self.free(lane) < self.whole(lane) / 2;
+                    if self.lanes.keys().any(is_full) { REFRESH_FULL } else { REFRESH }
                 }
                 Err(error) => self.backoff.failed(&error).max(REFRESH),
             };
             self.next_refresh = now.after(wait);
         }
         if self.asking.is_none() && now >= self.next_refresh {
+            if !self.is_registered(fresh_lane) && self.free(fresh_lane) == 0 {
+                // Its first consumer may have come since the directory was read; else that is read again in a second.
+                let read = self.context.directory.refresh().await;
+                drop(read.inspect_err(|error| tracing::debug!("lanes could not be looked for: {error}")));
+            }
             self.ask(now);
         }
     }
@@ -110,6 +119,10 @@ impl Capacity {
         lane_capacity.lag = lag(depth);
         lane_capacity.since = lane_capacity.since.saturating_sub(before);
         lane_capacity.known = true;
+    }
+
+    fn is_registered(&self, lane: &str) -> bool {
+        self.lanes.get(lane).is_some_and(|lane| lane.registered)
     }
 
     /// How many tickets `lane` takes now.
