@@ -6,6 +6,7 @@
 //! back no position of the lane. The message waits for a free slot of its endpoint, is delivered and judged,
 //! and its record goes to the `recorder`, which writes in batches beside all this.
 
+mod arrivals;
 mod attempts;
 mod begin;
 mod call;

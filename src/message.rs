@@ -305,8 +305,8 @@ pub enum Verdict {
     Dead { reason: String, lane: String },
     /// Its `expires_at` passed before this try, which was therefore not made.
     Expired,
-    /// This was not a try: give the message back as it was, due at once.
-    Release,
+    /// This was not a try: give the message back as it was, due at once or held.
+    Release { held: Option<Held> },
 }
 
 /// One stored try, as it is read back.

@@ -17,7 +17,9 @@ use crate::clock::{Instant, Now, Timestamp};
 use crate::message::Held;
 use crate::publish::Publisher;
 use crate::service::{self, Context, Service, Step};
-use crate::store::{Bid, Claim, Due, DueNow, InstanceId, Leadership, Pacing, Result, StoreError, Urgency};
+use crate::store::{
+    Bid, Claim, Due, DueNow, InstanceId, Leadership, Pacing, Result, StoreError, Unhold, Urgency,
+};
 use crate::ticket::{BatchId, Ticket};
 
 use capacity::Capacity;
@@ -419,12 +421,17 @@ impl Producer {
     /// Frees deliveries that were held for an endpoint which is open again.
     async fn unhold(&mut self, now: Now) -> Result<()> {
         let directory = self.context.directory.snapshot();
+        let held = self.context.store.held().await?.into_iter();
+        let wanted: Vec<Unhold> = held
+            .filter(|(endpoint, held)| {
+                *held == Held::EndpointClosed && directory.open_endpoint(endpoint).is_some()
+            })
+            .map(|(endpoint, _)| Unhold { endpoint, limit: self.options.batch })
+            .collect();
         let mut more = false;
-        for (endpoint, held) in self.context.store.held().await? {
-            if held == Held::EndpointClosed && directory.open_endpoint(&endpoint).is_some() {
-                let freed = self.context.store.unhold(&endpoint, held, self.options.batch, now.time).await?;
-                more |= freed > 0;
-            }
+        if !wanted.is_empty() {
+            let freed = self.context.store.unhold(&wanted, Held::EndpointClosed, now.time).await?;
+            more = freed.into_iter().any(|freed| freed > 0);
         }
         self.next_unhold = now.instant.after(if more { UNHOLD_MORE } else { UNHOLD });
         Ok(())

@@ -50,7 +50,7 @@ pub use operate::Operations;
 pub use registry::{Bid, Endpoint, Instance, InstanceId, Leadership, Pacing, Registry};
 pub use scheduling::{
     BATCH_BYTES, BATCH_MAX, Batch, Claim, Claimed, Due, DueNow, LogPosition, Reissue, Reissued, Scheduling,
-    Suspect, Urgency,
+    Suspect, Unhold, Urgency,
 };
 pub use schema_version::SchemaVersion;
 pub use upkeep::{Reconciled, Reconciliation, Recovered, Recovery, Removal, Removed, Upkeep};

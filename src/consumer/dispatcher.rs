@@ -1,7 +1,6 @@
 //! The dispatcher of one consumer: what arrived, what waits, what is in flight. One task owns it all, so
 //! there is no lock; store calls and deliveries run beside it and report back.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +8,10 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::ConsumerOptions;
+use super::arrivals::{Arrival, Arrivals};
 use super::attempts::{Attempts, Finished};
 use super::begin::{self, Admitted, BATCH, BegunDelivery, Started, ToBegin};
 use super::call::{Call, under_way};
-use super::early::Early;
 use super::hold::Holding;
 use super::recorder::Written;
 use super::saturation::Saturated;
@@ -20,14 +19,13 @@ use super::unreadable::UnreadableRecords;
 use super::waiting::Waiting;
 use crate::clock::{Instant, Now, Timestamp};
 use crate::delivery::Delivery;
-use crate::delivery::limits::{Admission, Limits};
+use crate::delivery::limits::{Admission, Feedback, Limits};
 use crate::message::{Held, Outcome, Verdict};
-use crate::queue::{Receipt, Subscription, Taken};
+use crate::queue::{Receipt, Subscription};
 use crate::service::Context;
 use crate::shortage::Shortage;
-use crate::store::Record;
+use crate::store::{Endpoint, Record};
 use crate::telemetry::LaneMetrics;
-use crate::ticket::Ticket;
 
 /// Under load, tickets wait for others before they are begun together, because a call costs the store more than a
 /// ticket: until there are so many, or one has waited for so long.
@@ -52,10 +50,7 @@ pub(super) struct Dispatcher {
     subscription: Subscription,
     records: mpsc::UnboundedSender<Record>,
     limits: Limits,
-    /// Taken ahead of their time.
-    early: Early<Arrival>,
-    /// Taken, and neither admitted nor held yet: their endpoint will take them in a moment.
-    admission: VecDeque<Arrival>,
+    arrivals: Arrivals,
     /// Taken, and no tickets.
     unreadable: UnreadableRecords,
     to_begin: ToBegin,
@@ -70,14 +65,6 @@ pub(super) struct Dispatcher {
     bytes: usize,
     saturated: Saturated,
     stop: CancellationToken,
-}
-
-/// A ticket that was taken from the lane.
-struct Arrival {
-    ticket: Arc<Ticket>,
-    /// When it was published, or due if that was later.
-    ready_at: Timestamp,
-    receipt: Receipt,
 }
 
 impl Dispatcher {
@@ -102,8 +89,7 @@ impl Dispatcher {
             options,
             subscription,
             records,
-            early: Early::default(),
-            admission: VecDeque::new(),
+            arrivals: Arrivals::default(),
             to_begin: ToBegin::default(),
             beginning: None,
             holding: Holding::default(),
@@ -123,7 +109,7 @@ impl Dispatcher {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut ended = Vec::new();
         loop {
-            let takes = self.admission.is_empty()
+            let takes = self.arrivals.is_empty()
                 && self.unreadable.has_capacity()
                 && self.unrecorded < self.options.window
                 && self.bytes < BYTES_MAX
@@ -150,46 +136,42 @@ impl Dispatcher {
                 receipts = self.holding.done() => self.done(receipts),
                 receipts = self.unreadable.done() => self.done(receipts),
                 () = self.saturated.progress(&self.context.clock) => {}
-                () = self.early.due(&self.context.clock) => {
-                    let now = self.context.clock.instant();
-                    self.admission.extend(std::iter::from_fn(|| self.early.take(now)));
+                () = self.arrivals.early.due(&self.context.clock) => {
+                    self.arrivals.admit_due(self.context.clock.instant());
                 }
                 _ = tick.tick() => self.tick(),
+                () = std::future::ready(()), if self.arrivals.has_unread() => {
+                    self.arrive();
+                    // Attempts have their turn between two groups. While tickets are refused, nothing else would make this
+                    // task wait, and endpoints whose answers nobody reads seem to be silent.
+                    tokio::task::yield_now().await;
+                }
                 batch = self.subscription.taken.recv(), if takes => match batch {
-                    Some(batch) => self.arrive(batch),
+                    Some(batch) => self.arrivals.take(batch),
                     None => {
                         tracing::error!(lane = self.options.lane.topic, "the subscription ended by itself");
                         break;
                     }
                 },
             }
+            self.start_crowded_out();
             self.admit();
+            self.hold();
             self.begin();
             self.unreadable.publish(&self.context);
         }
         self.drain(written).await
     }
 
-    /// Parses a taken batch: tickets wait for their admission, each at its time.
-    fn arrive(&mut self, batch: Vec<Taken>) {
-        let Now { time: now, instant } = self.context.clock.reading();
-        for taken in batch {
+    /// Reads some of the records that were taken: their tickets wait for admission, each from its time on.
+    fn arrive(&mut self) {
+        let now = self.context.clock.reading();
+        for taken in self.arrivals.unread() {
             match begin::parse(&taken) {
-                Ok(mut ticket) => {
+                Ok(ticket) => {
                     self.bytes += ticket.bytes();
                     self.saturated.came(&ticket.endpoint);
-                    let (receipt, ready_at) = (taken.receipt, taken.published_at);
-                    // No ticket is more than that ahead: if it seems so, our clock is behind the producer's.
-                    let due_at = ticket.due_at.take();
-                    let ticket = Arc::new(ticket);
-                    match due_at.map(|at| at.min(now.after(Ticket::AHEAD))) {
-                        Some(at) if at > now => {
-                            let ready_at = ready_at.max(at);
-                            self.early
-                                .keep(Arrival { ticket, ready_at, receipt }, instant.after(at.since(now)));
-                        }
-                        _ => self.admission.push_back(Arrival { ticket, ready_at, receipt }),
-                    }
+                    self.arrivals.keep(ticket, &taken, now);
                 }
                 Err(reason) => self.unreadable.add(taken, reason),
             }
@@ -198,17 +180,17 @@ impl Dispatcher {
 
     /// Lets tickets in, in their order: to begin, or to hold; stops at the first that has to wait.
     fn admit(&mut self) {
-        if self.admission.is_empty() {
+        if self.arrivals.admission.is_empty() {
             return;
         }
         let (directory, now) = (self.context.directory.snapshot(), self.context.clock.instant());
-        while let Some(arrival) = self.admission.pop_front() {
+        while let Some(arrival) = self.arrivals.admission.pop_front() {
             let (ticket, receipt) = (&arrival.ticket, arrival.receipt);
             let held = match directory.open_endpoint(&ticket.endpoint) {
                 None => Held::EndpointClosed,
                 Some(endpoint) => match self.limits.admit(&endpoint.name, endpoint.in_flight_max, now) {
                     Admission::Wait => {
-                        self.admission.push_front(arrival);
+                        self.arrivals.admission.push_front(arrival);
                         return;
                     }
                     Admission::Admitted { ahead } => {
@@ -233,9 +215,6 @@ impl Dispatcher {
             self.bytes = self.bytes.saturating_sub(arrival.ticket.bytes());
             self.holding.add(&arrival.ticket, held, receipt, now);
         }
-        if self.holding.len() >= BATCH {
-            self.hold();
-        }
     }
 
     /// Notes that results were written.
@@ -252,9 +231,11 @@ impl Dispatcher {
         }
     }
 
-    /// Holds the deliveries of refused tickets.
+    /// Holds the deliveries of refused tickets, when they are many or have waited for others.
     fn hold(&mut self) {
-        self.holding.start(&self.context, &self.options.lane.topic, &self.stop);
+        if self.holding.len() >= BATCH || self.holding.is_due(self.context.clock.instant()) {
+            self.holding.start(&self.context, &self.options.lane.topic, &self.stop);
+        }
     }
 
     /// Tells the lane that these records are done with.
@@ -265,7 +246,7 @@ impl Dispatcher {
 
     /// Begins what has arrived, unless a call is under way or more is worth waiting for.
     fn begin(&mut self) {
-        let idle = self.limits.total() < self.to_begin.len() + LOADED;
+        let idle = self.limits.busy() < self.to_begin.len() + LOADED;
         let now = self.context.clock.instant();
         let ready = idle || self.to_begin.len() >= GROUP || now >= self.to_begin.begin_at;
         if self.beginning.is_none() && !self.to_begin.is_empty() && ready {
@@ -284,7 +265,7 @@ impl Dispatcher {
         }
         self.done(started.receipts);
         let Now { time: now, instant } = self.context.clock.reading();
-        let mut touched: Vec<Arc<crate::store::Endpoint>> = Vec::new();
+        let mut touched: Vec<Arc<Endpoint>> = Vec::new();
         for begun in started.begun {
             self.metrics.begun_after(now.since(begun.ready_at));
             let endpoint = Arc::clone(&begun.endpoint);
@@ -294,26 +275,37 @@ impl Dispatcher {
             }
         }
         for endpoint in touched {
-            self.try_next(&endpoint.name, endpoint.in_flight_max, instant);
+            self.try_next(&endpoint, instant);
         }
     }
 
     /// Starts as many waiting messages of an endpoint as may be in flight.
-    fn try_next(&mut self, endpoint: &str, in_flight_max: u32, now: Instant) {
+    fn try_next(&mut self, endpoint: &Arc<Endpoint>, now: Instant) {
         let (limits, attempts) = (&mut self.limits, &self.attempts);
-        self.waiting.start(
-            endpoint,
-            || limits.start(endpoint, in_flight_max, now),
+        let waits = self.waiting.start(
+            &endpoint.name,
+            || limits.start(&endpoint.name, endpoint.in_flight_max, now),
             |begun| attempts.start(begun),
         );
+        if waits && self.limits.is_crowded_out(&endpoint.name) {
+            self.waiting.crowd_out(endpoint);
+        }
+    }
+
+    /// Starts first attempts at new endpoints, where others have made room for them.
+    fn start_crowded_out(&mut self) {
+        let now = self.context.clock.instant();
+        for endpoint in self.waiting.take_crowded_out(self.limits.free_for_new()) {
+            self.try_next(&endpoint, now);
+        }
     }
 
     /// Judges a try that ended, and gives its slot to the next.
     fn finish(&mut self, begun: BegunDelivery, outcome: Option<Outcome>, took: Duration, now: Now) {
         let endpoint = Arc::clone(&begun.endpoint);
-        self.limits.finish(&endpoint.name, took, now.instant);
+        self.limits.finish(&endpoint.name, took, Feedback::of(outcome.as_ref()), now.instant);
         self.judge(begun, outcome, took, now.time);
-        self.try_next(&endpoint.name, endpoint.in_flight_max, now.instant);
+        self.try_next(&endpoint, now.instant);
     }
 
     /// Puts a message back in its turn: this process was short of a connection for it, so it has not been tried.
@@ -326,7 +318,7 @@ impl Dispatcher {
     /// Starts what was put off, where the pause is over.
     fn take_up(&mut self, now: Instant) {
         for endpoint in self.waiting.take_put_off() {
-            self.try_next(&endpoint.name, endpoint.in_flight_max, now);
+            self.try_next(&endpoint, now);
             if self.limits.is_short(&endpoint.name) {
                 self.waiting.put_off(&endpoint.name);
             }
@@ -337,7 +329,7 @@ impl Dispatcher {
         let lane = &self.options.lane;
         let verdict = match &outcome {
             None if begun.ticket.is_expired(now) => Verdict::Expired,
-            None => Verdict::Release,
+            None => Verdict::Release { held: None },
             Some(outcome) => {
                 self.metrics.attempted(outcome.class, &outcome.times, took);
                 let directory = self.context.directory.snapshot();
@@ -352,6 +344,11 @@ impl Dispatcher {
                 )
             }
         };
+        self.record(begun, outcome, verdict, now);
+    }
+
+    /// Gives a delivery's verdict to the recorder.
+    fn record(&mut self, begun: BegunDelivery, outcome: Option<Outcome>, verdict: Verdict, now: Timestamp) {
         let record = Record {
             ticket: begun.ticket,
             lane: Arc::clone(&self.lane),
@@ -370,19 +367,31 @@ impl Dispatcher {
     fn tick(&mut self) {
         self.metrics.in_flight(self.limits.in_flight());
         self.limits.forget_idle();
-        let now = self.context.clock.instant();
+        let reading = self.context.clock.reading();
+        let now = reading.instant;
+        self.give_back(reading);
         self.take_up(now);
         // The log says when one is over.
         self.context.metrics.shortages(now);
-        if self.holding.is_due(now) {
-            self.hold();
-        }
         if self.saturated.is_freeing() {
             return;
         }
         let wanted = self.saturated.wanted(&self.context, &self.limits, now);
         self.report(now);
         self.saturated.free(&self.context, wanted, now);
+    }
+
+    /// Holds what waits for endpoints that have fallen silent: it would keep others from being admitted, for as long as
+    /// those in flight take to time out.
+    fn give_back(&mut self, now: Now) {
+        for endpoint in self.limits.fallen_silent(now.instant) {
+            for begun in self.waiting.take(&endpoint) {
+                self.limits.leave(&endpoint);
+                self.saturated.refused(&endpoint, now.instant);
+                let verdict = Verdict::Release { held: Some(Held::EndpointBusy) };
+                self.record(begun, None, verdict, now.time);
+            }
+        }
     }
 
     /// Takes nothing new; gives back what was begun and not tried; waits for what is in flight.

@@ -106,7 +106,7 @@ async fn write(
                 lane,
                 reason,
             }),
-            Verdict::Retry { .. } | Verdict::Expired | Verdict::Release => {}
+            Verdict::Retry { .. } | Verdict::Expired | Verdict::Release { .. } => {}
         }
     }
     if !responses.is_empty() && answers.try_send(responses).is_err() {

@@ -10,7 +10,7 @@ use crate::clock::{Clock, Instant};
 use crate::delivery::limits::Limits;
 use crate::message::Held;
 use crate::service::Context;
-use crate::store::InstanceId;
+use crate::store::{InstanceId, Unhold};
 
 /// How often the store is asked which endpoints have held deliveries that we don't know of.
 const HELD: Duration = Duration::from_secs(1);
@@ -20,13 +20,15 @@ const HELD: Duration = Duration::from_secs(1);
 const SLOW_FOR: Duration = Duration::from_millis(300);
 
 /// Endpoints that are reported, at most.
-const REPORTED_MAX: usize = 1_000;
+const REPORTED_MAX: usize = 10_000;
 
 /// After this, deliveries that were made due and did not come here are believed to have gone to another consumer.
 const EXPECTED: Duration = Duration::from_secs(2);
 /// So many held deliveries are made due at first; one more for each that comes. Those of another lane never come here:
 /// its own consumer knows whether it has room for them.
-const TRIAL: usize = 32;
+const TRIAL: usize = 256;
+/// Fewer are not worth a write while an endpoint has room for more.
+const LEAST: usize = 32;
 
 /// Which endpoints an instance has reported.
 type Report = (InstanceId, Vec<String>);
@@ -35,13 +37,15 @@ type Report = (InstanceId, Vec<String>);
 #[derive(Default)]
 struct Freed {
     found: Vec<String>,
-    freed: Vec<(String, usize, usize)>,
+    freed: Vec<(Unhold, usize)>,
 }
 
 /// Endpoints with deliveries held because they were saturated.
 #[derive(Default)]
 pub(super) struct Saturated {
     endpoints: BTreeMap<String, Saturation>,
+    /// The failing endpoint for which deliveries were freed last: the others come before it.
+    last_failing: String,
     freeing: Option<Call<Freed>>,
     /// When the store is asked for further ones.
     look_at: Instant,
@@ -107,33 +111,40 @@ impl Saturated {
         self.freeing.is_some()
     }
 
-    /// How many held deliveries of which endpoints there is room for.
-    pub(super) fn wanted(
-        &mut self,
-        context: &Context,
-        limits: &Limits,
-        now: Instant,
-    ) -> Vec<(String, usize)> {
+    /// How many held deliveries of which endpoints there is room for. Those that fail have theirs in turn.
+    pub(super) fn wanted(&mut self, context: &Context, limits: &Limits, now: Instant) -> Vec<Unhold> {
         let directory = context.directory.snapshot();
+        let mut for_failing = limits.free_for_failing();
         let mut wanted = Vec::new();
-        for (name, saturation) in &mut self.endpoints {
+        let last_failing = self.last_failing.clone();
+        let (before, after) =
+            self.endpoints.iter_mut().partition::<Vec<_>, _>(|(name, _)| **name <= last_failing);
+        for (name, saturation) in after.into_iter().chain(before) {
             let Some(endpoint) = directory.open_endpoint(name) else {
                 continue;
             };
             if limits.is_slow(name, endpoint.in_flight_max, now) {
                 saturation.slow_at = now;
             }
-            let rows = saturation.wanted(limits.available(name, endpoint.in_flight_max, now), now);
-            // Not one by one: a write for each delivery that ends would cost what holding saves.
-            if rows >= (endpoint.in_flight_max as usize).min(TRIAL) {
-                wanted.push((name.clone(), rows));
+            let available = limits.available(name, endpoint.in_flight_max, now);
+            let fails = limits.is_failing(name);
+            let available = if fails { available.min(for_failing) } else { available };
+            let limit = saturation.wanted(available, now);
+            // Not one by one, if more can follow: a write for each delivery that ends would cost what holding saves.
+            let least = (limits.slots(name, endpoint.in_flight_max) / 2).clamp(1, LEAST);
+            if limit >= least {
+                wanted.push(Unhold { endpoint: name.clone(), limit });
+                if fails {
+                    for_failing -= limit;
+                    self.last_failing.clone_from(name);
+                }
             }
         }
         wanted
     }
 
     /// Frees these deliveries, and looks for further endpoints when it is time for that.
-    pub(super) fn free(&mut self, context: &Context, wanted: Vec<(String, usize)>, now: Instant) {
+    pub(super) fn free(&mut self, context: &Context, wanted: Vec<Unhold>, now: Instant) {
         let look = now >= self.look_at;
         if look {
             self.look_at = now.after(HELD);
@@ -145,10 +156,10 @@ impl Saturated {
 
     fn freed(&mut self, freed: Freed, now: Instant) {
         self.freeing = None;
-        for (name, asked, got) in freed.freed {
-            if got < asked {
-                self.endpoints.remove(&name);
-            } else if let Some(saturation) = self.endpoints.get_mut(&name) {
+        for (wanted, got) in freed.freed {
+            if got < wanted.limit {
+                self.endpoints.remove(&wanted.endpoint);
+            } else if let Some(saturation) = self.endpoints.get_mut(&wanted.endpoint) {
                 saturation.expected += got;
                 saturation.since = now;
             }
@@ -159,19 +170,20 @@ impl Saturated {
     }
 }
 
-async fn free(context: Context, wanted: Vec<(String, usize)>, look: bool) -> Freed {
+async fn free(context: Context, wanted: Vec<Unhold>, look: bool) -> Freed {
     let mut freed = Freed::default();
     let now = context.clock.now();
-    for (name, asked) in wanted {
+    if !wanted.is_empty() {
         let watch = context.clock.stopwatch();
-        match context.store.unhold(&name, Held::EndpointBusy, asked, now).await {
+        match context.store.unhold(&wanted, Held::EndpointBusy, now).await {
             Ok(got) => {
-                let got = usize::try_from(got).unwrap_or(asked);
-                context.metrics.batch("unhold", got, watch.elapsed());
-                freed.freed.push((name, asked, got));
+                let got = got.into_iter().map(|got| usize::try_from(got).unwrap_or(usize::MAX));
+                freed.freed.extend(wanted.into_iter().zip(got));
+                let rows = freed.freed.iter().map(|(_, got)| got).sum();
+                context.metrics.batch("unhold", rows, watch.elapsed());
             }
             // The next tick tries again.
-            Err(error) => tracing::debug!("held deliveries of {name} could not be freed: {error}"),
+            Err(error) => tracing::debug!("held deliveries could not be freed: {error}"),
         }
     }
     if look {
@@ -228,19 +240,19 @@ mod tests {
     fn rows_that_never_come_are_made_due_a_few_at_a_time() {
         let start = Instant::START.after(EXPECTED);
         let mut busy = Saturation::new(start, start);
-        assert_eq!((busy.wanted(10, start), busy.wanted(1_000, start)), (10, TRIAL));
+        assert_eq!((busy.wanted(10, start), busy.wanted(10_000, start)), (10, TRIAL));
         // All of them come, round by round.
-        for _ in 0..3 {
-            busy.expected = busy.wanted(1_000, start);
+        for _ in 0..2 {
+            busy.expected = busy.wanted(10_000, start);
             (0..busy.expected).for_each(|_| busy.came());
         }
-        assert_eq!((busy.expected, busy.wanted(1_000, start)), (0, TRIAL * 8));
+        assert_eq!((busy.expected, busy.wanted(10_000, start)), (0, TRIAL * 4));
         // Tickets that were not made due by us tell nothing.
         busy.came();
-        assert_eq!(busy.wanted(1_000, start), TRIAL * 8);
+        assert_eq!(busy.wanted(10_000, start), TRIAL * 4);
         // None comes any more.
-        busy.expected = TRIAL * 8;
-        assert_eq!(busy.wanted(1_000, start.after(EXPECTED)), 0);
-        assert_eq!(busy.wanted(1_000, start.after(EXPECTED * 2)), TRIAL);
+        busy.expected = TRIAL * 4;
+        assert_eq!(busy.wanted(10_000, start.after(EXPECTED)), 0);
+        assert_eq!(busy.wanted(10_000, start.after(EXPECTED * 2)), TRIAL);
     }
 }

@@ -226,6 +226,59 @@ async fn an_endpoint_without_ports_does_not_hold_up_another() {
     assert!(clock.now().since(start) < Duration::from_secs(5), "took {:?}", clock.now().since(start));
 }
 
+/// A receiver that hangs until `back` on all endpoints but `healthy`, which answers in a few milliseconds; it notes how
+/// many attempts hang at once, at most.
+fn hanging(clock: &Clock, back: Timestamp, most: &Arc<AtomicUsize>) -> Script {
+    let (clock, most, now) = (clock.clone(), Arc::clone(most), Arc::new(AtomicUsize::new(0)));
+    Arc::new(move |_, endpoint: Endpoint| {
+        let (clock, most, now) = (clock.clone(), Arc::clone(&most), Arc::clone(&now));
+        Box::pin(async move {
+            if endpoint.name == "healthy" || clock.now() >= back {
+                take(5).await;
+                return Ok(accepted(&clock));
+            }
+            most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            take(10_000).await;
+            now.fetch_sub(1, Ordering::SeqCst);
+            Ok(Outcome { class: Class::Timeout, status: None, ..accepted(&clock) })
+        })
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn endpoints_that_hang_leave_a_healthy_one_its_window_however_many_they_are() {
+    const HANG: i64 = 60;
+    let names = (0..HANG).map(|i| format!("hangs-{i}")).chain(["healthy".to_owned()]);
+    let endpoints: Vec<_> = names.map(|name| Endpoint::new(&name, "http://localhost:3000")).collect();
+    let bench = Bench::new(&endpoints).await;
+    let (clock, store) = (bench.context.clock.clone(), &bench.context.store);
+    let (back, most) = (clock.now().after(Duration::from_secs(25)), Arc::default());
+    let count = async |ids: std::ops::RangeInclusive<i64>, status| {
+        let ids: Vec<_> = ids.map(MessageId).collect();
+        store.messages(&ids).await.unwrap().iter().filter(|message| message.status == status).count()
+    };
+    let healthy = HANG * COUNT + 1..=(HANG + 1) * COUNT;
+    let done = async {
+        while count(healthy.clone(), Status::Sent).await < COUNT as usize {
+            take(100).await;
+        }
+        let took = clock.now().since(Timestamp::EPOCH);
+        assert!(took < Duration::from_secs(5), "{took:?}, and the others have ten seconds each");
+        // Those that were tried go to another lane, which nobody works on here. None of the others has lost an attempt.
+        while count(1..=HANG * COUNT, Status::Sent).await + count(1..=HANG * COUNT, Status::Retrying).await
+            < (HANG * COUNT) as usize
+        {
+            take(1_000).await;
+        }
+        let retried = count(1..=HANG * COUNT, Status::Retrying).await;
+        assert!((HANG as usize..=HANG as usize * 7).contains(&retried), "{retried} attempts in 25 s");
+        assert!(store.held().await.unwrap().is_empty());
+    };
+    bench.run(hanging(&clock, back, &most), done).await;
+    let most = most.load(Ordering::SeqCst);
+    assert!(most <= 125 + 60, "{most} attempts hung at once, in a window of 1,000");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_stop_gives_back_what_waits_for_a_shortage_to_end() {
     let bench = Bench::new(&[Endpoint::new("default", "http://localhost:3000")]).await;

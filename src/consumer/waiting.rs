@@ -13,6 +13,8 @@ pub(super) struct Waiting {
     turns: u64,
     /// Endpoints of deliveries that wait again, because this process was short of a connection.
     put_off: BTreeSet<String>,
+    /// Endpoints of which nothing is in flight, because other new ones have all the places for such.
+    crowded_out: VecDeque<Arc<Endpoint>>,
 }
 
 impl Waiting {
@@ -27,21 +29,39 @@ impl Waiting {
         }
     }
 
-    /// Starts deliveries of an endpoint in their turn, as long as there are slots.
+    /// Starts deliveries of an endpoint in their turn, as long as there are slots. Whether some are left.
     pub(super) fn start(
         &mut self,
         endpoint: &str,
         mut has_slot: impl FnMut() -> bool,
         start: impl Fn(BegunDelivery),
-    ) {
-        let Some(queue) = self.queues.get_mut(endpoint) else { return };
+    ) -> bool {
+        let Some(queue) = self.queues.get_mut(endpoint) else { return false };
         while !queue.is_empty() && has_slot() {
             let Some(begun) = queue.pop_front() else { break };
             start(begun);
         }
-        if queue.is_empty() {
-            self.queues.remove(endpoint);
+        if !queue.is_empty() {
+            return true;
         }
+        self.queues.remove(endpoint);
+        false
+    }
+
+    /// Takes out all that waits for an endpoint.
+    pub(super) fn take(&mut self, endpoint: &str) -> VecDeque<BegunDelivery> {
+        self.queues.remove(endpoint).unwrap_or_default()
+    }
+
+    /// Notes that an endpoint waits for a place among the new ones.
+    pub(super) fn crowd_out(&mut self, endpoint: &Arc<Endpoint>) {
+        self.crowded_out.push_back(Arc::clone(endpoint));
+    }
+
+    /// So many of the endpoints that wait for such a place, in the order in which they came.
+    pub(super) fn take_crowded_out(&mut self, count: usize) -> Vec<Arc<Endpoint>> {
+        let count = count.min(self.crowded_out.len());
+        self.crowded_out.drain(..count).collect()
     }
 
     /// Puts a delivery back in its turn: it has not been tried.

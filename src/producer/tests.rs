@@ -13,6 +13,7 @@ use crate::message::{MessageId, NewMessage, Status};
 use crate::queue::embedded::EmbeddedQueue;
 use crate::queue::{self, Depth, LaneRecord, Queue, QueueError, Subscription};
 use crate::service::{Directory, Presence};
+use crate::store::conformance::unhold;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Endpoint, LogPosition, Store};
 use crate::telemetry::Metrics;
@@ -126,7 +127,7 @@ async fn messages_of_a_saturated_endpoint_are_held_and_the_others_go() {
     assert_eq!(counts.get("slow queued"), None, "{counts:?}");
     bench.until("slow pending held", 800).await;
     let (store, now) = (&bench.context.store, bench.context.clock.now());
-    store.unhold("slow", Held::EndpointBusy, 40, now).await.unwrap();
+    unhold(&**store, "slow", Held::EndpointBusy, 40, now).await;
     let counts = bench.until("slow queued", 40).await;
     assert_eq!(counts.get("slow pending held"), Some(&760), "{counts:?}");
 }

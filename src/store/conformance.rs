@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use super::{
     BatchId, Begin, Claim, Claimed, Due, Endpoint, Inserted, InstanceId, LeaseId, Mask, Record, Records,
-    Recovered, Recovery, Reissue, Reissued, Store, Suspect, Urgency, Wanted,
+    Recovered, Recovery, Reissue, Reissued, Scheduling, Store, Suspect, Unhold, Urgency, Wanted,
 };
 use crate::clock::{Clock, Timestamp};
-use crate::message::{Class, Message, MessageId, NewMessage, Outcome, Times, Verdict};
+use crate::message::{Class, Held, Message, MessageId, NewMessage, Outcome, Times, Verdict};
 use crate::ticket::Ticket;
 
 pub(crate) mod claiming;
@@ -75,6 +75,8 @@ macro_rules! store_conformance {
             holding::only_what_is_left_in_its_batch_is_held,
             holding::held_deliveries_are_freed_urgent_first_then_oldest,
             holding::a_held_delivery_that_was_tried_is_due_again_when_freed,
+            holding::deliveries_of_several_endpoints_are_freed_in_one_call,
+            holding::a_begun_delivery_is_given_back_and_held,
             healing::batches_and_their_places_are_remembered,
             healing::the_oldest_batches_come_first,
             healing::a_batch_of_a_dead_owner_is_orphaned,
@@ -278,7 +280,7 @@ impl Bench {
     }
 
     fn released(&self, delivery: &BegunDelivery) -> Record {
-        record(delivery, None, Verdict::Release)
+        record(delivery, None, Verdict::Release { held: None })
     }
 }
 
@@ -357,6 +359,18 @@ pub(crate) fn outcome(class: Class, status: Option<u16>, started_at: Timestamp) 
         started_at,
         times: Times { connect_us: 1, head_us: 20, body_us: 300 },
     }
+}
+
+/// Frees held deliveries of one endpoint.
+pub(crate) async fn unhold(
+    store: &(impl Scheduling + ?Sized),
+    endpoint: &str,
+    held: Held,
+    limit: usize,
+    now: Timestamp,
+) -> u64 {
+    let wanted = [Unhold { endpoint: endpoint.to_owned(), limit }];
+    store.unhold(&wanted, held, now).await.unwrap()[0]
 }
 
 fn record(delivery: &BegunDelivery, outcome: Option<Outcome>, verdict: Verdict) -> Record {

@@ -40,7 +40,7 @@ use super::{
     About, AllOrNone, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint,
     Execution, Inserted, InstanceId, Leadership, LogPosition, Operations, Overview, Reconciled,
     Reconciliation, Records, Recovered, Recovery, Registry, Reissue, Reissued, Removal, Removed, Result,
-    Scheduling, SchemaVersion, Store, StoreError, Upkeep,
+    Scheduling, SchemaVersion, Store, StoreError, Unhold, Upkeep,
 };
 use crate::clock::Timestamp;
 use crate::lane::{Lane, LaneGroup};
@@ -361,8 +361,8 @@ impl Scheduling for PostgresStore {
         self.call(async |db| hold::held(db).await).await
     }
 
-    async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
-        self.call(async |db| hold::unhold(db, endpoint, held, limit, now).await).await
+    async fn unhold(&self, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>> {
+        self.call(async |db| hold::unhold(db, wanted, held, now).await).await
     }
 
     async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {

@@ -139,6 +139,14 @@ pub struct Reissued {
     pub tickets: Vec<Ticket>,
 }
 
+/// Held deliveries of an endpoint that are to be freed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unhold {
+    pub endpoint: String,
+    /// How many, at most.
+    pub limit: usize,
+}
+
 /// What is due, claimed, held and freed.
 #[async_trait]
 pub trait Scheduling: Send + Sync {
@@ -162,9 +170,9 @@ pub trait Scheduling: Send + Sync {
     /// Which endpoints have deliveries held, and why.
     async fn held(&self) -> Result<Vec<(String, Held)>>;
 
-    /// Frees at most `limit` held deliveries of an endpoint, urgent first, then oldest: due at once, or when they
-    /// were due if that is still to come.
-    async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64>;
+    /// Frees held deliveries of some endpoints, of each urgent ones first, then the oldest: due at once, or when they
+    /// were due if that is still to come. How many those were, one number for each of `wanted`.
+    async fn unhold(&self, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>>;
 
     /// Ends at most `limit` waiting deliveries whose time is over, and returns how many.
     async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64>;

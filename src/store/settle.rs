@@ -110,7 +110,7 @@ mod tests {
     #[test]
     fn what_stands_in_its_lease_leaves_it() {
         let places = Places { leases: [(OURS, left(&[0, 1, 2]))].into(), ..Places::default() };
-        let settled = settle(&[record(0, Verdict::Sent), record(2, Verdict::Release)], places);
+        let settled = settle(&[record(0, Verdict::Sent), record(2, Verdict::Release { held: None })], places);
         assert_eq!(settled.accepted, [true, true]);
         assert_eq!(positions(&settled.leases, OURS), Some(vec![1]));
         assert!(settled.batches.is_empty());
@@ -134,11 +134,11 @@ mod tests {
     #[test]
     fn a_failure_counts_once_and_only_in_its_own_lease() {
         let stale = Places { leases: [(THEIRS, left(&[0]))].into(), ..Places::default() };
-        assert_eq!(settle(&[record(0, Verdict::Release)], stale).accepted, [false]);
+        assert_eq!(settle(&[record(0, Verdict::Release { held: None })], stale).accepted, [false]);
         let places = Places { leases: [(OURS, left(&[0]))].into(), ..Places::default() };
-        let twice = [record(0, Verdict::Release), record(0, Verdict::Release)];
+        let twice = [record(0, Verdict::Release { held: None }), record(0, Verdict::Release { held: None })];
         assert_eq!(settle(&twice, places.clone()).accepted, [true, false]);
-        let beside = [record(0, Verdict::Release), record(0, Verdict::Sent)];
+        let beside = [record(0, Verdict::Release { held: None }), record(0, Verdict::Sent)];
         assert_eq!(settle(&beside, places).accepted, [false, true]);
     }
 
@@ -146,7 +146,7 @@ mod tests {
     fn a_failure_of_a_delivery_that_has_ended_only_leaves_the_lease() {
         let ended = [(MessageId(100), EndpointId(1))].into();
         let places = Places { leases: [(OURS, left(&[0, 1]))].into(), ended, ..Places::default() };
-        let settled = settle(&[record(0, Verdict::Release)], places);
+        let settled = settle(&[record(0, Verdict::Release { held: None })], places);
         assert_eq!((settled.accepted, positions(&settled.leases, OURS)), (vec![false], Some(vec![1])));
     }
 }

@@ -43,7 +43,7 @@ use super::{
     About, AllOrNone, Batch, BatchId, Begin, Begun, Bid, Claim, Claimed, DeadLetter, DueNow, Endpoint,
     Execution, Inserted, InstanceId, Leadership, LogPosition, Operations, Overview, Reconciled,
     Reconciliation, Records, Recovered, Recovery, Registry, Reissue, Reissued, Removal, Removed, Result,
-    Scheduling, SchemaVersion, Store, StoreError, Upkeep,
+    Scheduling, SchemaVersion, Store, StoreError, Unhold, Upkeep,
 };
 use crate::clock::Timestamp;
 use crate::lane::{Lane, LaneGroup};
@@ -330,9 +330,9 @@ impl Scheduling for SqliteStore {
         self.read(hold::held).await
     }
 
-    async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
-        let endpoint = endpoint.to_owned();
-        self.write(move |db| hold::unhold(db, &endpoint, held, limit, now)).await
+    async fn unhold(&self, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>> {
+        let wanted = wanted.to_vec();
+        self.write(move |db| hold::unhold(db, &wanted, held, now)).await
     }
 
     async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {

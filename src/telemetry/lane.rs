@@ -126,7 +126,7 @@ impl LaneMetrics {
             Verdict::Retry { .. } => &self.retrying,
             Verdict::Dead { .. } => &self.dead,
             Verdict::Expired => &self.expired,
-            Verdict::Release => &self.released,
+            Verdict::Release { .. } => &self.released,
         };
         verdicts.inc();
     }

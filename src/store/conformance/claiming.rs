@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::{Bench, RETRY, batch, ids, text};
+use super::{Bench, RETRY, batch, ids, text, unhold};
 use crate::message::{Held, MessageId, NewMessage, Status, Verdict};
 use crate::store::{Due, DueNow, Store, Suspect, Urgency};
 use crate::ticket::Ticket;
@@ -141,7 +141,7 @@ pub(crate) async fn a_delivery_that_is_claimed_ahead_keeps_its_time(store: Arc<d
             bench.record(&[record]).await;
         } else {
             bench.store.hold(RETRY, &tickets, Held::EndpointBusy, now).await.unwrap();
-            bench.store.unhold("default", Held::EndpointBusy, 1, now).await.unwrap();
+            unhold(&*bench.store, "default", Held::EndpointBusy, 1, now).await;
         }
         assert_eq!(bench.message(delivery.id()).await.due_at, Some(due_at), "released: {released}");
         tickets = ahead(RETRY).await;
@@ -151,7 +151,7 @@ pub(crate) async fn a_delivery_that_is_claimed_ahead_keeps_its_time(store: Arc<d
     assert_eq!((scheduled[0].id, scheduled[0].due_at), (later, Some(bench.in_seconds(3))));
     bench.store.hold("messages", &scheduled, Held::EndpointBusy, bench.now()).await.unwrap();
     bench.pass(3);
-    bench.store.unhold("default", Held::EndpointBusy, 1, bench.now()).await.unwrap();
+    unhold(&*bench.store, "default", Held::EndpointBusy, 1, bench.now()).await;
     assert_eq!(bench.claim_timed("").await.tickets[0].due_at, None, "its time has come");
 }
 
@@ -189,7 +189,7 @@ pub(crate) async fn messages_of_a_closed_endpoint_are_held_by_the_claim(store: A
     assert_eq!(bench.claim_fresh().await.seen, 0);
     assert_eq!(bench.store.held().await.unwrap(), [("closed".to_owned(), Held::EndpointClosed)]);
     bench.open("closed").await;
-    let freed = bench.store.unhold("closed", Held::EndpointClosed, 10, bench.now()).await.unwrap();
+    let freed = unhold(&*bench.store, "closed", Held::EndpointClosed, 10, bench.now()).await;
     assert_eq!(freed, 2);
     let claimed = bench.claim_timed("").await;
     assert_eq!(ids(&claimed), [all[0], all[2]]);
@@ -216,7 +216,7 @@ pub(crate) async fn an_endpoint_takes_over_the_number_that_its_messages_have(sto
         bench.insert(&[to(endpoint)]).await;
     }
     let fresh = bench.claim_fresh().await.tickets;
-    assert_eq!(bench.store.unhold("later", Held::EndpointClosed, 10, bench.now()).await.unwrap(), 2);
+    assert_eq!(unhold(&*bench.store, "later", Held::EndpointClosed, 10, bench.now()).await, 2);
     let held = bench.claim_timed("").await.tickets;
     let numbers: HashSet<_> = fresh.iter().map(|ticket| ticket.endpoint_id).collect();
     assert_eq!(numbers.len(), 2, "each has its own");

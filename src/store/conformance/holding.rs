@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{Bench, RETRY, ids, text};
-use crate::message::{Held, NewMessage, Status};
-use crate::store::{Due, Store, Suspect, Urgency};
+use super::{Bench, RETRY, ids, record, text, unhold};
+use crate::message::{Held, NewMessage, Status, Verdict};
+use crate::store::{Due, Store, Suspect, Unhold, Urgency};
 
 const BUSY: Held = Held::EndpointBusy;
 
@@ -21,9 +21,9 @@ pub(crate) async fn a_held_ticket_is_not_claimable(store: Arc<dyn Store>) {
     assert_eq!(bench.store.held().await.unwrap(), [("default".to_owned(), BUSY)]);
     // The other reason, and another endpoint, free nothing.
     let (store, now) = (&bench.store, bench.now());
-    assert_eq!(store.unhold("default", Held::EndpointClosed, 10, now).await.unwrap(), 0);
-    assert_eq!(store.unhold("other", BUSY, 10, now).await.unwrap(), 0);
-    assert_eq!(store.unhold("default", BUSY, 10, now).await.unwrap(), 2);
+    assert_eq!(unhold(&**store, "default", Held::EndpointClosed, 10, now).await, 0);
+    assert_eq!(unhold(&**store, "other", BUSY, 10, now).await, 0);
+    assert_eq!(unhold(&**store, "default", BUSY, 10, now).await, 2);
     assert_eq!(ids(&bench.claim_timed("").await), [tickets[0].id, tickets[1].id]);
     assert!(store.held().await.unwrap().is_empty());
 }
@@ -40,7 +40,7 @@ pub(crate) async fn messages_of_a_saturated_endpoint_are_held_by_the_claim(store
     assert_eq!((row.status, row.held), (Status::Pending, Some(BUSY)));
     let held = bench.store.held().await.unwrap();
     assert_eq!(held, [("busy".to_owned(), BUSY), ("closed".to_owned(), Held::EndpointClosed)]);
-    assert_eq!(bench.store.unhold("busy", BUSY, 10, bench.now()).await.unwrap(), 2);
+    assert_eq!(unhold(&*bench.store, "busy", BUSY, 10, bench.now()).await, 2);
     // They were freed because there is room for them, however busy their endpoint is.
     let due = Due::Timed { lane: "", by: bench.now() };
     assert_eq!(ids(&bench.claim_beside(bench.owner, due, 10, saturated).await), [all[0], all[3]]);
@@ -105,11 +105,11 @@ pub(crate) async fn held_deliveries_are_freed_urgent_first_then_oldest(store: Ar
         bench.claim_beside(bench.owner, Due::New(urgency), 10, saturated).await;
     }
     for part in [vec![all[0], all[2]], vec![all[1], all[3]], vec![all[4]]] {
-        let freed = bench.store.unhold("default", BUSY, 2, bench.now()).await.unwrap();
+        let freed = unhold(&*bench.store, "default", BUSY, 2, bench.now()).await;
         assert_eq!(freed, part.len() as u64);
         assert_eq!(ids(&bench.claim_timed("").await), part);
     }
-    assert_eq!(bench.store.unhold("default", BUSY, 2, bench.now()).await.unwrap(), 0);
+    assert_eq!(unhold(&*bench.store, "default", BUSY, 2, bench.now()).await, 0);
 }
 
 pub(crate) async fn a_held_delivery_that_was_tried_is_due_again_when_freed(store: Arc<dyn Store>) {
@@ -124,7 +124,36 @@ pub(crate) async fn a_held_delivery_that_was_tried_is_due_again_when_freed(store
     assert_eq!(row.lane, RETRY);
     bench.pass(60);
     assert_eq!(bench.claim_timed(RETRY).await.seen, 0);
-    assert_eq!(bench.store.unhold("default", BUSY, 10, bench.now()).await.unwrap(), 1);
+    assert_eq!(unhold(&*bench.store, "default", BUSY, 10, bench.now()).await, 1);
     let claimed = bench.claim_timed(RETRY).await;
     assert_eq!((ids(&claimed), claimed.tickets[0].attempt), (vec![first.id()], 2));
+}
+
+pub(crate) async fn deliveries_of_several_endpoints_are_freed_in_one_call(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    bench.open("a").await;
+    bench.open("b").await;
+    let message = |endpoint: &str| NewMessage { endpoint: Some(endpoint.to_owned()), ..text("Hello") };
+    let all = bench.insert(&["a", "b", "a", "b", "b"].map(message)).await;
+    let saturated = &["a", "b"].map(str::to_owned);
+    bench.claim_beside(bench.owner, Due::New(Urgency::Normal), 10, saturated).await;
+    let wanted = [("b", 2), ("unknown", 5), ("a", 5), ("default", 1)]
+        .map(|(endpoint, limit)| Unhold { endpoint: endpoint.to_owned(), limit });
+    assert_eq!(bench.store.unhold(&wanted, BUSY, bench.now()).await.unwrap(), [2, 0, 2, 0]);
+    assert_eq!(ids(&bench.claim_timed("").await), all[..4]);
+    assert_eq!(bench.store.unhold(&wanted, BUSY, bench.now()).await.unwrap(), [1, 0, 0, 0]);
+}
+
+pub(crate) async fn a_begun_delivery_is_given_back_and_held(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let begun = bench.processing(2).await;
+    let held = |delivery| record(delivery, None, Verdict::Release { held: Some(BUSY) });
+    assert!(bench.record(&[held(&begun[0]), held(&begun[1])]).await.is_empty());
+    let row = bench.message(begun[0].id()).await;
+    assert_eq!((row.status, row.held, row.attempts), (Status::Pending, Some(BUSY), 0));
+    bench.pass(60);
+    assert_eq!(bench.claim_timed("").await.seen, 0);
+    assert_eq!(unhold(&*bench.store, "default", BUSY, 1, bench.now()).await, 1);
+    let again = bench.claim_timed("").await.tickets;
+    assert_eq!((again[0].id, again[0].attempt), (begun[0].id(), 1));
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::Bench;
+use super::{Bench, unhold};
 use crate::message::{Class, Held, Status};
 use crate::store::operate::{Change, Cursor, Filter};
 use crate::store::{Due, Store, StoreError, Urgency};
@@ -75,7 +75,7 @@ pub(crate) async fn words_of_a_newer_program(store: Arc<dyn Store>, sql: impl As
     assert_eq!(bench.claim_timed("").await.seen, 0);
     assert!(bench.store.held().await.unwrap().is_empty());
     for reason in [Held::EndpointBusy, Held::EndpointClosed] {
-        assert_eq!(bench.store.unhold("default", reason, 10, bench.now()).await.unwrap(), 0);
+        assert_eq!(unhold(&*bench.store, "default", reason, 10, bench.now()).await, 0);
     }
     bench.recover().await;
     for change in [Change::Cancel, Change::Redrive] {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Bench, RETRY, ids, text};
+use super::{Bench, RETRY, ids, text, unhold};
 use crate::clock::Timestamp;
 use crate::message::{Held, MessageId, NewMessage, Status};
 use crate::store::operate::{ApiKey, Change, Cursor, Deletion, Filter, Page, SCAN};
@@ -162,7 +162,7 @@ pub(crate) async fn a_cancelled_message_is_tried_no_more(store: Arc<dyn Store>) 
     let held = bench.fill(1).await[0];
     bench.claim_beside(bench.owner, Due::New(Urgency::Normal), 10, saturated).await;
     assert_eq!(bench.change(Change::Cancel, &[retried.id(), held]).await, [retried.id(), held]);
-    assert_eq!(bench.store.unhold("default", Held::EndpointBusy, 10, bench.now()).await.unwrap(), 0);
+    assert_eq!(unhold(&*bench.store, "default", Held::EndpointBusy, 10, bench.now()).await, 0);
     bench.pass(60);
     assert!(bench.claim_timed(RETRY).await.tickets.is_empty());
     let row = bench.message(retried.id()).await;

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
 
-use super::{BegunDelivery, Bench, LEASE, RETRY, deliveries, text, wanted};
+use super::{BegunDelivery, Bench, LEASE, RETRY, deliveries, text, unhold, wanted};
 use crate::message::{Held, Message, MessageId, NewMessage, Status, Verdict};
 use crate::store::operate::Change;
 use crate::store::{
@@ -177,7 +177,7 @@ impl World {
                     true => ("default", Held::EndpointBusy),
                     false => ("closed", Held::EndpointClosed),
                 };
-                let freed = store.unhold(endpoint, held, limit, now).await.unwrap();
+                let freed = unhold(&*store, endpoint, held, limit, now).await;
                 check(freed <= limit as u64, || format!("unhold freed {freed}"))?;
             }
             Call::Reissue { which } => {
@@ -392,7 +392,7 @@ impl World {
                 self.reissue(Suspect::Batch(batch.id)).await?;
             }
             for (endpoint, held) in store.held().await.unwrap() {
-                store.unhold(&endpoint, held, 1_000, now).await.unwrap();
+                unhold(&*store, &endpoint, held, 1_000, now).await;
             }
             self.inspect().await?;
             let timed = |lane| Due::Timed { lane, by: now };

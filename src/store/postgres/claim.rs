@@ -128,6 +128,8 @@ macro_rules! unread {
 /// A late transaction is a range of one, because for `tx = x order by id` the planner may walk the primary key until it has
 /// found enough, which for a transaction that was rolled back is to its end.
 ///
+/// Saturated endpoints are looked up in a set, because `= any` compares each name with each: thousands may hang.
+///
 /// The feed is moved by a guard in its own predicate: PostgreSQL re-reads a row that it has waited for but keeps the
 /// statement's old snapshot, so two claims that only locked it would take the same rows.
 macro_rules! claim_new {
@@ -150,7 +152,7 @@ macro_rules! claim_new {
                  where message_id between (select lo from a) and (select hi from a)), \
              d as materialized ( \
                  select n.endpoint, coalesce(e.id, s.id) as endpoint_id, coalesce(e.enabled, false) as open, \
-                     n.endpoint = any($6) as saturated \
+                     n.endpoint in (select unnest($6::text[])) as saturated \
                  from (select distinct endpoint from r) n left join endpoints e on e.name = n.endpoint \
                      left join unknown_endpoints s on s.name = n.endpoint), \
              classed as materialized ( \

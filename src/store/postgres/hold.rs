@@ -6,7 +6,7 @@ use super::left::take;
 use super::read_all;
 use crate::clock::Timestamp;
 use crate::message::Held;
-use crate::store::{Result, limit};
+use crate::store::{Result, Unhold, limit};
 use crate::ticket::Ticket;
 
 /// A delivery that comes to wait.
@@ -106,24 +106,31 @@ pub(super) async fn held(db: &Object) -> Result<Vec<(String, Held)>> {
     Ok(pairs.into_iter().filter_map(|(endpoint, held)| Some((endpoint, held?))).collect())
 }
 
-pub(super) const UNHOLD: &str = "/* ams:unhold */ with e as materialized (select id from endpoints where name = $1 \
-         union all select id from unknown_endpoints where name = $1), \
+pub(super) const UNHOLD: &str = "/* ams:unhold */ with wanted as materialized ( \
+         select * from unnest($1::text[], $2::int[]) with ordinality w(name, count, number)), \
+     e as materialized ( \
+         select w.number, w.count, e.id from wanted w join endpoints e on e.name = w.name \
+         union all select w.number, w.count, s.id from wanted w join unknown_endpoints s on s.name = w.name), \
      c as materialized (select w.ctid as place from e cross join lateral (select ctid from waiting \
-         where held is not null and endpoint_id = e.id and held = $2 \
-         order by endpoint_id, held, priority desc, message_id limit $3) w) \
-     update waiting set held = null, due_at = greatest(due_at, $4::timestamptz) \
-     where ctid = any(array(select place from c)) and coalesce(held is not null, false)";
+         where held is not null and endpoint_id = e.id and held = $3 \
+         order by endpoint_id, held, priority desc, message_id limit e.count) w), \
+     u as (update waiting set held = null, due_at = greatest(due_at, $4::timestamptz) \
+         where ctid = any(array(select place from c)) and coalesce(held is not null, false) returning endpoint_id) \
+     select e.number, count(*) from u join e on e.id = u.endpoint_id group by e.number";
 
-/// Frees held deliveries, urgent first, then oldest.
-pub(super) async fn unhold(
-    db: &Object,
-    endpoint: &str,
-    held: Held,
-    count: usize,
-    now: Timestamp,
-) -> Result<u64> {
+/// Frees held deliveries, of each endpoint urgent ones first, then the oldest.
+pub(super) async fn unhold(db: &Object, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>> {
     let statement = db.prepare_cached(UNHOLD).await?;
-    Ok(db.execute(&statement, &[&endpoint, &held.as_str(), &limit(count), &now]).await?)
+    let names: Vec<&str> = wanted.iter().map(|wanted| wanted.endpoint.as_str()).collect();
+    let counts: Vec<i32> =
+        wanted.iter().map(|wanted| i32::try_from(wanted.limit).unwrap_or(i32::MAX)).collect();
+    let mut freed = vec![0; wanted.len()];
+    for row in db.query(&statement, &[&names, &counts, &held.as_str(), &now]).await? {
+        let (number, count): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
+        let at = usize::try_from(number - 1).ok().and_then(|at| freed.get_mut(at));
+        at.into_iter().for_each(|freed| *freed = count.unsigned_abs());
+    }
+    Ok(freed)
 }
 
 pub(super) const EXPIRE: &str = "/* ams:expire */ with d as materialized (select ctid as place from waiting \

@@ -344,7 +344,7 @@ fn waits<'a>(record: &'a Record, now: Timestamp) -> Option<Waits<'a>> {
             lane_tries: *lane_tries,
             reason: record.outcome.as_deref().map(summary),
         }),
-        Verdict::Release => Some(Waits::again(&record.ticket, &record.lane, None, now)),
+        Verdict::Release { held } => Some(Waits::again(&record.ticket, &record.lane, *held, now)),
         Verdict::Sent | Verdict::Dead { .. } | Verdict::Expired => None,
     }
 }

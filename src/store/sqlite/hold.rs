@@ -11,7 +11,7 @@ use super::place::{End, Wait, wait_no_more};
 use super::{bytes, endpoint, optional_text, text};
 use crate::clock::Timestamp;
 use crate::message::{Held, MessageId, Status};
-use crate::store::{BatchId, EndpointId, Result};
+use crate::store::{BatchId, EndpointId, Result, Unhold};
 use crate::ticket::Ticket;
 
 /// Holds what still stands in its batch; it becomes as it was before the claim.
@@ -90,14 +90,12 @@ pub(super) fn held(db: &Connection) -> Result<Vec<(String, Held)>> {
     Ok(found)
 }
 
-/// Frees held deliveries, urgent first, then oldest.
-pub(super) fn unhold(
-    db: &Connection,
-    endpoint: &str,
-    held: Held,
-    limit: usize,
-    now: Timestamp,
-) -> Result<u64> {
+/// Frees held deliveries, of each endpoint urgent ones first, then the oldest.
+pub(super) fn unhold(db: &Connection, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>> {
+    wanted.iter().map(|Unhold { endpoint, limit }| unhold_one(db, endpoint, held, *limit, now)).collect()
+}
+
+fn unhold_one(db: &Connection, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
     let mut look = db.prepare_cached(
         "/* ams:held_rows */ select message_id from waiting indexed by waiting_held \
          where held is not null and endpoint_id = ?1 and held = ?2 order by priority desc, message_id limit ?3",

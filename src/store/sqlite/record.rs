@@ -183,7 +183,7 @@ fn failed(db: &Connection, record: &Record, now: Timestamp) -> Result<()> {
             dead_letter(db, record, (reason, lane), now)
         }
         Verdict::Expired => end(Status::Expired, record.attempts(), None),
-        Verdict::Release => Wait::again(ticket, &record.lane, now).write(db),
+        Verdict::Release { held } => Wait { held: *held, ..Wait::again(ticket, &record.lane, now) }.write(db),
     }
 }
 

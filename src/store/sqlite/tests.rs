@@ -55,7 +55,7 @@ mod shell {
 
     use super::*;
     use crate::message::{Class, Verdict};
-    use crate::store::conformance::{newer, outcome};
+    use crate::store::conformance::{newer, outcome, unhold};
     use crate::store::{Due, LeaseId, Mask, Record, Urgency, Wanted};
     use crate::ticket::Ticket;
 
@@ -451,7 +451,7 @@ mod shell {
         )
         .unwrap();
         assert_eq!((number("later"), number("new"), number("other")), (2, 3, 4));
-        let freed = file.store.unhold("later", Held::EndpointClosed, 10, now()).await.unwrap();
+        let freed = unhold(&file.store, "later", Held::EndpointClosed, 10, now()).await;
         assert_eq!((freed, file.claim().await.len()), (1, 1));
     }
 
@@ -528,11 +528,11 @@ mod shell {
         let root = file.store.begin(&begin).await.unwrap()[0].root;
         let retry = Verdict::Retry { lane: "slow".to_owned(), lane_tries: 1, at: now() };
         let dead = Verdict::Dead { reason: "no".to_owned(), lane: "dlq".to_owned() };
-        let verdicts = [Verdict::Sent, retry, dead, Verdict::Expired, Verdict::Release];
+        let verdicts = [Verdict::Sent, retry, dead, Verdict::Expired, Verdict::Release { held: None }];
         let record = |(ticket, verdict): (&Ticket, Verdict)| {
-            let failed = !matches!(verdict, Verdict::Sent | Verdict::Expired | Verdict::Release);
+            let failed = !matches!(verdict, Verdict::Sent | Verdict::Expired | Verdict::Release { .. });
             let class = if failed { Class::Timeout } else { Class::Accepted };
-            let made = !matches!(verdict, Verdict::Expired | Verdict::Release);
+            let made = !matches!(verdict, Verdict::Expired | Verdict::Release { .. });
             let outcome = made.then(|| outcome(class, None, now()));
             Record {
                 ticket: ticket.clone().into(),

@@ -99,10 +99,10 @@ faulty! {
             .await
         }
 
-        async fn unhold(&self, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
+        async fn unhold(&self, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>> {
             self.call(async {
-                let freed = self.world.store.unhold(endpoint, held, limit, now).await?;
-                self.world.faults.count("deliveries freed", freed);
+                let freed = self.world.store.unhold(wanted, held, now).await?;
+                self.world.faults.count("deliveries freed", freed.iter().sum());
                 Ok(freed)
             })
             .await

@@ -197,7 +197,7 @@ async fn round(db: &Client, first: i64) {
     execute(db, "open", &format!("{}, 1, {}", list(&begun), i64::MAX)).await;
     sent(due, second, &begun).await;
 
-    execute(db, "unhold", "'default', 'endpoint_busy', 1000, now()").await;
+    execute(db, "unhold", "array['default'], array[1000], 'endpoint_busy', now()").await;
     execute(db, "timed", &format!("'held', 1000, 'retry', 1, {freed}, now(), now(), 8000000")).await;
     let begun = begin(freed, third).await;
     assert_eq!(begun.len(), 1_000);
