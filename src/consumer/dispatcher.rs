@@ -154,10 +154,11 @@ impl Dispatcher {
                     }
                 },
             }
-            self.start_crowded_out();
-            self.admit();
-            self.hold();
-            self.begin();
+            let now = self.context.clock.instant();
+            self.start_starved(now);
+            self.admit(now);
+            self.hold(now);
+            self.begin(now);
             self.unreadable.publish(&self.context);
         }
         self.drain(written).await
@@ -179,11 +180,11 @@ impl Dispatcher {
     }
 
     /// Lets tickets in, in their order: to begin, or to hold; stops at the first that has to wait.
-    fn admit(&mut self) {
+    fn admit(&mut self, now: Instant) {
         if self.arrivals.admission.is_empty() {
             return;
         }
-        let (directory, now) = (self.context.directory.snapshot(), self.context.clock.instant());
+        let directory = self.context.directory.snapshot();
         while let Some(arrival) = self.arrivals.admission.pop_front() {
             let (ticket, receipt) = (&arrival.ticket, arrival.receipt);
             let held = match directory.open_endpoint(&ticket.endpoint) {
@@ -232,8 +233,8 @@ impl Dispatcher {
     }
 
     /// Holds the deliveries of refused tickets, when they are many or have waited for others.
-    fn hold(&mut self) {
-        if self.holding.len() >= BATCH || self.holding.is_due(self.context.clock.instant()) {
+    fn hold(&mut self, now: Instant) {
+        if self.holding.len() >= BATCH || self.holding.is_due(now) {
             self.holding.start(&self.context, &self.options.lane.topic, &self.stop);
         }
     }
@@ -245,9 +246,8 @@ impl Dispatcher {
     }
 
     /// Begins what has arrived, unless a call is under way or more is worth waiting for.
-    fn begin(&mut self) {
+    fn begin(&mut self, now: Instant) {
         let idle = self.limits.busy() < self.to_begin.len() + LOADED;
-        let now = self.context.clock.instant();
         let ready = idle || self.to_begin.len() >= GROUP || now >= self.to_begin.begin_at;
         if self.beginning.is_none() && !self.to_begin.is_empty() && ready {
             let to_begin = std::mem::take(&mut self.to_begin);
@@ -287,15 +287,14 @@ impl Dispatcher {
             || limits.start(&endpoint.name, endpoint.in_flight_max, now),
             |begun| attempts.start(begun),
         );
-        if waits && self.limits.is_crowded_out(&endpoint.name) {
-            self.waiting.crowd_out(endpoint);
+        if waits && self.limits.is_starved(&endpoint.name) {
+            self.waiting.starve(endpoint);
         }
     }
 
     /// Starts first attempts at new endpoints, where others have made room for them.
-    fn start_crowded_out(&mut self) {
-        let now = self.context.clock.instant();
-        for endpoint in self.waiting.take_crowded_out(self.limits.free_for_new()) {
+    fn start_starved(&mut self, now: Instant) {
+        for endpoint in self.waiting.take_starved(self.limits.free_for_new()) {
             self.try_next(&endpoint, now);
         }
     }
@@ -385,9 +384,12 @@ impl Dispatcher {
     /// those in flight take to time out.
     fn give_back(&mut self, now: Now) {
         for endpoint in self.limits.fallen_silent(now.instant) {
-            for begun in self.waiting.take(&endpoint) {
-                self.limits.leave(&endpoint);
+            let waiting = self.waiting.take(&endpoint);
+            if !waiting.is_empty() {
                 self.saturated.refused(&endpoint, now.instant);
+            }
+            for begun in waiting {
+                self.limits.leave(&endpoint);
                 let verdict = Verdict::Release { held: Some(Held::EndpointBusy) };
                 self.record(begun, None, verdict, now.time);
             }

@@ -14,7 +14,7 @@ pub(super) struct Waiting {
     /// Endpoints of deliveries that wait again, because this process was short of a connection.
     put_off: BTreeSet<String>,
     /// Endpoints of which nothing is in flight, because other new ones have all the places for such.
-    crowded_out: VecDeque<Arc<Endpoint>>,
+    starved: VecDeque<Arc<Endpoint>>,
 }
 
 impl Waiting {
@@ -54,14 +54,14 @@ impl Waiting {
     }
 
     /// Notes that an endpoint waits for a place among the new ones.
-    pub(super) fn crowd_out(&mut self, endpoint: &Arc<Endpoint>) {
-        self.crowded_out.push_back(Arc::clone(endpoint));
+    pub(super) fn starve(&mut self, endpoint: &Arc<Endpoint>) {
+        self.starved.push_back(Arc::clone(endpoint));
     }
 
     /// So many of the endpoints that wait for such a place, in the order in which they came.
-    pub(super) fn take_crowded_out(&mut self, count: usize) -> Vec<Arc<Endpoint>> {
-        let count = count.min(self.crowded_out.len());
-        self.crowded_out.drain(..count).collect()
+    pub(super) fn take_starved(&mut self, count: usize) -> Vec<Arc<Endpoint>> {
+        let count = count.min(self.starved.len());
+        self.starved.drain(..count).collect()
     }
 
     /// Puts a delivery back in its turn: it has not been tried.

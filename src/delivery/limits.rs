@@ -9,8 +9,8 @@
 //!
 //! *Attempts in flight*: each endpoint has a window of its own, see [`load`].
 //!
-//! *Trust*: endpoints that have not answered lately share small parts of the consumer's window, however many they are: one
-//! for those that are new, which find out within 50 ms, and one for those that fail, which take their whole deadline.
+//! *Health*: endpoints that have not answered lately share small parts of the consumer's window, however many they are: one
+//! for those that are new, which find out within 150 ms, and one for those that fail, which take their whole deadline.
 
 mod load;
 
@@ -21,7 +21,7 @@ use std::time::Duration;
 pub use load::Feedback;
 
 use crate::clock::Instant;
-use load::{Counts, FIRST, Load, Standing};
+use load::{Counts, FIRST, Health, Load};
 
 /// The part of the consumer's window that attempts at new endpoints may have, and the part of failing ones: an eighth.
 const SMALL_PART: usize = 8;
@@ -88,7 +88,7 @@ impl Limits {
 
     /// Whether `endpoint` fails: its last attempt timed out, or it has been silent for too long.
     pub fn is_failing(&self, endpoint: &str) -> bool {
-        self.loads.get(endpoint).is_some_and(|load| load.standing == Standing::Failing)
+        self.loads.get(endpoint).is_some_and(|load| load.health == Health::Failing)
     }
 
     /// How many more messages of `endpoint` would be admitted now.
@@ -97,11 +97,11 @@ impl Limits {
         let load = self.loads.get(endpoint).unwrap_or(&unknown);
         // Each admission takes one from what is free and adds one to what it has: hence half of the rest.
         let threshold = self.free().saturating_sub(load.admitted).div_ceil(2);
-        let share = match load.standing {
-            Standing::Answering => threshold,
-            Standing::New if self.is_crowded() => 0,
-            Standing::New => threshold,
-            Standing::Failing => self.free_for_failing().div_ceil(COMPETITORS),
+        let share = match load.health {
+            Health::Healthy => threshold,
+            Health::New if self.is_crowded() => 0,
+            Health::New => threshold,
+            Health::Failing => self.free_for_failing().div_ceil(COMPETITORS),
         };
         load.bound(in_flight_max, now).saturating_sub(load.admitted).min(threshold).min(share)
     }
@@ -117,7 +117,7 @@ impl Limits {
         }
         match self.loads.get(endpoint) {
             Some(load) if load.is_slow(in_flight_max, now) => Admission::Hold,
-            Some(load) if load.standing != Standing::New => Admission::Wait,
+            Some(load) if load.health != Health::New => Admission::Wait,
             _ if self.is_crowded() => Admission::Hold,
             _ => Admission::Wait,
         }
@@ -133,7 +133,7 @@ impl Limits {
         let is_free = self.free_for_new() > 0;
         self.change(endpoint, |load| {
             let may = load.in_flight < load.startable(in_flight_max, now)
-                && (load.standing != Standing::New || is_free);
+                && (load.health != Health::New || is_free);
             if may {
                 load.begin(now);
             }
@@ -147,8 +147,8 @@ impl Limits {
     }
 
     /// Whether `endpoint` is new, and can't begin its first attempt before another new one ends its own.
-    pub fn is_crowded_out(&self, endpoint: &str) -> bool {
-        let waits = |load: &Load| load.standing == Standing::New && load.in_flight == 0 && !load.is_short();
+    pub fn is_starved(&self, endpoint: &str) -> bool {
+        let waits = |load: &Load| load.health == Health::New && load.in_flight == 0 && !load.is_short();
         self.free_for_new() == 0 && self.loads.get(endpoint).is_some_and(waits)
     }
 
@@ -181,9 +181,9 @@ impl Limits {
     pub fn fallen_silent(&mut self, now: Instant) -> Vec<Arc<str>> {
         let mut silent = Vec::new();
         for (endpoint, load) in &mut self.loads {
-            if load.in_flight > 0 && load.standing != Standing::Failing && load.is_silent(now) {
+            if load.in_flight > 0 && load.health != Health::Failing && load.is_silent(now) {
                 self.counts.remove(load.counts());
-                load.standing = Standing::Failing;
+                load.health = Health::Failing;
                 self.counts.add(load.counts());
                 silent.push(Arc::clone(endpoint));
             }
@@ -478,9 +478,9 @@ mod tests {
             start_all_of(&mut limits, name, 64, NOW)
         });
         assert_eq!((started, limits.free_for_new()), ([1, 1, 1, 0], 0));
-        assert_eq!(names.map(|name| limits.is_crowded_out(name)), [false, false, false, true]);
+        assert_eq!(names.map(|name| limits.is_starved(name)), [false, false, false, true]);
         limits.finish("a", MS, Feedback::Answered, NOW);
-        assert!(!limits.is_crowded_out("d"), "what answers is new no longer");
+        assert!(!limits.is_starved("d"), "what answers is new no longer");
         assert_eq!(start_all_of(&mut limits, "d", 64, NOW), 1);
     }
 

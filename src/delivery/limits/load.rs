@@ -4,7 +4,7 @@
 //! the endpoint's setting. A timeout, a reset, a 429 or a 503 halves it, once for all attempts that were in flight together.
 //! (The rule by which TCP finds its rate: RFC 5681, section 3.1.) A refused connection changes nothing: it takes no time.
 //!
-//! An endpoint that times out with a single attempt in flight is not overloaded but dead. Its window grows again, so that
+//! An endpoint that times out with a single attempt in flight is not overloaded but down. Its window grows again, so that
 //! its messages come to their attempts in a time that their number does not set; with its first answer it begins anew.
 
 use std::time::Duration;
@@ -81,10 +81,10 @@ impl Feedback {
 
 /// How an endpoint has done lately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum Health {
     /// It has not answered here yet, and has not been silent for long.
     New,
-    Answering,
+    Healthy,
     /// Its last attempt timed out, or those in flight have been silent for too long.
     Failing,
 }
@@ -122,14 +122,14 @@ pub(super) struct Load {
     /// Waiting and in flight.
     pub(super) admitted: usize,
     pub(super) in_flight: u32,
-    pub(super) standing: Standing,
+    pub(super) health: Health,
     /// Attempts that may be in flight, below the endpoint's setting. Each that ends adds one at most: a
     /// thousand connections at once overflow a receiver's queue of new ones, and then each waits a second.
     slots: u32,
     /// When they were last halved.
     cut_at: Option<Instant>,
     /// Whether one attempt alone timed out, and none was answered since.
-    is_dead: bool,
+    is_down: bool,
     /// Moving mean of the time that an answer takes, in seconds.
     latency_s: f64,
     /// When an attempt last ended here, or the first of those in flight began.
@@ -151,10 +151,10 @@ impl Load {
         Load {
             admitted: 0,
             in_flight: 0,
-            standing: Standing::New,
+            health: Health::New,
             slots: FIRST,
             cut_at: None,
-            is_dead: false,
+            is_down: false,
             latency_s: 0.0,
             last_progress: Instant::START,
             short: None,
@@ -166,8 +166,8 @@ impl Load {
         Counts {
             admitted: self.admitted,
             in_flight,
-            new_in_flight: if self.standing == Standing::New { in_flight } else { 0 },
-            failing: if self.standing == Standing::Failing { self.admitted } else { 0 },
+            new_in_flight: if self.health == Health::New { in_flight } else { 0 },
+            failing: if self.health == Health::Failing { self.admitted } else { 0 },
         }
     }
 
@@ -177,25 +177,25 @@ impl Load {
         match feedback {
             Feedback::Answered => {
                 self.follow(took, now);
-                if std::mem::take(&mut self.is_dead) {
+                if std::mem::take(&mut self.is_down) {
                     self.slots = FIRST - 1;
                 }
                 self.slots = in_flight_target(self.latency_s).min(self.slots + u32::from(!pauses));
-                self.standing = Standing::Answering;
+                self.health = Health::Healthy;
             }
             Feedback::Congested => {
                 self.cut(took, now);
-                self.standing = Standing::Answering;
+                self.health = Health::Healthy;
             }
             Feedback::TimedOut => {
                 let alone = self.slots == 1 && self.is_first_since_cut(took, now);
-                self.is_dead |= self.standing == Standing::Failing && alone;
-                if self.is_dead {
+                self.is_down |= self.health == Health::Failing && alone;
+                if self.is_down {
                     self.slots += 1;
                 } else {
                     self.cut(took, now);
                 }
-                self.standing = Standing::Failing;
+                self.health = Health::Failing;
             }
             Feedback::Nothing => {}
         }
@@ -271,11 +271,11 @@ impl Load {
     /// How many of its messages may be here: those in flight, and as many as follow them soon.
     pub(super) fn bound(&self, in_flight_max: u32, now: Instant) -> usize {
         let slots = self.slots(in_flight_max);
-        let waiting = match self.standing {
+        let waiting = match self.health {
+            Health::Failing => 0,
             _ if self.is_silent(now) => 0,
-            Standing::Failing => 0,
-            Standing::New => self.soon(slots).min(WAITING_FIRST),
-            Standing::Answering => self.soon(slots),
+            Health::New => self.soon(slots).min(WAITING_FIRST),
+            Health::Healthy => self.soon(slots),
         };
         slots as usize + waiting
     }
@@ -289,8 +289,8 @@ impl Load {
     }
 
     pub(super) fn is_silent(&self, now: Instant) -> bool {
-        let most = match self.standing {
-            Standing::New => FIRST_SILENCE,
+        let most = match self.health {
+            Health::New => FIRST_SILENCE,
             _ => Duration::from_secs_f64(self.latency_s * LATENCIES).clamp(SILENCE, SILENCE_MAX),
         };
         (self.in_flight > 0 || self.short.is_some()) && now.since(self.last_progress) > most
@@ -298,7 +298,7 @@ impl Load {
 
     pub(super) fn is_slow(&self, in_flight_max: u32, now: Instant) -> bool {
         let slots = self.slots(in_flight_max);
-        self.standing == Standing::Failing
+        self.health == Health::Failing
             || self.is_silent(now)
             || self.soon(slots) < WAITING_MAX && self.admitted >= self.bound(in_flight_max, now)
     }
@@ -390,23 +390,23 @@ mod tests {
 
     #[test]
     fn a_window_is_halved_once_for_all_that_were_in_flight_together() {
-        for (feedback, standing) in
-            [(Feedback::Congested, Standing::Answering), (Feedback::TimedOut, Standing::Failing)]
+        for (feedback, health) in
+            [(Feedback::Congested, Health::Healthy), (Feedback::TimedOut, Health::Failing)]
         {
             let (mut load, mut now) = wide();
             for width in [32, 16, 8, 4, 2, 1] {
                 now = now.after(ms(500));
                 assert_eq!(round(&mut load, ms(500), feedback, now), width);
-                assert_eq!(load.standing, standing);
+                assert_eq!(load.health, health);
             }
             now = now.after(ms(1));
             assert_eq!(round(&mut load, ms(1), Feedback::Answered, now), 2, "and it grows again");
-            assert_eq!(load.standing, Standing::Answering);
+            assert_eq!(load.health, Health::Healthy);
         }
     }
 
     #[test]
-    fn a_dead_endpoint_comes_to_its_attempts_and_begins_anew_when_it_answers() {
+    fn an_endpoint_that_is_down_comes_to_its_attempts_and_begins_anew_when_it_answers() {
         let (mut load, mut now) = wide();
         for width in [32, 16, 8, 4, 2, 1, 2, 4, 8, 16] {
             now = now.after(ms(500));
@@ -416,7 +416,7 @@ mod tests {
         assert_eq!(load.slots(1_024), 1, "the other 15 are still in flight");
         let (mut load, mut now) = (Load::new(), NOW);
         load.begin(now);
-        load.standing = Standing::Failing;
+        load.health = Health::Failing;
         for width in [2, 4, 8] {
             now = now.after(ms(500));
             assert_eq!(round(&mut load, ms(500), Feedback::TimedOut, now), width, "it never answered");
@@ -438,7 +438,7 @@ mod tests {
         for i in 0..3 {
             let now = NOW.after(ms(i));
             assert_eq!(round(&mut load, ms(0), Feedback::Nothing, now), FIRST);
-            assert_eq!(load.standing, Standing::New);
+            assert_eq!(load.health, Health::New);
         }
     }
 

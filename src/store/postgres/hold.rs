@@ -107,7 +107,7 @@ pub(super) async fn held(db: &Object) -> Result<Vec<(String, Held)>> {
 }
 
 pub(super) const UNHOLD: &str = "/* ams:unhold */ with wanted as materialized ( \
-         select * from unnest($1::text[], $2::int[]) with ordinality w(name, count, number)), \
+         select * from unnest($1::text[], $2::bigint[]) with ordinality w(name, count, number)), \
      e as materialized ( \
          select w.number, w.count, e.id from wanted w join endpoints e on e.name = w.name \
          union all select w.number, w.count, s.id from wanted w join unknown_endpoints s on s.name = w.name), \
@@ -122,8 +122,7 @@ pub(super) const UNHOLD: &str = "/* ams:unhold */ with wanted as materialized ( 
 pub(super) async fn unhold(db: &Object, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>> {
     let statement = db.prepare_cached(UNHOLD).await?;
     let names: Vec<&str> = wanted.iter().map(|wanted| wanted.endpoint.as_str()).collect();
-    let counts: Vec<i32> =
-        wanted.iter().map(|wanted| i32::try_from(wanted.limit).unwrap_or(i32::MAX)).collect();
+    let counts: Vec<i64> = wanted.iter().map(|wanted| limit(wanted.limit)).collect();
     let mut freed = vec![0; wanted.len()];
     for row in db.query(&statement, &[&names, &counts, &held.as_str(), &now]).await? {
         let (number, count): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
