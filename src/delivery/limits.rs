@@ -7,7 +7,7 @@
 //! And no more than it gets through soon. What is not admitted waits for admission as long as its endpoint gets on, which
 //! is cheap and short; once it does not, its delivery is held, so that nobody waits behind it.
 //!
-//! *Attempts in flight*: each endpoint has a window of its own, see [`load`].
+//! *Attempts in flight*: each endpoint has a window of its own, see `load`.
 //!
 //! *Health*: endpoints that have not answered lately share small parts of the consumer's window, however many they are: one
 //! for those that are new, which find out within 150 ms, and one for those that fail, which take their whole deadline.
