@@ -9,6 +9,7 @@
 mod arrivals;
 mod attempts;
 mod begin;
+mod breakers;
 mod call;
 mod dispatcher;
 mod early;

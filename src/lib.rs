@@ -8,7 +8,8 @@
 //!    [`queue`].
 //! 3. A [`consumer`] takes the ticket, begins the message (the guarded write that makes a repeated
 //!    ticket harmless), and hands it to [`delivery`].
-//! 4. [`retry`] judges the outcome: sent, retry at a time, or dead.
+//! 4. [`retry`] judges the outcome: sent, retry at a time, or dead. A [`breaker`] keeps an endpoint that fails for long
+//!    from using its messages up.
 //! 5. The consumer records the verdict and the attempt, tells the [`cache`], and is done with the ticket.
 //! 6. What died on the way is issued again by the [`janitor`].
 //!
@@ -17,6 +18,7 @@
 
 #![deny(clippy::unwrap_used)]
 
+pub mod breaker;
 pub mod clock;
 pub mod header_rules;
 pub mod lane;

@@ -118,7 +118,7 @@ pub enum Held {
     /// The endpoint has as many attempts in flight and waiting as it may have.
     EndpointBusy,
     /// The endpoint is disabled or has settings that can't be used, or no endpoint has that name.
-    EndpointClosed,
+    EndpointDisabled,
     /// A reason that only a newer program knows, and which it will free the row of.
     #[serde(skip_deserializing)]
     Unknown,
@@ -129,7 +129,7 @@ impl Held {
     pub fn as_str(self) -> &'static str {
         match self {
             Held::EndpointBusy => "endpoint_busy",
-            Held::EndpointClosed => "endpoint_closed",
+            Held::EndpointDisabled => "endpoint_disabled",
             Held::Unknown => "unknown",
         }
     }
@@ -141,7 +141,7 @@ impl Held {
 
     /// The reason that `text` names, if it names one.
     pub fn parse(text: &str) -> Option<Held> {
-        [Held::EndpointBusy, Held::EndpointClosed].into_iter().find(|held| held.as_str() == text)
+        [Held::EndpointBusy, Held::EndpointDisabled].into_iter().find(|held| held.as_str() == text)
     }
 }
 

@@ -424,13 +424,13 @@ impl Producer {
         let held = self.context.store.held().await?.into_iter();
         let wanted: Vec<Unhold> = held
             .filter(|(endpoint, held)| {
-                *held == Held::EndpointClosed && directory.open_endpoint(endpoint).is_some()
+                *held == Held::EndpointDisabled && directory.enabled_endpoint(endpoint).is_some()
             })
             .map(|(endpoint, _)| Unhold { endpoint, limit: self.options.batch })
             .collect();
         let mut more = false;
         if !wanted.is_empty() {
-            let freed = self.context.store.unhold(&wanted, Held::EndpointClosed, now.time).await?;
+            let freed = self.context.store.unhold(&wanted, Held::EndpointDisabled, now.time).await?;
             more = freed.into_iter().any(|freed| freed > 0);
         }
         self.next_unhold = now.instant.after(if more { UNHOLD_MORE } else { UNHOLD });

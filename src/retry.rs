@@ -70,14 +70,14 @@ pub fn summary(outcome: &Outcome) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
     use crate::lane::tests::lane;
     use crate::message::Times;
 
-    fn outcome(class: Class, status: Option<u16>) -> Outcome {
+    pub(crate) fn outcome(class: Class, status: Option<u16>) -> Outcome {
         Outcome {
             class,
             status,

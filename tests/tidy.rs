@@ -9,6 +9,7 @@ const RANKS: &[&[&str]] = &[
     &["clock", "header_rules", "redact"],
     &["lane", "message", "shortage"],
     &["retry", "ticket"],
+    &["breaker"],
     &["telemetry"],
     &["store"],
     &["queue"],

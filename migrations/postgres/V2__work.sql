@@ -119,7 +119,7 @@ create table waiting (
     -- What the last attempt came to.
     reason text,
 
-    constraint waiting_held_known check (held in ('endpoint_busy', 'endpoint_closed')),
+    constraint waiting_held_known check (held in ('endpoint_busy', 'endpoint_disabled')),
     primary key (message_id, endpoint_id)
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000);
 
@@ -181,6 +181,42 @@ create table endpoints (
     constraint endpoints_timeout_ms_positive check (timeout_ms > 0),
     constraint endpoints_in_flight_max_positive check (in_flight_max > 0)
 );
+
+-- Breakers of endpoints that are not closed: such an endpoint has failed for long or asked for a pause. While one is
+-- open, until that time, deliveries of its endpoint are held; then one attempt at a time probes the endpoint.
+create table breakers (
+    endpoint_id integer primary key,
+    cause text not null,
+    since timestamptz not null,
+    until timestamptz not null,
+    -- How often it was opened since then.
+    openings integer not null,
+    -- What the last attempt came to.
+    reason text not null,
+    -- Somebody probes the endpoint until then.
+    probed_until timestamptz,
+
+    constraint breakers_cause_known check (cause in ('failing', 'retry_after'))
+);
+
+-- Whoever changes an endpoint has mended something. Runs with the rights of its owner, as the numbering does.
+do $do$
+begin
+    execute format($sql$
+        create function %1$I.close_breaker() returns trigger language plpgsql security definer
+        set search_path = pg_catalog, %1$I, pg_temp as $body$
+        begin
+            delete from %1$I.breakers where endpoint_id = old.id;
+            return null;
+        end
+        $body$
+    $sql$, current_schema());
+end
+$do$;
+
+create trigger endpoints_changed after update on endpoints for each row
+when (old.* is distinct from new.*) execute function close_breaker();
+create trigger endpoints_deleted after delete on endpoints for each row execute function close_breaker();
 
 -- Numbers of endpoints that messages name and that do not exist: an endpoint of that name takes its number over.
 create table unknown_endpoints (

@@ -53,8 +53,17 @@ select
     m.recipient,
     p.status,
     case
-        when p.held = 'endpoint_busy' then 'held: endpoint ' || m.endpoint || ' is busy'
-        when p.held = 'endpoint_closed' then 'held: endpoint ' || m.endpoint || ' is disabled, does not exist or can not be used'
+        when p.held = 'endpoint_busy' then 'held: endpoint ' || m.endpoint || coalesce(
+            (
+                select case b.cause
+                    when 'failing' then ' has failed for long (last: ' || b.reason || '); it is probed from '
+                    else ' asked for a pause (' || b.reason || '); it is tried again from '
+                end || rfc3339(b.until) || ' on'
+                from endpoints e join breakers b on b.endpoint_id = e.id where e.name = m.endpoint
+            ),
+            ' is busy'
+        )
+        when p.held = 'endpoint_disabled' then 'held: endpoint ' || m.endpoint || ' is disabled, does not exist or can not be used'
         when p.status = 'pending' and coalesce(p.due_at, m.send_at) is not null
             then 'due at ' || rfc3339(coalesce(p.due_at, m.send_at))
         when p.status = 'pending' then 'due now'
@@ -203,14 +212,14 @@ begin
     if make_role('ams_reader') then
         grant select on
             messages, deliveries, attempts, idempotency_keys, instances, leader, feed, batches, leases, waiting, cancels,
-            stats, reconciliation, lanes, lane_groups, dead_letters, unknown_endpoints, places, message_status, message_history
+            stats, reconciliation, breakers, lanes, lane_groups, dead_letters, unknown_endpoints, places, message_status, message_history
         to ams_reader;
         grant select (name, id, url, timeout_ms, in_flight_max, final_statuses, enabled) on endpoints to ams_reader;
     end if;
     if make_role('ams_service') then
         grant select, insert, update, delete on
             messages, deliveries, attempts, idempotency_keys, instances, leader, feed, batches, leases, waiting, cancels,
-            stats, reconciliation, lanes, lane_groups, dead_letters, endpoints, unknown_endpoints
+            stats, reconciliation, breakers, lanes, lane_groups, dead_letters, endpoints, unknown_endpoints
         to ams_service;
         grant select on installation, places, message_status, message_history, refinery_schema_history to ams_service;
         grant usage, select on all sequences in schema public to ams_service;

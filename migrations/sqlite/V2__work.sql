@@ -107,7 +107,7 @@ create table waiting (
     -- What the last attempt came to.
     reason text,
 
-    constraint waiting_held_known check (held = 'endpoint_busy' or held = 'endpoint_closed'),
+    constraint waiting_held_known check (held = 'endpoint_busy' or held = 'endpoint_disabled'),
     primary key (message_id, endpoint_id)
 ) strict, without rowid;
 
@@ -176,6 +176,23 @@ create table endpoints (
     constraint endpoints_enabled_is_0_or_1 check (enabled in (0, 1))
 ) strict, without rowid;
 
+-- Breakers of endpoints that are not closed: such an endpoint has failed for long or asked for a pause. While one is
+-- open, until that time, deliveries of its endpoint are held; then one attempt at a time probes the endpoint.
+create table breakers (
+    endpoint_id integer primary key,
+    cause text not null,
+    since integer not null,
+    until integer not null,
+    -- How often it was opened since then.
+    openings integer not null,
+    -- What the last attempt came to.
+    reason text not null,
+    -- Somebody probes the endpoint until then.
+    probed_until integer,
+
+    constraint breakers_cause_known check (cause in ('failing', 'retry_after'))
+) strict;
+
 -- Numbers of endpoints that messages name and that do not exist: an endpoint of that name takes its number over.
 create table unknown_endpoints (
     name text primary key,
@@ -217,6 +234,15 @@ create trigger endpoints_deleted after delete on endpoints
 begin
     insert into unknown_endpoints (name, id)
     select old.name, old.id where not exists (select 1 from unknown_endpoints where name = old.name);
+    delete from breakers where endpoint_id = old.id;
+end;
+
+-- Whoever changes an endpoint has mended something.
+create trigger endpoints_changed after update of url, timeout_ms, in_flight_max, final_statuses, enabled, secret on endpoints
+when (old.url, old.timeout_ms, old.in_flight_max, old.final_statuses, old.enabled, old.secret)
+    is not (new.url, new.timeout_ms, new.in_flight_max, new.final_statuses, new.enabled, new.secret)
+begin
+    delete from breakers where endpoint_id = old.id;
 end;
 
 -- A setting that no program can hold would stop the messages of all endpoints, and a password in a URL is

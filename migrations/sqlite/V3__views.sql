@@ -52,8 +52,17 @@ select
     m.recipient,
     p.status,
     case
-        when p.held = 'endpoint_busy' then 'held: endpoint ' || m.endpoint || ' is busy'
-        when p.held = 'endpoint_closed' then 'held: endpoint ' || m.endpoint || ' is disabled, does not exist or can not be used'
+        when p.held = 'endpoint_busy' then 'held: endpoint ' || m.endpoint || coalesce(
+            (
+                select case b.cause
+                    when 'failing' then ' has failed for long (last: ' || b.reason || '); it is probed from '
+                    else ' asked for a pause (' || b.reason || '); it is tried again from '
+                end || strftime('%Y-%m-%dT%H:%M:%fZ', b.until / 1000000.0, 'unixepoch') || ' on'
+                from endpoints e join breakers b on b.endpoint_id = e.id where e.name = m.endpoint
+            ),
+            ' is busy'
+        )
+        when p.held = 'endpoint_disabled' then 'held: endpoint ' || m.endpoint || ' is disabled, does not exist or can not be used'
         when p.status = 'pending' and p.due_at is not null
             then 'due at ' || strftime('%Y-%m-%dT%H:%M:%fZ', p.due_at / 1000000.0, 'unixepoch')
         when p.status = 'pending' and m.send_at is not null

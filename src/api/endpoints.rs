@@ -1,5 +1,6 @@
 //! Endpoints: where messages go, and how.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use axum::Json;
@@ -11,6 +12,8 @@ use utoipa::ToSchema;
 
 use super::ApiState;
 use super::problem::{Code, Problem};
+use crate::breaker::Breaker;
+use crate::clock::Timestamp;
 use crate::delivery;
 use crate::intake::Fault;
 use crate::store::Endpoint;
@@ -46,11 +49,63 @@ pub(super) struct EndpointView {
     /// Whether requests are signed. The secret itself is never shown.
     #[schema(example = false)]
     signed: bool,
+    /// Its circuit breaker, when it is not closed: the endpoint has failed for long or asked for a pause.
+    breaker: Option<BreakerView>,
+}
+
+/// A circuit breaker that is not closed.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct BreakerView {
+    /// `open`: no attempt is made, and what is due is held. `half_open`: one attempt at a time probes the endpoint.
+    #[schema(example = "open")]
+    state: &'static str,
+    /// `failing`: only failures have come for long. `retry_after`: the endpoint asked for a pause.
+    #[schema(example = "failing")]
+    cause: &'static str,
+    /// Since when it has not been closed.
+    #[schema(value_type = String, format = DateTime, example = "2030-01-01T09:00:00Z")]
+    since: Timestamp,
+    /// Until when it is open.
+    #[schema(value_type = String, format = DateTime, example = "2030-01-01T09:00:05Z")]
+    until: Timestamp,
+    /// How often it was opened since then.
+    #[schema(example = 1)]
+    openings: i32,
+    /// What the last attempt came to.
+    #[schema(example = "status 503")]
+    reason: String,
+    /// All this in words.
+    #[schema(
+        example = "endpoint sms has failed for long (last: status 503); it is probed from 2030-01-01T09:00:05Z on"
+    )]
+    detail: String,
+}
+
+impl BreakerView {
+    pub(super) fn new(endpoint: &str, breaker: &Breaker, now: Timestamp) -> BreakerView {
+        BreakerView {
+            state: if breaker.is_open(now) { "open" } else { "half_open" },
+            cause: breaker.cause.as_str(),
+            since: breaker.since,
+            until: breaker.until,
+            openings: breaker.openings,
+            reason: breaker.reason.clone(),
+            detail: breaker.explain(endpoint),
+        }
+    }
+}
+
+impl EndpointView {
+    fn with(self, breaker: Option<&Breaker>, now: Timestamp) -> EndpointView {
+        let breaker = breaker.map(|breaker| BreakerView::new(&self.name, breaker, now));
+        EndpointView { breaker, ..self }
+    }
 }
 
 impl From<&Endpoint> for EndpointView {
     fn from(endpoint: &Endpoint) -> EndpointView {
         EndpointView {
+            breaker: None,
             name: endpoint.name.clone(),
             url: delivery::shown_url(&endpoint.url),
             timeout_ms: u64::try_from(endpoint.timeout.as_millis()).unwrap_or(u64::MAX),
@@ -134,8 +189,10 @@ pub(super) struct NewEndpoint {
     )
 )]
 pub(super) async fn list(State(state): State<ApiState>) -> Result<Json<EndpointList>, Problem> {
-    let endpoints = state.context.store.endpoints().await?;
-    let data = endpoints.iter().map(EndpointView::from).collect();
+    let (store, now) = (&state.context.store, state.context.clock.now());
+    let endpoints = store.endpoints().await?;
+    let breakers: HashMap<_, _> = store.breakers().await?.into_iter().collect();
+    let data = endpoints.iter().map(|e| EndpointView::from(e).with(breakers.get(&e.name), now)).collect();
     Ok(Json(EndpointList { data, next_cursor: None }))
 }
 
@@ -154,8 +211,8 @@ pub(super) async fn show(
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<EndpointView>, Problem> {
     let name = name?.0;
-    let endpoint = find(&state, &name).await?;
-    Ok(Json(EndpointView::from(&endpoint.ok_or_else(|| missing(&name))?)))
+    let endpoint = find(&state, &name).await?.ok_or_else(|| missing(&name))?;
+    shown(&state, &endpoint).await
 }
 
 /// Create an endpoint
@@ -194,7 +251,7 @@ pub(super) async fn create(
 
 /// Change an endpoint
 ///
-/// It takes up to two seconds to be heard by every process.
+/// A change closes the endpoint's breaker. It takes up to two seconds to be heard by every process.
 #[utoipa::path(
     patch, path = "/v1/endpoints/{name}", operation_id = "change_endpoint", tag = "endpoints", params(("name" = String, Path, description = "Its name", example = "default")),
     request_body = EndpointBody,
@@ -217,7 +274,7 @@ pub(super) async fn change(
     let (name, body) = (name?.0, body?.0);
     let endpoint = changed(find(&state, &name).await?.ok_or_else(|| missing(&name))?, body)?;
     put(&state, &endpoint).await?;
-    Ok(Json(EndpointView::from(&endpoint)))
+    shown(&state, &endpoint).await
 }
 
 /// Delete an endpoint that no message names
@@ -254,6 +311,13 @@ pub(super) async fn delete(
             Err(Problem::new(Code::EndpointInUse, &detail))
         }
     }
+}
+
+/// An endpoint as it stands, with its breaker.
+async fn shown(state: &ApiState, endpoint: &Endpoint) -> Result<Json<EndpointView>, Problem> {
+    let breakers = state.context.store.breakers().await?;
+    let breaker = breakers.iter().find(|(name, _)| *name == endpoint.name).map(|(_, breaker)| breaker);
+    Ok(Json(EndpointView::from(endpoint).with(breaker, state.context.clock.now())))
 }
 
 async fn find(state: &ApiState, name: &str) -> Result<Option<Endpoint>, Problem> {

@@ -1,9 +1,11 @@
 //! What a message waits for, in words.
 
+use std::sync::Arc;
+
 use super::ApiState;
 use crate::clock::Timestamp;
 use crate::message::{Held, Message, Status};
-use crate::service::Context;
+use crate::service::{Context, Snapshot};
 use crate::store::operate::Control;
 
 /// What has to be known besides a message to say what it waits for.
@@ -12,10 +14,7 @@ pub(super) struct Surroundings {
     now: Timestamp,
     /// `None`: the store did not say.
     control: Option<Control>,
-    /// The message's endpoint does not exist at all.
-    endpoint_missing: bool,
-    /// What is wrong with its settings.
-    endpoint_fault: Option<String>,
+    directory: Arc<Snapshot>,
     queue: Queue,
 }
 
@@ -33,7 +32,8 @@ impl Surroundings {
     /// What can be known for many messages at once.
     pub(super) async fn of_many(context: &Context) -> Surroundings {
         let now = context.clock.now();
-        Surroundings { now, control: context.store.control(now).await.ok(), ..Surroundings::default() }
+        let control = context.store.control(now).await.ok();
+        Surroundings { now, control, directory: context.directory.snapshot(), queue: Queue::Unasked }
     }
 
     /// Everything about one message.
@@ -52,12 +52,7 @@ impl Surroundings {
                 Err(_) => Queue::Away("it does not answer".to_owned()),
             },
         };
-        Surroundings {
-            endpoint_missing: !directory.endpoints.contains_key(&message.endpoint),
-            endpoint_fault: directory.faults.get(&message.endpoint).cloned(),
-            queue,
-            ..Surroundings::of_many(context).await
-        }
+        Surroundings { queue, ..Surroundings::of_many(context).await }
     }
 }
 
@@ -101,14 +96,16 @@ pub(super) fn why(message: &Message, around: &Surroundings) -> Option<String> {
 }
 
 fn explain_held(held: Held, endpoint: &str, around: &Surroundings) -> String {
+    let directory = &around.directory;
     match held {
-        Held::EndpointBusy => {
-            format!("held: endpoint {endpoint} is busy; it goes on as soon as there is room")
-        }
-        Held::EndpointClosed if around.endpoint_missing => {
+        Held::EndpointBusy => match directory.breakers.get(endpoint) {
+            Some(breaker) => format!("held: {}", breaker.explain(endpoint)),
+            None => format!("held: endpoint {endpoint} is busy; it goes on as soon as there is room"),
+        },
+        Held::EndpointDisabled if !directory.endpoints.contains_key(endpoint) => {
             format!("held: there is no endpoint {endpoint}; it goes on once one is created")
         }
-        Held::EndpointClosed => match &around.endpoint_fault {
+        Held::EndpointDisabled => match directory.faults.get(endpoint) {
             Some(fault) => format!("held: {fault}; it goes on once the endpoint's settings are mended"),
             None => format!("held: endpoint {endpoint} is disabled; it goes on once it is enabled"),
         },
@@ -143,8 +140,23 @@ mod tests {
     use crate::clock::Timestamp;
     use std::time::Duration;
 
-    use crate::message::{MessageId, NewMessage};
-    use crate::store::Pacing;
+    use crate::breaker::Breaker;
+    use crate::message::{Class, MessageId, NewMessage};
+    use crate::retry::tests::outcome;
+    use crate::store::{Endpoint, Pacing};
+
+    /// Surroundings in which the endpoint sms exists.
+    fn around() -> Surroundings {
+        with_endpoint(|_| ())
+    }
+
+    fn with_endpoint(change: impl FnOnce(&mut Snapshot)) -> Surroundings {
+        let endpoint = Endpoint { enabled: false, ..Endpoint::new("sms", "http://localhost:3000") };
+        let endpoints = [("sms".to_owned(), Arc::new(endpoint))].into();
+        let mut directory = Snapshot { endpoints, ..Snapshot::default() };
+        change(&mut directory);
+        Surroundings { directory: Arc::new(directory), ..Surroundings::default() }
+    }
 
     fn message(status: Status) -> Message {
         let sent = NewMessage {
@@ -163,7 +175,7 @@ mod tests {
         for (message, expected) in [
             (message(Status::Pending), "due now"),
             (Message { send_at: at, ..message(Status::Pending) }, "due at 1970-01-01T00:00:03Z"),
-            (Message { held: Some(Held::EndpointClosed), ..message(Status::Pending) }, "disabled"),
+            (Message { held: Some(Held::EndpointDisabled), ..message(Status::Pending) }, "disabled"),
             (Message { held: Some(Held::EndpointBusy), ..message(Status::Retrying) }, "busy"),
             (message(Status::Unknown), "newer version"),
             (Message { held: Some(Held::Unknown), ..message(Status::Pending) }, "a newer one will free it"),
@@ -177,7 +189,7 @@ mod tests {
             (Message { reason, ..message(Status::Dead) }, "status 500"),
             (Message { expires_at: at, ..message(Status::Expired) }, "1970"),
         ] {
-            let explained = why(&message, &Surroundings::default()).unwrap_or_default();
+            let explained = why(&message, &around()).unwrap_or_default();
             assert!(explained.contains(expected), "{:?}: {explained}", message.status);
         }
         assert_eq!(why(&message(Status::Sent), &Surroundings::default()), None);
@@ -216,14 +228,23 @@ mod tests {
                 "the broker is away: no answer",
             ),
             (
-                Message { held: Some(Held::EndpointClosed), ..message(Status::Pending) },
-                Surroundings { endpoint_missing: true, ..Surroundings::default() },
+                Message { held: Some(Held::EndpointDisabled), ..message(Status::Pending) },
+                Surroundings::default(),
                 "there is no endpoint sms",
             ),
             (
-                Message { held: Some(Held::EndpointClosed), ..message(Status::Pending) },
-                Surroundings { endpoint_fault: Some("its URL is none".into()), ..Surroundings::default() },
+                Message { held: Some(Held::EndpointDisabled), ..message(Status::Pending) },
+                with_endpoint(|known| drop(known.faults.insert("sms".into(), "its URL is none".into()))),
                 "held: its URL is none; it goes on once",
+            ),
+            (
+                Message { held: Some(Held::EndpointBusy), ..message(Status::Retrying) },
+                with_endpoint(|known| {
+                    let failed = outcome(Class::Rejected, Some(503));
+                    let breaker = Breaker::opened(None, &failed, Timestamp::EPOCH);
+                    known.breakers.insert("sms".into(), breaker);
+                }),
+                "held: endpoint sms has failed for long (last: status 503); it is probed from 1970-01-01T00:00:05Z on",
             ),
         ] {
             let explained = why(&message, &around).unwrap_or_default();

@@ -72,6 +72,7 @@ async fn of_store(context: &Context) -> Result<Installation, StoreError> {
         oldest_due: Some(overview.oldest_due_at.map_or(Duration::ZERO, |due| now.since(due))),
         active: Some(control.active),
         paused: Some(control.paused),
+        breakers: Some(context.store.breakers().await?.len()),
         lag: Vec::new(),
     })
 }

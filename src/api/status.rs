@@ -10,6 +10,7 @@ use axum::response::IntoResponse;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::endpoints::BreakerView;
 use super::operate::ProducerView;
 use super::problem::Problem;
 use super::{ApiState, typed};
@@ -20,6 +21,9 @@ use crate::telemetry::Lasting;
 
 /// A part that has not answered by then counts as away.
 pub(super) const ANSWER: Duration = Duration::from_secs(1);
+
+/// Breakers that are shown, at most: a glance is not for thousands.
+const BREAKERS_MAX: usize = 100;
 
 /// The whole system at a glance.
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -43,6 +47,8 @@ pub(super) struct StatusView {
     parts: BTreeMap<&'static str, PartView>,
     /// What the process that answers is short of.
     shortages: Vec<ShortageView>,
+    /// Circuit breakers that are not closed, by endpoint; at most 100 of them.
+    breakers: BTreeMap<String, BreakerView>,
     /// The proof that every message has a place.
     reconciliation: ReconciliationView,
 }
@@ -188,6 +194,8 @@ pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusV
             seen_at: instance.seen_at,
         })
         .collect();
+    let breakers = state.context.store.breakers().await?;
+    let breakers = breakers.iter().take(BREAKERS_MAX);
     let count = |count: &crate::store::Count| {
         (count.status.to_string(), CountView { count: count.count, more: count.more })
     };
@@ -200,6 +208,7 @@ pub(super) async fn status(State(state): State<ApiState>) -> Result<Json<StatusV
         producer: control.into(),
         parts,
         shortages: shortages(&state.context),
+        breakers: breakers.map(|(name, b)| (name.clone(), BreakerView::new(name, b, now))).collect(),
         reconciliation,
         services,
     }))

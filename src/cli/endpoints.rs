@@ -140,11 +140,17 @@ struct Endpoint {
     final_statuses: Vec<u16>,
     enabled: bool,
     signed: bool,
+    breaker: Option<Breaker>,
 }
 
 impl Endpoint {
     fn state(&self) -> &'static str {
-        if self.enabled { "enabled" } else { "disabled" }
+        match &self.breaker {
+            _ if !self.enabled => "disabled",
+            Some(breaker) if breaker.cause == "retry_after" => "paused",
+            Some(_) => "failing",
+            None => "enabled",
+        }
     }
 
     fn signs(&self) -> &'static str {
@@ -161,10 +167,19 @@ impl Endpoint {
     }
 }
 
+/// A circuit breaker that is not closed, as the API tells of it.
+#[derive(Debug, Deserialize)]
+pub(super) struct Breaker {
+    cause: String,
+    /// What its endpoint has done, and what comes next.
+    pub(super) detail: String,
+}
+
 fn tone(state: &str) -> Option<Tone> {
     match state {
         "enabled" => Some(Tone::Good),
-        "disabled" => Some(Tone::Wait),
+        "disabled" | "paused" => Some(Tone::Wait),
+        "failing" => Some(Tone::Bad),
         _ => None,
     }
 }
@@ -187,9 +202,15 @@ fn list(endpoints: &[Endpoint], paint: Paint) -> String {
 
 fn one(endpoint: &Endpoint, paint: Paint) -> String {
     let state = tone(endpoint.state()).map_or(String::new(), |tone| paint.tone(tone, endpoint.state()));
-    let held = match endpoint.enabled {
-        true => String::new(),
-        false => format!(": its messages are held until `ams endpoints enable {}`", endpoint.name),
+    let held = match &endpoint.breaker {
+        _ if !endpoint.enabled => {
+            format!(": its messages are held until `ams endpoints enable {}`", endpoint.name)
+        }
+        Some(breaker) => {
+            let detail = plain(&breaker.detail, 1_000);
+            format!(": {detail}; a change of its settings lets its messages go at once")
+        }
+        None => String::new(),
     };
     let rows = [
         ("endpoint", endpoint.name.clone()),

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::client::Failure;
+use super::endpoints::Breaker;
 use super::operator::{Operator, below, read, verb};
 use super::screen::{Paint, Tone, grouped, many, plain, time};
 use super::write;
@@ -18,6 +19,9 @@ use crate::message::Status;
 
 /// A due message that waits for longer is not on its way as it should be.
 const LATE: f64 = 30.0;
+
+/// Failing endpoints that are named one by one.
+const BREAKERS_SHOWN: usize = 5;
 
 pub(super) fn command() -> Command {
     let watch = Arg::new("watch").long("watch").value_name("SECONDS").num_args(0..=1).require_equals(true);
@@ -104,6 +108,8 @@ struct Seen {
     /// An older API does not tell them.
     #[serde(default)]
     shortages: Vec<Shortage>,
+    #[serde(default)]
+    breakers: BTreeMap<String, Breaker>,
 }
 
 /// What the API's process is short of.
@@ -258,6 +264,12 @@ fn troubles(seen: &Seen, now: Timestamp) -> Vec<String> {
     for Shortage { of, why } in &seen.shortages {
         troubles.push(format!("connections wait for {}: {}", plain(of, 20), plain(why, 300)));
     }
+    for breaker in seen.breakers.values().take(BREAKERS_SHOWN) {
+        troubles.push(format!("{}; its messages are held", plain(&breaker.detail, 500)));
+    }
+    if let Some(more) = seen.breakers.len().checked_sub(BREAKERS_SHOWN).filter(|more| *more > 0) {
+        troubles.push(format!("{more} more endpoints are like that; `ams endpoints list` shows them"));
+    }
     if seen.producer.state == "paused" {
         troubles.push("the producers are paused; `ams producer resume` lets them go on".to_owned());
     } else if !seen.producer.active {
@@ -352,10 +364,19 @@ services  up 0.1.0
         answer["services"][0]["alive"] = json!(false);
         answer["oldest_due_age_s"] = json!(90.0);
         answer["counts"]["dead"] = json!({"count": 3, "more": false});
+        let failing = |i| {
+            let name = format!("sms-{i}");
+            let breaker =
+                json!({"cause": "failing", "detail": format!("endpoint {name} has failed for long")});
+            (name, breaker)
+        };
+        answer["breakers"] = (1..=7).map(failing).collect();
         answer["shortages"] = json!([{"of": "ports", "why": "none is left; widen the range", "since": AT}]);
         let text = text(&answer);
         for part in [
-            "7 troubles below",
+            "13 troubles below",
+            "! endpoint sms-5 has failed for long; its messages are held",
+            "! 2 more endpoints are like that; `ams endpoints list` shows them",
             "! connections wait for ports: none is left; widen the range",
             "! the store (sqlite) is away: no answer within 1s; `ams doctor` looks closer",
             "! no producer is running; start one with `ams producer`, or everything with `ams up`",

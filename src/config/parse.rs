@@ -11,10 +11,11 @@ use crate::delivery;
 /// The levels of the log; `off` writes nothing.
 const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
 /// The modules of this program, which a filter of the log may name: a misspelt one would be silent.
-const MODULES: [&str; 27] = [
+const MODULES: [&str; 28] = [
     "api",
     "app",
     "bench",
+    "breaker",
     "cache",
     "cli",
     "clock",

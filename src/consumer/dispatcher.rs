@@ -11,6 +11,7 @@ use super::ConsumerOptions;
 use super::arrivals::{Arrival, Arrivals};
 use super::attempts::{Attempts, Finished};
 use super::begin::{self, Admitted, BATCH, BegunDelivery, Started, ToBegin};
+use super::breakers::Breakers;
 use super::call::{Call, under_way};
 use super::hold::Holding;
 use super::recorder::Written;
@@ -40,6 +41,16 @@ const LOADED: usize = 64;
 /// Bytes of tickets in memory, at most: then no more is taken from the lane. What was taken at once may come on top.
 const BYTES_MAX: usize = 128 << 20;
 const TICK: Duration = Duration::from_millis(100);
+
+/// What takes memory here until it is written.
+#[derive(Default)]
+struct Memory {
+    /// Tried, and not written yet.
+    unrecorded: usize,
+    /// Bytes of all tickets that were taken and are neither recorded nor held.
+    bytes: usize,
+}
+
 pub(super) struct Dispatcher {
     context: Context,
     metrics: LaneMetrics,
@@ -59,10 +70,8 @@ pub(super) struct Dispatcher {
     holding: Holding,
     waiting: Waiting,
     finished: mpsc::UnboundedReceiver<Finished>,
-    /// Tried, and not written yet.
-    unrecorded: usize,
-    /// Bytes of all tickets that were taken and are neither recorded nor held.
-    bytes: usize,
+    memory: Memory,
+    breakers: Breakers,
     saturated: Saturated,
     stop: CancellationToken,
 }
@@ -95,8 +104,8 @@ impl Dispatcher {
             holding: Holding::default(),
             waiting: Waiting::default(),
             finished,
-            unrecorded: 0,
-            bytes: 0,
+            memory: Memory::default(),
+            breakers: Breakers::default(),
             saturated: Saturated::default(),
             stop,
         }
@@ -111,8 +120,8 @@ impl Dispatcher {
         loop {
             let takes = self.arrivals.is_empty()
                 && self.unreadable.has_capacity()
-                && self.unrecorded < self.options.window
-                && self.bytes < BYTES_MAX
+                && self.memory.unrecorded < self.options.window
+                && self.memory.bytes < BYTES_MAX
                 && self.to_begin.len() < BATCH
                 && self.holding.len() < self.options.window;
             let lingers = self.beginning.is_none() && !self.to_begin.is_empty();
@@ -136,6 +145,7 @@ impl Dispatcher {
                 receipts = self.holding.done() => self.done(receipts),
                 receipts = self.unreadable.done() => self.done(receipts),
                 () = self.saturated.progress(&self.context.clock) => {}
+                () = self.breakers.written(&self.context.clock) => {}
                 () = self.arrivals.early.due(&self.context.clock) => {
                     self.arrivals.admit_due(self.context.clock.instant());
                 }
@@ -160,6 +170,7 @@ impl Dispatcher {
             self.hold(now);
             self.begin(now);
             self.unreadable.publish(&self.context);
+            self.breakers.write(&self.context);
         }
         self.drain(written).await
     }
@@ -170,7 +181,7 @@ impl Dispatcher {
         for taken in self.arrivals.unread() {
             match begin::parse(&taken) {
                 Ok(ticket) => {
-                    self.bytes += ticket.bytes();
+                    self.memory.bytes += ticket.bytes();
                     self.saturated.came(&ticket.endpoint);
                     self.arrivals.keep(ticket, &taken, now);
                 }
@@ -187,9 +198,9 @@ impl Dispatcher {
         let directory = self.context.directory.snapshot();
         while let Some(arrival) = self.arrivals.admission.pop_front() {
             let (ticket, receipt) = (&arrival.ticket, arrival.receipt);
-            let held = match directory.open_endpoint(&ticket.endpoint) {
-                None => Held::EndpointClosed,
-                Some(endpoint) => match self.limits.admit(&endpoint.name, endpoint.in_flight_max, now) {
+            let held = match directory.enabled_endpoint(&ticket.endpoint) {
+                None => Held::EndpointDisabled,
+                Some(endpoint) => match self.breakers.admit(endpoint, &mut self.limits, now) {
                     Admission::Wait => {
                         self.arrivals.admission.push_front(arrival);
                         return;
@@ -213,15 +224,15 @@ impl Dispatcher {
                     }
                 },
             };
-            self.bytes = self.bytes.saturating_sub(arrival.ticket.bytes());
+            self.memory.bytes = self.memory.bytes.saturating_sub(arrival.ticket.bytes());
             self.holding.add(&arrival.ticket, held, receipt, now);
         }
     }
 
     /// Notes that results were written.
     fn recorded(&mut self, written: &Written) {
-        self.unrecorded -= written.records;
-        self.bytes = self.bytes.saturating_sub(written.bytes);
+        self.memory.unrecorded -= written.records;
+        self.memory.bytes = self.memory.bytes.saturating_sub(written.bytes);
     }
 
     /// Reports which endpoints are saturated, so that the producer holds their new messages instead of sending them
@@ -259,7 +270,7 @@ impl Dispatcher {
     /// lease finds them again.
     fn begun(&mut self, started: Started) {
         self.beginning = None;
-        self.bytes = self.bytes.saturating_sub(started.stale_bytes);
+        self.memory.bytes = self.memory.bytes.saturating_sub(started.stale_bytes);
         for endpoint in &started.stale {
             self.limits.leave(&endpoint.name);
         }
@@ -276,15 +287,16 @@ impl Dispatcher {
         }
         for endpoint in touched {
             self.try_next(&endpoint, instant);
+            self.give_back_open(&endpoint.name, Now { time: now, instant });
         }
     }
 
     /// Starts as many waiting messages of an endpoint as may be in flight.
     fn try_next(&mut self, endpoint: &Arc<Endpoint>, now: Instant) {
-        let (limits, attempts) = (&mut self.limits, &self.attempts);
+        let (limits, attempts, breakers) = (&mut self.limits, &self.attempts, &self.breakers);
         let waits = self.waiting.start(
             &endpoint.name,
-            || limits.start(&endpoint.name, endpoint.in_flight_max, now),
+            || breakers.start(endpoint, limits, now),
             |begun| attempts.start(begun),
         );
         if waits && self.limits.is_starved(&endpoint.name) {
@@ -303,8 +315,13 @@ impl Dispatcher {
     fn finish(&mut self, begun: BegunDelivery, outcome: Option<Outcome>, took: Duration, now: Now) {
         let endpoint = Arc::clone(&begun.endpoint);
         self.limits.finish(&endpoint.name, took, Feedback::of(outcome.as_ref()), now.instant);
+        let opens = outcome.as_ref().is_some_and(|outcome| self.breakers.note(&endpoint, outcome, now));
         self.judge(begun, outcome, took, now.time);
-        self.try_next(&endpoint, now.instant);
+        if opens {
+            self.give_back_open(&endpoint.name, now);
+        } else {
+            self.try_next(&endpoint, now.instant);
+        }
     }
 
     /// Puts a message back in its turn: this process was short of a connection for it, so it has not been tried.
@@ -357,7 +374,7 @@ impl Dispatcher {
             verdict,
             judged_at: now,
         };
-        self.unrecorded += 1;
+        self.memory.unrecorded += 1;
         // The recorder ends only after this sender is dropped.
         let _ = self.records.send(record);
     }
@@ -368,31 +385,41 @@ impl Dispatcher {
         self.limits.forget_idle();
         let reading = self.context.clock.reading();
         let now = reading.instant;
-        self.give_back(reading);
+        let directory = self.context.directory.snapshot();
+        self.breakers.learn(&directory, reading);
+        for endpoint in self.limits.fallen_silent(now) {
+            self.give_back(&endpoint, reading);
+        }
         self.take_up(now);
         // The log says when one is over.
         self.context.metrics.shortages(now);
         if self.saturated.is_freeing() {
             return;
         }
-        let wanted = self.saturated.wanted(&self.context, &self.limits, now);
+        let wanted = self.saturated.wanted(&directory, &self.breakers, &self.limits, now);
+        let probes = self.breakers.probes(&wanted, &directory, reading);
         self.report(now);
-        self.saturated.free(&self.context, wanted, now);
+        self.saturated.free(&self.context, wanted, probes, now);
     }
 
-    /// Holds what waits for endpoints that have fallen silent: it would keep others from being admitted, for as long as
-    /// those in flight take to time out.
-    fn give_back(&mut self, now: Now) {
-        for endpoint in self.limits.fallen_silent(now.instant) {
-            let waiting = self.waiting.take(&endpoint);
-            if !waiting.is_empty() {
-                self.saturated.refused(&endpoint, now.instant);
-            }
-            for begun in waiting {
-                self.limits.leave(&endpoint);
-                let verdict = Verdict::Release { held: Some(Held::EndpointBusy) };
-                self.record(begun, None, verdict, now.time);
-            }
+    /// Holds what waits for an endpoint whose breaker is open.
+    fn give_back_open(&mut self, endpoint: &str, now: Now) {
+        if self.breakers.is_open(endpoint, now.instant) {
+            self.give_back(endpoint, now);
+        }
+    }
+
+    /// Holds what waits for an endpoint that has fallen silent: it would keep others from being admitted, for as long as
+    /// the attempts in flight take to time out.
+    fn give_back(&mut self, endpoint: &str, now: Now) {
+        let waiting = self.waiting.take(endpoint);
+        if !waiting.is_empty() {
+            self.saturated.refused(endpoint, now.instant);
+        }
+        for begun in waiting {
+            self.limits.leave(endpoint);
+            let verdict = Verdict::Release { held: Some(Held::EndpointBusy) };
+            self.record(begun, None, verdict, now.time);
         }
     }
 
@@ -412,7 +439,7 @@ impl Dispatcher {
         for begun in std::mem::take(&mut self.waiting).into_all() {
             self.judge(begun, None, Duration::ZERO, self.context.clock.now());
         }
-        while self.limits.in_flight() > 0 || self.unrecorded > 0 {
+        while self.limits.in_flight() > 0 || self.memory.unrecorded > 0 {
             tokio::select! {
                 biased;
                 Some(Finished { begun, tried, took }) = self.finished.recv() => {
@@ -424,7 +451,7 @@ impl Dispatcher {
                     tracing::warn!(
                         "{} attempts in flight and {} unwritten records are left to recovery",
                         self.limits.in_flight(),
-                        self.unrecorded
+                        self.memory.unrecorded
                     );
                     break;
                 }

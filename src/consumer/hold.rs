@@ -79,7 +79,7 @@ async fn hold(
 ) -> Vec<Receipt> {
     let (busy, closed): (Vec<_>, Vec<_>) =
         refused.into_iter().partition(|(_, held)| *held == Held::EndpointBusy);
-    for (held, tickets) in [(Held::EndpointBusy, busy), (Held::EndpointClosed, closed)] {
+    for (held, tickets) in [(Held::EndpointBusy, busy), (Held::EndpointDisabled, closed)] {
         if tickets.is_empty() {
             continue;
         }

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::begin::BATCH;
+use super::breakers::Breakers;
 use super::call::{Call, under_way};
-use crate::clock::{Clock, Instant};
+use crate::clock::{Clock, Instant, Timestamp};
 use crate::delivery::limits::Limits;
 use crate::message::Held;
-use crate::service::Context;
+use crate::service::{Context, Snapshot};
 use crate::store::{InstanceId, Unhold};
 
 /// How often the store is asked which endpoints have held deliveries that we don't know of.
@@ -112,26 +113,32 @@ impl Saturated {
     }
 
     /// How many held deliveries of which endpoints there is room for. Those that fail have theirs in turn.
-    pub(super) fn wanted(&mut self, context: &Context, limits: &Limits, now: Instant) -> Vec<Unhold> {
-        let directory = context.directory.snapshot();
+    pub(super) fn wanted(
+        &mut self,
+        directory: &Snapshot,
+        breakers: &Breakers,
+        limits: &Limits,
+        now: Instant,
+    ) -> Vec<Unhold> {
         let mut for_failing = limits.free_for_failing();
         let mut wanted = Vec::new();
         let last_failing = self.last_failing.clone();
         let (before, after) =
             self.endpoints.iter_mut().partition::<Vec<_>, _>(|(name, _)| **name <= last_failing);
         for (name, saturation) in after.into_iter().chain(before) {
-            let Some(endpoint) = directory.open_endpoint(name) else {
+            let Some(endpoint) = directory.enabled_endpoint(name) else {
                 continue;
             };
-            if limits.is_slow(name, endpoint.in_flight_max, now) {
+            if limits.is_slow(name, endpoint.in_flight_max, now) || !breakers.is_closed(name) {
                 saturation.slow_at = now;
             }
-            let available = limits.available(name, endpoint.in_flight_max, now);
+            let available = breakers.available(endpoint, limits, now);
             let fails = limits.is_failing(name);
             let available = if fails { available.min(for_failing) } else { available };
             let limit = saturation.wanted(available, now);
             // Not one by one, if more can follow: a write for each delivery that ends would cost what holding saves.
-            let least = (limits.slots(name, endpoint.in_flight_max) / 2).clamp(1, LEAST);
+            let slots = limits.slots(name, breakers.allowed(endpoint, now));
+            let least = (slots / 2).clamp(1, LEAST);
             if limit >= least {
                 wanted.push(Unhold { endpoint: name.clone(), limit });
                 if fails {
@@ -143,14 +150,21 @@ impl Saturated {
         wanted
     }
 
-    /// Frees these deliveries, and looks for further endpoints when it is time for that.
-    pub(super) fn free(&mut self, context: &Context, wanted: Vec<Unhold>, now: Instant) {
+    /// Frees these deliveries, where they are `probes` with the right to them, and looks for further endpoints when it is
+    /// time for that.
+    pub(super) fn free(
+        &mut self,
+        context: &Context,
+        wanted: Vec<Unhold>,
+        probes: Vec<(String, Timestamp)>,
+        now: Instant,
+    ) {
         let look = now >= self.look_at;
         if look {
             self.look_at = now.after(HELD);
         }
         if look || !wanted.is_empty() {
-            self.freeing = Some(Box::pin(free(context.clone(), wanted, look)));
+            self.freeing = Some(Box::pin(free(context.clone(), wanted, probes, look)));
         }
     }
 
@@ -170,9 +184,20 @@ impl Saturated {
     }
 }
 
-async fn free(context: Context, wanted: Vec<Unhold>, look: bool) -> Freed {
+async fn free(
+    context: Context,
+    mut wanted: Vec<Unhold>,
+    probes: Vec<(String, Timestamp)>,
+    look: bool,
+) -> Freed {
     let mut freed = Freed::default();
     let now = context.clock.now();
+    if !probes.is_empty() {
+        let won = context.store.probe(&probes, now).await.unwrap_or_default();
+        let is_lost =
+            |endpoint: &String| probes.iter().any(|(probe, _)| probe == endpoint) && !won.contains(endpoint);
+        wanted.retain(|wanted| !is_lost(&wanted.endpoint));
+    }
     if !wanted.is_empty() {
         let watch = context.clock.stopwatch();
         match context.store.unhold(&wanted, Held::EndpointBusy, now).await {

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use futures_util::future::BoxFuture;
 use tokio::sync::Notify;
 
 use super::*;
 use crate::cache::memory::MemoryCache;
 use crate::clock::{Clock, Timestamp};
-use crate::delivery::Script;
+use crate::delivery::{Script, Tried};
 use crate::message::{Class, Held, MessageId, NewMessage, Outcome, Status, Times};
 use crate::producer::{Producer, ProducerOptions};
 use crate::queue::embedded::EmbeddedQueue;
@@ -355,7 +356,7 @@ async fn messages_of_an_endpoint_with_broken_settings_are_held_until_it_is_mende
     });
     let done = async {
         let mut tick = tokio::time::interval(Duration::from_millis(100));
-        while bench.context.store.held().await.unwrap() != [("default".to_owned(), Held::EndpointClosed)]
+        while bench.context.store.held().await.unwrap() != [("default".to_owned(), Held::EndpointDisabled)]
             || bench.with(Status::Pending).await < COUNT as usize
         {
             tick.tick().await;
@@ -365,4 +366,79 @@ async fn messages_of_an_endpoint_with_broken_settings_are_held_until_it_is_mende
     };
     bench.run(script, done).await;
     assert!(bench.context.store.attempts(MessageId(1)).await.unwrap().len() == 1);
+}
+
+/// What came to a receiver: when, at which time since the start.
+#[derive(Clone, Default)]
+struct Came(Arc<Mutex<Vec<Duration>>>);
+
+impl Came {
+    /// How many came between these seconds.
+    fn between(&self, from: u64, to: u64) -> usize {
+        let span = Duration::from_secs(from)..Duration::from_secs(to);
+        self.0.lock().unwrap().iter().filter(|at| span.contains(*at)).count()
+    }
+}
+
+/// A receiver that answers at once: with this until `back`, and then well.
+fn down(
+    clock: &Clock,
+    back: u64,
+    answer: impl Fn(Outcome) -> Outcome + Send + Sync + 'static,
+) -> (Script, Came) {
+    let (clock, start, came, answer) = (clock.clone(), clock.instant(), Came::default(), Arc::new(answer));
+    let noted = came.clone();
+    let script = move |_: Ticket, _: Endpoint| -> BoxFuture<'static, Tried> {
+        let (clock, came, answer) = (clock.clone(), came.clone(), Arc::clone(&answer));
+        Box::pin(async move {
+            let at = clock.instant().since(start);
+            came.0.lock().unwrap().push(at);
+            take(10).await;
+            let well = accepted(&clock);
+            Ok(if at < Duration::from_secs(back) { answer(well) } else { well })
+        })
+    };
+    (Arc::new(script), noted)
+}
+
+/// The lane has so many tries that only the breaker keeps messages from dying.
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_that_fails_for_long_is_probed_and_comes_back_by_and_by() {
+    let mut bench = Bench::new(&[Endpoint::new("default", "http://localhost:3000")]).await;
+    bench.lane.tries = 9;
+    let failed = |well| Outcome { class: Class::Rejected, status: Some(503), ..well };
+    let (script, came) = down(&bench.context.clock, 100, failed);
+    let looks = async {
+        take(60_000).await;
+        let breakers = bench.context.store.breakers().await.unwrap();
+        assert_eq!(
+            breakers.iter().map(|(name, b)| (name.as_str(), b.openings)).collect::<Vec<_>>(),
+            [("default", 4)]
+        );
+        bench.until(Status::Sent, COUNT as usize).await;
+    };
+    bench.run(script, looks).await;
+    assert!(came.between(0, 12) >= COUNT as usize, "until it opens, it is tried as ever");
+    // From 9 to 12 s on it is open for 5, 10, 20, 40 and 80 s, each a second or so late.
+    assert_eq!(came.between(12, 150), 4, "{came:?}", came = came.0.lock().unwrap());
+    assert!(came.between(150, 200) >= COUNT as usize);
+    let back = (150..200).find(|second| came.between(*second, second + 1) > 0).unwrap();
+    assert!(came.between(back, back + 1) <= 100, "one at a time, of 10 ms each");
+    assert!(bench.context.store.breakers().await.unwrap().is_empty());
+    for id in 1..=COUNT {
+        let attempts = bench.context.store.attempts(MessageId(id)).await.unwrap().len();
+        assert!(attempts <= 9, "{id}: {attempts}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn retry_after_pauses_the_whole_endpoint() {
+    let bench = Bench::new(&[Endpoint::new("default", "http://localhost:3000")]).await;
+    let asks =
+        |well| Outcome { class: Class::Rejected, status: Some(429), retry_after_ms: Some(60_000), ..well };
+    let (script, came) = down(&bench.context.clock, 30, asks);
+    bench.run(script, bench.until(Status::Sent, COUNT as usize - 10)).await;
+    assert!((1..10).contains(&came.between(0, 5)), "what was in flight when the answer came");
+    assert_eq!(came.between(5, 60), 0);
+    assert!(came.between(60, 90) >= COUNT as usize - 10);
 }

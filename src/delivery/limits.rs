@@ -86,6 +86,11 @@ impl Limits {
         self.loads.get(endpoint).map_or(FIRST, |load| load.slots(in_flight_max)) as usize
     }
 
+    /// Whether messages of `endpoint` are here, waiting or in flight.
+    pub fn is_here(&self, endpoint: &str) -> bool {
+        self.loads.get(endpoint).is_some_and(|load| load.admitted > 0)
+    }
+
     /// Whether `endpoint` fails: its last attempt timed out, or it has been silent for too long.
     pub fn is_failing(&self, endpoint: &str) -> bool {
         self.loads.get(endpoint).is_some_and(|load| load.health == Health::Failing)

@@ -1,4 +1,4 @@
-//! What every service needs to know of endpoints and lanes, read from the store each second.
+//! What every service needs to know of endpoints, their breakers, and lanes, read from the store each second.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 use tokio_util::sync::CancellationToken;
 
 use super::{LEASE, Service, Step};
+use crate::breaker::Breaker;
 use crate::delivery::fault_of;
 use crate::lane::{Lane, LaneGroup, dead_letter_of};
 use crate::retry::Policy;
@@ -15,7 +16,7 @@ use crate::store::{Endpoint, Result, Store, StoreError};
 
 const REFRESH: Duration = Duration::from_secs(1);
 
-/// Endpoints and lanes as they stood at the last refresh.
+/// Endpoints, breakers and lanes as they stood at the last refresh.
 pub struct Directory {
     store: Arc<dyn Store>,
     // Read for every message, replaced once a second: readers must never wait.
@@ -26,6 +27,8 @@ pub struct Directory {
 #[derive(Debug, Default)]
 pub struct Snapshot {
     pub endpoints: HashMap<String, Arc<Endpoint>>,
+    /// Their breakers that are not closed.
+    pub breakers: HashMap<String, Breaker>,
     pub lanes: Vec<Lane>,
     /// The consumer groups of all lanes.
     pub groups: Vec<LaneGroup>,
@@ -35,7 +38,7 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// The endpoint of that name, when it exists, is enabled, and has settings that can be used.
-    pub fn open_endpoint(&self, name: &str) -> Option<&Arc<Endpoint>> {
+    pub fn enabled_endpoint(&self, name: &str) -> Option<&Arc<Endpoint>> {
         let open = self.endpoints.get(name).filter(|endpoint| endpoint.enabled);
         open.filter(|_| self.faults.is_empty() || !self.faults.contains_key(name))
     }
@@ -71,12 +74,13 @@ impl Directory {
         self.snapshot.load_full()
     }
 
-    /// Reads endpoints and lanes anew.
+    /// Reads endpoints, breakers and lanes anew.
     ///
     /// # Errors
     /// Those of the store; what was known stays.
     pub async fn refresh(&self) -> Result<()> {
         let endpoints = self.store.endpoints().await?;
+        let breakers = self.store.breakers().await?.into_iter().collect();
         let (lanes, groups) = (self.store.lanes().await?, self.store.lane_groups().await?);
         let before = self.snapshot();
         let faults = faults(&endpoints, &before);
@@ -84,7 +88,7 @@ impl Directory {
             tracing::error!("messages of endpoint {name} are held, because {fault}; mend its settings");
         }
         let endpoints = endpoints.into_iter().map(|e| (e.name.clone(), Arc::new(e))).collect();
-        self.snapshot.store(Arc::new(Snapshot { endpoints, lanes, groups, faults }));
+        self.snapshot.store(Arc::new(Snapshot { endpoints, breakers, lanes, groups, faults }));
         Ok(())
     }
 
@@ -132,13 +136,13 @@ mod tests {
         for _ in 0..2 {
             directory.refresh().await.unwrap();
             let known = directory.snapshot();
-            let open = ["sound", "secret", "url"].map(|name| known.open_endpoint(name).is_some());
+            let open = ["sound", "secret", "url"].map(|name| known.enabled_endpoint(name).is_some());
             assert_eq!(open, [true, false, false], "{:?}", known.faults);
             assert!(known.faults["secret"].contains("secret"), "{:?}", known.faults);
         }
         store.put_endpoint(&Endpoint { secret: None, ..secret }).await.unwrap();
         directory.refresh().await.unwrap();
-        assert!(directory.snapshot().open_endpoint("secret").is_some());
+        assert!(directory.snapshot().enabled_endpoint("secret").is_some());
     }
 
     #[test]

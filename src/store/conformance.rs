@@ -14,6 +14,7 @@ use crate::clock::{Clock, Timestamp};
 use crate::message::{Class, Held, Message, MessageId, NewMessage, Outcome, Times, Verdict};
 use crate::ticket::Ticket;
 
+pub(crate) mod breaking;
 pub(crate) mod claiming;
 pub(crate) mod entering;
 pub(crate) mod healing;
@@ -77,6 +78,10 @@ macro_rules! store_conformance {
             holding::a_held_delivery_that_was_tried_is_due_again_when_freed,
             holding::deliveries_of_several_endpoints_are_freed_in_one_call,
             holding::a_begun_delivery_is_given_back_and_held,
+            breaking::a_breaker_stays_until_it_is_closed,
+            breaking::a_breaker_goes_with_a_change_of_its_endpoint,
+            breaking::deliveries_are_held_while_their_breaker_is_open,
+            breaking::one_probes_at_a_time,
             healing::batches_and_their_places_are_remembered,
             healing::the_oldest_batches_come_first,
             healing::a_batch_of_a_dead_owner_is_orphaned,

@@ -7,6 +7,7 @@
 //! Nothing here calls [`Row::get`], which panics on a value that it can't hold: `try_get` gives an error.
 
 mod begin;
+mod breaker;
 mod claim;
 mod hold;
 mod insert;
@@ -42,6 +43,7 @@ use super::{
     Reconciliation, Records, Recovered, Recovery, Registry, Reissue, Reissued, Removal, Removed, Result,
     Scheduling, SchemaVersion, Store, StoreError, Unhold, Upkeep,
 };
+use crate::breaker::Breaker;
 use crate::clock::Timestamp;
 use crate::lane::{Lane, LaneGroup};
 use crate::message::{Attempt, Held, Message, MessageId, NewMessage};
@@ -316,6 +318,18 @@ impl Registry for PostgresStore {
 
     async fn delete_endpoint(&self, name: &str) -> Result<Deletion> {
         self.call(async |db| operate::delete_endpoint(db, name).await).await
+    }
+
+    async fn breakers(&self) -> Result<Vec<(String, Breaker)>> {
+        self.call(async |db| breaker::breakers(db).await).await
+    }
+
+    async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<()> {
+        self.call(async |db| breaker::set_breakers(db, changes).await).await
+    }
+
+    async fn probe(&self, endpoints: &[(String, Timestamp)], now: Timestamp) -> Result<Vec<String>> {
+        self.call(async |db| breaker::probe(db, endpoints, now).await).await
     }
 
     async fn lanes(&self) -> Result<Vec<Lane>> {

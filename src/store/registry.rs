@@ -6,6 +6,7 @@ use async_trait::async_trait;
 
 use super::Result;
 use super::operate::Deletion;
+use crate::breaker::Breaker;
 use crate::clock::Timestamp;
 use crate::lane::{Lane, LaneGroup};
 
@@ -151,11 +152,23 @@ pub trait Registry: Send + Sync {
     /// All endpoints.
     async fn endpoints(&self) -> Result<Vec<Endpoint>>;
 
-    /// Creates or replaces an endpoint.
+    /// Creates or replaces an endpoint. A change closes its breaker: somebody has mended something.
     async fn put_endpoint(&self, endpoint: &Endpoint) -> Result<()>;
 
     /// Deletes an endpoint, unless a message names it.
     async fn delete_endpoint(&self, name: &str) -> Result<Deletion>;
+
+    /// The breakers that are not closed, with their endpoints' names; the oldest first.
+    async fn breakers(&self) -> Result<Vec<(String, Breaker)>>;
+
+    /// Opens breakers, and closes those without a value. One that was opened more often, or as often and for longer,
+    /// stays as it is: several consumers find out the same. One that somebody has closed meanwhile is not opened again by a
+    /// failure that belongs to the time before.
+    async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<()>;
+
+    /// Takes the right to probe these endpoints, each with one attempt until its time. Which of them it was given for: those
+    /// whose breaker is half-open, and that nobody else probes.
+    async fn probe(&self, endpoints: &[(String, Timestamp)], now: Timestamp) -> Result<Vec<String>>;
 
     /// All registered lanes.
     async fn lanes(&self) -> Result<Vec<Lane>>;

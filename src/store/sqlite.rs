@@ -10,6 +10,7 @@
 
 mod batch;
 mod begin;
+mod breaker;
 mod change;
 mod claim;
 mod column;
@@ -45,6 +46,7 @@ use super::{
     Reconciliation, Records, Recovered, Recovery, Registry, Reissue, Reissued, Removal, Removed, Result,
     Scheduling, SchemaVersion, Store, StoreError, Unhold, Upkeep,
 };
+use crate::breaker::Breaker;
 use crate::clock::Timestamp;
 use crate::lane::{Lane, LaneGroup};
 use crate::message::{Attempt, Held, Message, MessageId, NewMessage};
@@ -272,6 +274,20 @@ impl Registry for SqliteStore {
     async fn delete_endpoint(&self, name: &str) -> Result<Deletion> {
         let name = name.to_owned();
         self.write(move |db| endpoint::delete_endpoint(db, &name)).await
+    }
+
+    async fn breakers(&self) -> Result<Vec<(String, Breaker)>> {
+        self.read(breaker::breakers).await
+    }
+
+    async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<()> {
+        let changes = changes.to_vec();
+        self.write(move |db| breaker::set_breakers(db, &changes)).await
+    }
+
+    async fn probe(&self, endpoints: &[(String, Timestamp)], now: Timestamp) -> Result<Vec<String>> {
+        let endpoints = endpoints.to_vec();
+        self.write(move |db| breaker::probe(db, &endpoints, now)).await
     }
 
     async fn lanes(&self) -> Result<Vec<Lane>> {

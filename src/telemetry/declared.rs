@@ -198,6 +198,13 @@ pub const METRICS: &[Metric] = &[
         "1 while the store knows of an active producer, else 0",
     ),
     metric(Gauge, "ams_producers_paused", "0 or 1", &[], "1 while all producers are paused by an operator"),
+    metric(
+        Gauge,
+        "ams_breakers",
+        "endpoints",
+        &[],
+        "endpoints whose circuit breaker is not closed: their messages are held",
+    ),
 ];
 
 /// The table of all metrics in `docs/operations.md`.

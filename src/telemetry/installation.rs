@@ -14,6 +14,7 @@ pub(super) struct InstallationMetrics {
     lag: Family<Names<2>, Gauge>,
     active_producers: Family<Words<0>, Gauge>,
     paused: Family<Words<0>, Gauge>,
+    breakers: Family<Words<0>, Gauge>,
 }
 
 impl InstallationMetrics {
@@ -23,6 +24,7 @@ impl InstallationMetrics {
         register(all, "ams_lane_lag", &self.lag);
         register(all, "ams_active_producers", &self.active_producers);
         register(all, "ams_producers_paused", &self.paused);
+        register(all, "ams_breakers", &self.breakers);
     }
 
     /// Shows what is known, and takes away what is not.
@@ -40,6 +42,7 @@ impl InstallationMetrics {
         show(&self.oldest_due, known.oldest_due.map(|age| age.as_secs_f64()));
         show(&self.active_producers, known.active.map(|active| f64::from(u8::from(active))));
         show(&self.paused, known.paused.map(|paused| f64::from(u8::from(paused))));
+        show(&self.breakers, known.breakers.map(|count| count as f64));
     }
 }
 
@@ -63,4 +66,6 @@ pub struct Installation {
     /// Whether a producer is active, and whether producers are paused.
     pub active: Option<bool>,
     pub paused: Option<bool>,
+    /// Circuit breakers that are not closed.
+    pub breakers: Option<usize>,
 }

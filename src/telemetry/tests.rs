@@ -34,6 +34,7 @@ fn all() -> Metrics {
         lag: vec![("messages".to_owned(), 3, 17)],
         active: Some(true),
         paused: Some(false),
+        breakers: Some(2),
     });
     metrics
 }

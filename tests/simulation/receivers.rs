@@ -13,7 +13,7 @@ use ams::ticket::Ticket;
 
 use crate::history::Beginning;
 use crate::node::Process;
-use crate::world::{World, wait};
+use crate::world::{MENDED, World, wait};
 
 pub const NAMES: [&str; 3] = ["failing", "slow", "well"];
 
@@ -77,7 +77,8 @@ async fn attempt(
     let this = Beginning { process: process.number, lane, ticket, endpoint, now: world.clock.now() };
     world.history.lock().unwrap().begins(&this);
     world.faults.maybe_crash(process).await;
-    let answer = answer(&endpoint.name);
+    let mended = endpoint.name == "failing" && world.clock.now() > world.calm_at.after(MENDED);
+    let answer = answer(if mended { "well" } else { &endpoint.name });
     wait(answer.took).await;
     // The receiver has the request, whatever has become of the process meanwhile.
     world.history.lock().unwrap().answered(&this, answer.accepted, answer.class);

@@ -35,6 +35,8 @@ const EXPECTED: &[&str] = &[
     "closed endpoints",
     "deliveries held",
     "deliveries freed",
+    "breakers opened",
+    "breakers closed",
     "batches reissued",
     "leases reissued",
     "steps of the machine's clock",

@@ -31,6 +31,10 @@ const START: i64 = 1_800_000_000_000_000;
 /// So long after the last fault everything must be over: a process may be down for 12 s, what had died is found within
 /// 30 s, and the tries of one message take 24 s and wait for a slow receiver.
 const LIMIT: Duration = Duration::from_secs(90);
+/// For so long a receiver that fails may hold up its own messages.
+const LIMIT_BREAKERS: Duration = Duration::from_secs(900);
+/// So long after the last fault the failing receiver is mended.
+pub const MENDED: Duration = Duration::from_secs(120);
 
 /// A leader hears of a pause when it bids, and leads for 4 s when it can't.
 const PAUSE_HEARD: Duration = Duration::from_secs(4);
@@ -174,6 +178,10 @@ impl World {
                 return Err(format!("not over {LIMIT:?} after the last fault: {}", self.open(&messages)));
             }
             // Not so soon after the last step that two of them look like none.
+            if self.clock.now() < self.calm_at.after(LIMIT_BREAKERS) && self.holds("breakers") {
+                // The failing receiver fails for a while yet, and then may be probed every five minutes.
+                begun = self.clock.now();
+            }
             let long_ago = self.clock.now() > begun.after(Duration::from_secs(30));
             if long_ago && self.pass_far_waits(&messages) {
                 begun = self.clock.now();
@@ -199,10 +207,11 @@ impl World {
         wait.is_some()
     }
 
-    /// When what waits is due; what is held is so at once.
+    /// When what waits is due; what is held is so at once, or once its endpoint may be probed.
     pub fn waiting(&self) -> BTreeMap<MessageId, Timestamp> {
         let database = self.database.lock().unwrap();
-        let waiting = "select message_id, iif(held is null, due_at, 0) from waiting";
+        let waiting = "select message_id, iif(held is null, due_at, max(coalesce(until, 0), coalesce(probed_until, 0))) \
+                       from waiting left join breakers using (endpoint_id)";
         let mut waiting = database.prepare_cached(waiting).unwrap();
         let read =
             |row: &rusqlite::Row<'_>| Ok((MessageId(row.get(0)?), Timestamp::from_micros(row.get(1)?)));
@@ -219,18 +228,19 @@ impl World {
 
     /// The places on the way in which something stands.
     pub fn left(&self) -> Vec<&'static str> {
-        let database = self.database.lock().unwrap();
-        let holds = |place: &str| {
-            let any = format!("select exists (select 1 from {place})");
-            database.query_row(&any, [], |row| row.get::<_, bool>(0)).unwrap()
-        };
         let mut places = vec!["batches", "leases", "waiting", "cancels"];
         // A letter that its consumer could not publish waits until it is 30 s old, by a clock that may be set meanwhile.
         if self.history.lock().unwrap().steps.is_zero() {
             places.push("dead_letters");
         }
-        places.retain(|place| holds(place));
+        places.retain(|place| self.holds(place));
         places
+    }
+
+    /// Whether a table has rows.
+    fn holds(&self, table: &str) -> bool {
+        let any = format!("select exists (select 1 from {table})");
+        self.database.lock().unwrap().query_row(&any, [], |row| row.get(0)).unwrap()
     }
 
     fn open(&self, messages: &[Message]) -> String {

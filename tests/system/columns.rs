@@ -358,7 +358,7 @@ async fn rows_that_can_not_be_read_stop_no_other_and_no_stop() {
          insert into messages (recipient, content, endpoint) values ('+90', 'x', cast(x'6dfc6c6c6572' as text)); \
          insert into unknown_endpoints (name) values (cast(x'6dfc6c6c6572' as text)); \
          insert into waiting (message_id, endpoint_id, due_at, held, attempts, lane, lane_tries, priority) \
-         select 1, id, 0, 'endpoint_closed', 0, '', 0, 0 from unknown_endpoints; \
+         select 1, id, 0, 'endpoint_disabled', 0, '', 0, 0 from unknown_endpoints; \
          update feed set position = 1; \
          insert into messages (recipient, content, endpoint) values ('+90', 'x', cast(x'6dfc6c6c6573' as text)); \
          insert into messages (recipient, content) values ('+90', cast(x'ff' as text)); \

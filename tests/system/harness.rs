@@ -109,7 +109,23 @@ impl Log {
 
 impl Receiver {
     pub async fn start(options: TestClientOptions) -> Receiver {
-        let listener = listen().await;
+        Receiver::on(listen().await, options)
+    }
+
+    /// Another in its place: on its port, once that is free.
+    pub async fn replace(self, options: TestClientOptions) -> Receiver {
+        let address = self.url.trim_start_matches("http://").to_owned();
+        drop(self);
+        let mut listener = None;
+        until("the port is free", Duration::from_secs(10), async || {
+            listener = TcpListener::bind(&address).await.ok();
+            listener.is_some()
+        })
+        .await;
+        Receiver::on(listener.unwrap(), options)
+    }
+
+    fn on(listener: TcpListener, options: TestClientOptions) -> Receiver {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let log: Arc<Mutex<Log>> = Arc::default();
         let (sink, stop, clock) = (Arc::clone(&log), CancellationToken::new(), Clock::system());

@@ -143,8 +143,13 @@ async fn hostile_receivers_get_their_class_and_no_memory() {
     for (_, name, _) in MANNERS {
         sql.execute(insert, &[name, &EACH]).await.unwrap();
     }
-    let count = 1_000 + EACH * i64::try_from(MANNERS.len()).unwrap();
-    stack.all_final(count, Duration::from_secs(60)).await;
+    // Those that let every attempt time out fail for long, and what they have left is held.
+    let open = "select count(*) from message_status where finished_at is null \
+                and why not like 'held: endpoint % has failed for long (last: timeout%'";
+    until("all have ended or are held", Duration::from_secs(60), async || {
+        sql.query_one(open, &[]).await.unwrap().get::<_, i64>(0) == 0
+    })
+    .await;
     let grown = up.memory_mb("VmHWM") - rest;
     println!("hostile receivers: {rest:.0} MB at rest, at most {grown:.0} MB more");
     assert!(grown <= 50.0, "{grown} MB more than at rest");
@@ -159,8 +164,13 @@ async fn hostile_receivers_get_their_class_and_no_memory() {
         seen.entry(row.get(0)).or_default().push((row.get(1), row.get(2)));
     }
     for (_, name, class) in MANNERS {
-        let tries = if *class == "accepted" { EACH } else { 2 * EACH };
-        assert_eq!(seen[*name], [((*class).to_owned(), tries)], "{name}");
+        let [(only, tries)] = &seen[*name][..] else { panic!("{name}: {:?}", seen[*name]) };
+        let expected = match *class {
+            "accepted" => EACH..=EACH,
+            "timeout" => EACH / 10..=2 * EACH,
+            _ => 2 * EACH..=2 * EACH,
+        };
+        assert!(only == class && expected.contains(tries), "{name}: {tries} attempts are {only}");
     }
     assert_eq!(visits.load(Ordering::Relaxed), 0, "a redirect was followed");
 }

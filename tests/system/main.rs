@@ -5,6 +5,7 @@
 //! tests share the services and some of them kill those, so they run one at a time.
 
 mod bench;
+mod breaker;
 mod broken;
 mod calm;
 mod clocks;

@@ -185,11 +185,11 @@ pub(crate) async fn messages_of_a_closed_endpoint_are_held_by_the_claim(store: A
     let claimed = bench.claim_fresh().await;
     assert_eq!((ids(&claimed), claimed.seen), (vec![all[1]], 3));
     let row = bench.message(all[0]).await;
-    assert_eq!((row.status, row.held, row.attempts), (Status::Pending, Some(Held::EndpointClosed), 0));
+    assert_eq!((row.status, row.held, row.attempts), (Status::Pending, Some(Held::EndpointDisabled), 0));
     assert_eq!(bench.claim_fresh().await.seen, 0);
-    assert_eq!(bench.store.held().await.unwrap(), [("closed".to_owned(), Held::EndpointClosed)]);
+    assert_eq!(bench.store.held().await.unwrap(), [("closed".to_owned(), Held::EndpointDisabled)]);
     bench.open("closed").await;
-    let freed = unhold(&*bench.store, "closed", Held::EndpointClosed, 10, bench.now()).await;
+    let freed = unhold(&*bench.store, "closed", Held::EndpointDisabled, 10, bench.now()).await;
     assert_eq!(freed, 2);
     let claimed = bench.claim_timed("").await;
     assert_eq!(ids(&claimed), [all[0], all[2]]);
@@ -202,7 +202,7 @@ pub(crate) async fn messages_of_a_closed_endpoint_are_held_by_the_claim(store: A
     let none = bench.claim_timed(RETRY).await;
     assert_eq!((none.seen, none.tickets.len()), (1, 0));
     let row = bench.message(all[0]).await;
-    assert_eq!((row.status, row.held), (Status::Retrying, Some(Held::EndpointClosed)));
+    assert_eq!((row.status, row.held), (Status::Retrying, Some(Held::EndpointDisabled)));
     assert_eq!(bench.claim_timed(RETRY).await.seen, 0);
 }
 
@@ -216,7 +216,7 @@ pub(crate) async fn an_endpoint_takes_over_the_number_that_its_messages_have(sto
         bench.insert(&[to(endpoint)]).await;
     }
     let fresh = bench.claim_fresh().await.tickets;
-    assert_eq!(unhold(&*bench.store, "later", Held::EndpointClosed, 10, bench.now()).await, 2);
+    assert_eq!(unhold(&*bench.store, "later", Held::EndpointDisabled, 10, bench.now()).await, 2);
     let held = bench.claim_timed("").await.tickets;
     let numbers: HashSet<_> = fresh.iter().map(|ticket| ticket.endpoint_id).collect();
     assert_eq!(numbers.len(), 2, "each has its own");

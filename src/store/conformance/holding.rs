@@ -21,7 +21,7 @@ pub(crate) async fn a_held_ticket_is_not_claimable(store: Arc<dyn Store>) {
     assert_eq!(bench.store.held().await.unwrap(), [("default".to_owned(), BUSY)]);
     // The other reason, and another endpoint, free nothing.
     let (store, now) = (&bench.store, bench.now());
-    assert_eq!(unhold(&**store, "default", Held::EndpointClosed, 10, now).await, 0);
+    assert_eq!(unhold(&**store, "default", Held::EndpointDisabled, 10, now).await, 0);
     assert_eq!(unhold(&**store, "other", BUSY, 10, now).await, 0);
     assert_eq!(unhold(&**store, "default", BUSY, 10, now).await, 2);
     assert_eq!(ids(&bench.claim_timed("").await), [tickets[0].id, tickets[1].id]);
@@ -39,7 +39,7 @@ pub(crate) async fn messages_of_a_saturated_endpoint_are_held_by_the_claim(store
     let row = bench.message(all[0]).await;
     assert_eq!((row.status, row.held), (Status::Pending, Some(BUSY)));
     let held = bench.store.held().await.unwrap();
-    assert_eq!(held, [("busy".to_owned(), BUSY), ("closed".to_owned(), Held::EndpointClosed)]);
+    assert_eq!(held, [("busy".to_owned(), BUSY), ("closed".to_owned(), Held::EndpointDisabled)]);
     assert_eq!(unhold(&*bench.store, "busy", BUSY, 10, bench.now()).await, 2);
     // They were freed because there is room for them, however busy their endpoint is.
     let due = Due::Timed { lane: "", by: bench.now() };

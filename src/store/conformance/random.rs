@@ -175,7 +175,7 @@ impl World {
             Call::Unhold { busy, limit } => {
                 let (endpoint, held) = match busy {
                     true => ("default", Held::EndpointBusy),
-                    false => ("closed", Held::EndpointClosed),
+                    false => ("closed", Held::EndpointDisabled),
                 };
                 let freed = unhold(&*store, endpoint, held, limit, now).await;
                 check(freed <= limit as u64, || format!("unhold freed {freed}"))?;

@@ -249,13 +249,8 @@ fn place_new(
             return Ok(());
         }
     };
-    let held = if !endpoint.is_some_and(|endpoint| endpoint.open) {
-        Some(Held::EndpointClosed)
-    } else if claim.saturated.contains(&ticket.endpoint) {
-        Some(Held::EndpointBusy)
-    } else {
-        None
-    };
+    let held = endpoint.map_or(Some(Held::EndpointDisabled), |endpoint| endpoint.access.held(claim.now));
+    let held = held.or(claim.saturated.contains(&ticket.endpoint).then_some(Held::EndpointBusy));
     if ticket.is_expired(claim.now) {
         claim.end(db, &Waiting::never(row.id, number), Status::Expired, None)
     } else if let Some(due_at) = send_at.filter(|at| *at > claim.now) {
@@ -339,17 +334,20 @@ fn claim_timed(db: &Connection, claim: &Owned, lane: &str, by: Timestamp) -> Res
                 continue;
             }
         };
-        let open = endpoints.numbered(row.endpoint)?.filter(|endpoint| endpoint.enabled);
+        let endpoint = endpoints.numbered(row.endpoint)?;
+        let held =
+            endpoint.as_ref().map_or(Some(Held::EndpointDisabled), |found| found.access.held(claim.now));
         if ticket.is_expired(claim.now) {
             wait_no_more(db, row.id, row.endpoint)?;
             claim.end(db, &row, Status::Expired, reason.as_deref())?;
-        } else if let Some(endpoint) = open {
+        } else if let Some(held) = held {
+            hold(db, &row, held)?;
+        } else {
             wait_no_more(db, row.id, row.endpoint)?;
             differ |= ticket.expires_at != said;
             expiries.push(ticket.expires_at.map(Timestamp::as_micros));
-            claim.take(&mut claimed.tickets, Ticket { endpoint: endpoint.name, ..ticket });
-        } else {
-            close(db, &row)?;
+            let endpoint = endpoint.map_or(ticket.endpoint, |found| found.name);
+            claim.take(&mut claimed.tickets, Ticket { endpoint, ..ticket });
         }
     }
     let expiries = differ.then_some(expiries);
@@ -389,10 +387,10 @@ fn timed(
 }
 
 /// Holds a due delivery whose endpoint takes none.
-fn close(db: &Connection, row: &Waiting) -> Result<()> {
+fn hold(db: &Connection, row: &Waiting, held: Held) -> Result<()> {
     db.prepare_cached(
-        "/* ams:close */ update waiting set held = 'endpoint_closed' where message_id = ?1 and endpoint_id = ?2",
+        "/* ams:hold_timed */ update waiting set held = ?3 where message_id = ?1 and endpoint_id = ?2",
     )?
-    .execute(params![row.id.0, row.endpoint.0])?;
+    .execute(params![row.id.0, row.endpoint.0, held.as_str()])?;
     Ok(())
 }

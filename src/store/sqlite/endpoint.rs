@@ -2,10 +2,13 @@
 
 use std::collections::HashMap;
 
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::registry::{in_millis, millis};
-use super::{json, list, optional_text, text};
+use super::{json, list, optional_text, our_optional_time, text};
+use crate::breaker;
+use crate::clock::Timestamp;
+use crate::message::Held;
 use crate::store::operate::Deletion;
 use crate::store::{Endpoint, EndpointId, Result};
 
@@ -83,15 +86,36 @@ pub(super) fn delete_endpoint(db: &Connection, name: &str) -> Result<Deletion> {
 #[derive(Clone, Copy)]
 pub(super) struct Named {
     pub(super) id: EndpointId,
-    /// Whether it exists and is enabled.
-    pub(super) open: bool,
+    pub(super) access: Access,
 }
 
 /// What a claim has to know of an endpoint with a number.
 #[derive(Clone)]
 pub(super) struct Numbered {
     pub(super) name: String,
-    pub(super) enabled: bool,
+    pub(super) access: Access,
+}
+
+/// Whether an endpoint takes deliveries.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Access {
+    /// Whether it exists and is enabled.
+    enabled: bool,
+    /// When its breaker, if it has one, ceases to be open.
+    open_until: Option<Timestamp>,
+}
+
+impl Access {
+    fn read(row: &Row<'_>, first_column: usize) -> rusqlite::Result<Access> {
+        let open_until = our_optional_time(row, first_column + 1)?;
+        Ok(Access { enabled: row.get(first_column)?, open_until })
+    }
+
+    /// Why a claim holds its deliveries, if it does.
+    pub(super) fn held(self, now: Timestamp) -> Option<Held> {
+        let open = || self.open_until.filter(|until| breaker::is_open(*until, now));
+        if self.enabled { open().map(|_| Held::EndpointBusy) } else { Some(Held::EndpointDisabled) }
+    }
 }
 
 /// Endpoints as one call looks them up, each once.
@@ -113,12 +137,15 @@ impl<'a> Endpoints<'a> {
         }
         let found = self
             .db
-            .prepare_cached("/* ams:endpoint_named */ select id, enabled from endpoints where name = ?1")?
-            .query_row([name], |row| Ok(Named { id: EndpointId(row.get(0)?), open: row.get(1)? }))
+            .prepare_cached(
+                "/* ams:endpoint_named */ select id, enabled, until from endpoints \
+                 left join breakers on endpoint_id = id where name = ?1",
+            )?
+            .query_row([name], |row| Ok(Named { id: EndpointId(row.get(0)?), access: Access::read(row, 1)? }))
             .optional()?;
         let named = match found {
             Some(named) => named,
-            None => Named { id: unknown(self.db, name)?, open: false },
+            None => Named { id: unknown(self.db, name)?, access: Access::default() },
         };
         self.named.insert(name.to_owned(), named);
         Ok(named)
@@ -131,8 +158,11 @@ impl<'a> Endpoints<'a> {
         }
         let numbered = self
             .db
-            .prepare_cached("/* ams:endpoint_numbered */ select name, enabled from endpoints where id = ?1")?
-            .query_row([id.0], |row| Ok(Numbered { name: text(row, 0)?, enabled: row.get(1)? }))
+            .prepare_cached(
+                "/* ams:endpoint_numbered */ select name, enabled, until from endpoints \
+                 left join breakers on endpoint_id = id where id = ?1",
+            )?
+            .query_row([id.0], |row| Ok(Numbered { name: text(row, 0)?, access: Access::read(row, 1)? }))
             .optional()?;
         self.numbered.insert(id, numbered.clone());
         Ok(numbered)

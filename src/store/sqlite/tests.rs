@@ -407,11 +407,11 @@ mod shell {
             "pragma ignore_check_constraints = on; insert into unknown_endpoints (name) values (cast(x'ff' as text)); \
              insert into waiting (message_id, endpoint_id, due_at, held, attempts, lane, lane_tries, priority) values \
                  (1, 1, 0, 'endpoint_busy', 0, '', 0, 0), (2, 1, 0, cast(x'ff' as text), 0, '', 0, 0), \
-                 (3, 2, 0, 'endpoint_closed', 0, '', 0, 0), (4, 3, 0, 'endpoint_closed', 0, '', 0, 0)",
+                 (3, 2, 0, 'endpoint_disabled', 0, '', 0, 0), (4, 3, 0, 'endpoint_disabled', 0, '', 0, 0)",
         )
         .unwrap();
         let held = tokio::time::timeout(Duration::from_secs(10), file.store.held()).await.expect("it ends");
-        let expected = [("default", Held::EndpointBusy), ("\u{fffd}", Held::EndpointClosed)];
+        let expected = [("default", Held::EndpointBusy), ("\u{fffd}", Held::EndpointDisabled)];
         assert_eq!(held.unwrap(), expected.map(|(name, held)| (name.to_owned(), held)));
         file.sqlite3("update waiting set held = null, attempts = 1, due_at = 5, lane = cast(x'ff' as text)")
             .unwrap();
@@ -451,7 +451,7 @@ mod shell {
         )
         .unwrap();
         assert_eq!((number("later"), number("new"), number("other")), (2, 3, 4));
-        let freed = unhold(&file.store, "later", Held::EndpointClosed, 10, now()).await;
+        let freed = unhold(&file.store, "later", Held::EndpointDisabled, 10, now()).await;
         assert_eq!((freed, file.claim().await.len()), (1, 1));
     }
 

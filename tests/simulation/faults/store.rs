@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use ams::breaker::Breaker;
 use ams::clock::Timestamp;
 use ams::lane::{Lane, LaneGroup};
 use ams::message::{Attempt, Held, Message, MessageId, NewMessage};
@@ -59,6 +60,17 @@ faulty! {
         async fn time(&self) -> Result<Option<Timestamp>> {
             self.call(async { Ok(self.world.store_time()) }).await
         }
+
+        async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<()> {
+            self.call(async {
+                for (_, change) in changes {
+                    let what = if change.is_some() { "breakers opened" } else { "breakers closed" };
+                    self.world.faults.count(what, 1);
+                }
+                self.world.store.set_breakers(changes).await
+            })
+            .await
+        }
     }
     enroll(service: &str, host: &str, now: Timestamp, lease_until: Timestamp) -> InstanceId;
     renew(instance: InstanceId, now: Timestamp, lease_until: Timestamp) -> bool;
@@ -69,6 +81,8 @@ faulty! {
     endpoints() -> Vec<Endpoint>;
     put_endpoint(endpoint: &Endpoint) -> ();
     delete_endpoint(name: &str) -> Deletion;
+    breakers() -> Vec<(String, Breaker)>;
+    probe(endpoints: &[(String, Timestamp)], now: Timestamp) -> Vec<String>;
     lanes() -> Vec<Lane>;
     put_lane(lane: &Lane, now: Timestamp) -> Option<Lane>;
     lane_groups() -> Vec<LaneGroup>;
