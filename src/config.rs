@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::lane::Lane;
-use crate::store::Pacing;
+use crate::rate::Rate;
 
 pub use parse::duration;
 pub use settings::{SETTINGS, Setting, kafka_client_settings};
@@ -264,7 +264,7 @@ pub struct Config {
     pub lane: Lane,
     /// In [`Role::Up`], the lane after it.
     pub retry_lane: Lane,
-    pub pacing: Option<Pacing>,
+    pub pacing: Option<Rate>,
     pub request: RequestConfig,
     pub listen: ListenConfig,
     pub metrics_port: Option<u16>,
@@ -416,13 +416,13 @@ fn retry_lane(raw: &Raw, role: Role) -> Result<Lane> {
     })
 }
 
-fn pacing(raw: &Raw, role: Role) -> Result<Option<Pacing>> {
+fn pacing(raw: &Raw, role: Role) -> Result<Option<Rate>> {
     let interval = raw.parsed("INTERVAL", role, parse::duration)?;
     let count = raw.parsed("BATCH_COUNT", role, parse::count)?;
     match (interval, count) {
         (None, None) => Ok(None),
         (Some(interval), Some(count)) if interval > Duration::ZERO && count > 0 => {
-            Ok(Some(Pacing { count: count as usize, interval }))
+            Ok(Some(Rate { count: count as usize, interval }))
         }
         (Some(_), Some(_)) => Err(ConfigError(
             "INTERVAL and BATCH_COUNT must both be above zero; unset both for no pacing".into(),

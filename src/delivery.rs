@@ -192,7 +192,7 @@ impl Delivery {
     pub async fn reach(&self, url: &str, within: Duration) -> Result<(), String> {
         let Transport::Network(network) = &self.transport else { return Ok(()) };
         let host = network.pool.host(&Target::parse(url)?.origin);
-        let connected = tokio::time::timeout(within, network.pool.connect(&host, within)).await;
+        let connected = tokio::time::timeout(within, network.pool.connect(&host)).await;
         match connected {
             Ok(connected) => connected.map(drop).map_err(NotConnected::reason),
             Err(_) => Err(format!("no connection within {within:?}")),
@@ -334,7 +334,7 @@ impl Network {
                 return Ok(Outcome { address: shown_url(&endpoint.url), ..ended });
             }
         };
-        let attempt = self.attempt(&prepared.host, request, endpoint.timeout, clock, &mut progress);
+        let attempt = self.attempt(&prepared.host, request, clock, &mut progress);
         let ended = tokio::time::timeout(endpoint.timeout, attempt).await;
         let stage = progress.stage;
         progress.enter(stage, self.watch.elapsed());
@@ -355,7 +355,6 @@ impl Network {
         &self,
         host: &Host,
         mut request: Request<Body>,
-        within: Duration,
         clock: &Clock,
         progress: &mut Progress,
     ) -> Result<(), Ended> {
@@ -369,7 +368,7 @@ impl Network {
             let mut connection = match kept.take() {
                 Some(connection) => connection,
                 None => {
-                    let connect = Box::pin(self.pool.connect(host, within));
+                    let connect = Box::pin(self.pool.connect(host));
                     let connection = connect.await?;
                     progress.enter(Stage::Waiting, self.watch.elapsed());
                     connection

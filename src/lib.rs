@@ -23,6 +23,7 @@ pub mod clock;
 pub mod header_rules;
 pub mod lane;
 pub mod message;
+pub mod rate;
 pub mod redact;
 pub mod retry;
 pub mod shortage;

@@ -115,8 +115,10 @@ impl fmt::Display for Status {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Held {
-    /// The endpoint has as many attempts in flight and waiting as it may have.
+    /// The endpoint has as many attempts in flight and waiting as it may have, or its circuit breaker is open.
     EndpointBusy,
+    /// The endpoint has a rate, and the delivery has no reserved time yet.
+    EndpointRate,
     /// The endpoint is disabled or has settings that can't be used, or no endpoint has that name.
     EndpointDisabled,
     /// A reason that only a newer program knows, and which it will free the row of.
@@ -129,6 +131,7 @@ impl Held {
     pub fn as_str(self) -> &'static str {
         match self {
             Held::EndpointBusy => "endpoint_busy",
+            Held::EndpointRate => "endpoint_rate",
             Held::EndpointDisabled => "endpoint_disabled",
             Held::Unknown => "unknown",
         }
@@ -141,7 +144,9 @@ impl Held {
 
     /// The reason that `text` names, if it names one.
     pub fn parse(text: &str) -> Option<Held> {
-        [Held::EndpointBusy, Held::EndpointDisabled].into_iter().find(|held| held.as_str() == text)
+        [Held::EndpointBusy, Held::EndpointRate, Held::EndpointDisabled]
+            .into_iter()
+            .find(|held| held.as_str() == text)
     }
 }
 

@@ -16,10 +16,9 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::{Instant, Now, Timestamp};
 use crate::message::Held;
 use crate::publish::Publisher;
+use crate::rate::Rate;
 use crate::service::{self, Context, Service, Step};
-use crate::store::{
-    Bid, Claim, Due, DueNow, InstanceId, Leadership, Pacing, Result, StoreError, Unhold, Urgency,
-};
+use crate::store::{Bid, Claim, Due, DueNow, InstanceId, Leadership, Result, StoreError, Unhold, Urgency};
 use crate::ticket::{BatchId, Ticket};
 
 use capacity::Capacity;
@@ -37,7 +36,7 @@ pub struct ProducerOptions {
     /// The longest gap between two looks for new messages while nothing happens.
     pub poll: Duration,
     /// At most so many first tries per interval; `None`: as fast as the endpoints take them.
-    pub pacing: Option<Pacing>,
+    pub pacing: Option<Rate>,
 }
 
 /// How long leadership lasts without being renewed. With [`BID`] it bounds how long an outage of the store
@@ -55,7 +54,12 @@ const TIMED_LATE: Duration = Duration::from_millis(20);
 const BURST: Duration = Duration::from_secs(1);
 /// How often consumers are asked, while there is something to claim, which endpoints are saturated.
 const SATURATED_LOOK: Duration = Duration::from_millis(40);
-/// How often held deliveries of endpoints that are open again are looked for.
+/// How often times are reserved for deliveries of endpoints with a rate, and for which time ahead: no sooner than their
+/// tickets can be with their consumers, and for as long as a look may be late.
+const RESERVE: Duration = Duration::from_millis(100);
+const RESERVE_FROM: Duration = Duration::from_millis(200);
+const RESERVE_UNTIL: Duration = Duration::from_millis(500);
+/// How often held deliveries of endpoints that are enabled again are looked for.
 const UNHOLD: Duration = Duration::from_secs(1);
 /// How often, while there are more of them than were freed: the store may know of a closed endpoint before we do, and
 /// then each claim holds again what was freed.
@@ -108,6 +112,7 @@ pub struct Producer {
     next_timed: Instant,
     burst_until: Instant,
     next_unhold: Instant,
+    next_reserve: Instant,
     /// Endpoints whose new messages would only wait on the lane; nothing is known of them at rest.
     saturated: Vec<String>,
     next_saturated: Instant,
@@ -139,6 +144,9 @@ impl Service for Producer {
         }
         if now.instant >= self.next_unhold {
             self.unhold(now).await?;
+        }
+        if now.instant >= self.next_reserve {
+            self.reserve(now).await?;
         }
         let DueNow { new, lanes } = self.due(now).await?;
         let mut worked = false;
@@ -176,6 +184,7 @@ impl Producer {
             next_timed: Instant::START,
             burst_until: Instant::START,
             next_unhold: Instant::START,
+            next_reserve: Instant::START,
             saturated: Vec::new(),
             next_saturated: Instant::START,
             gap: GAP_MIN,
@@ -214,6 +223,10 @@ impl Producer {
         }
         let mut gap = self.gap.min(self.options.poll);
         self.gap = gap.mul_f64(GAP_GROWTH).min(self.options.poll);
+        // A look that comes late makes every interval longer.
+        if let Some(left) = self.pacer.as_mut().and_then(|pacer| pacer.used_up_for(now.instant)) {
+            gap = gap.min(left).max(GAP_MIN);
+        }
         if now.instant < self.burst_until {
             gap = gap.min(self.next_timed.since(self.context.clock.instant())).max(GAP_MIN);
         }
@@ -344,7 +357,7 @@ impl Producer {
         self.context.metrics.batch("claim", claimed.tickets.len(), watch.elapsed());
         let late = claimed.tickets.iter().any(|ticket| ticket.due_at.is_none());
         if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
-            pacer.used(claimed.tickets.len());
+            pacer.used(claimed.tickets.len(), now.instant);
         }
         self.publish(lane, batch, claimed.tickets);
         Ok(if claimed.seen >= limit { Taken::Full { late } } else { Taken::Some { late } })
@@ -361,21 +374,21 @@ impl Producer {
         let mut limit = self.capacity.free(lane).min(self.options.batch);
         if let (true, Some(pacer)) = (first_tries, &mut self.pacer) {
             limit = limit.min(pacer.allowance(now.instant));
-            if limit > 0 && pacer.opens_window(now.instant) {
-                // The window is written down before it is used: a successor must not use it again.
+            if let Some(until) = pacer.to_write(now.instant).filter(|_| limit > 0) {
+                // It is written down before it is used: a successor must not use it again.
                 let written = |at: Instant| now.time.after(at.since(now.instant));
                 let bid = Bid {
                     instance: owner,
                     now: now.time,
                     until: written(self.led_until),
-                    paced_until: Some(written(pacer.window_end(now.instant))),
+                    paced_until: Some(written(until)),
                     pacing: self.options.pacing,
                 };
                 if self.context.store.lead(&bid).await?.is_none() {
                     self.led_until = Instant::START;
                     return Ok(None);
                 }
-                pacer.open_window(now.instant);
+                pacer.written(until);
             }
         }
         Ok(Some(limit))
@@ -418,20 +431,36 @@ impl Producer {
         Ok(())
     }
 
-    /// Frees deliveries that were held for an endpoint which is open again.
+    /// Reserves times for deliveries of endpoints with a rate, and has them claimed at once: they come to their consumers
+    /// ahead of those times.
+    async fn reserve(&mut self, now: Now) -> Result<()> {
+        self.next_reserve = now.instant.after(RESERVE);
+        if self.context.directory.snapshot().rated {
+            let (from, until) = (now.time.after(RESERVE_FROM), now.time.after(RESERVE_UNTIL));
+            if self.context.store.reserve(from, until).await? > 0 {
+                self.next_timed = now.instant;
+            }
+        }
+        Ok(())
+    }
+
+    /// Frees deliveries that were held for an endpoint which is enabled again, or has a rate no longer.
     async fn unhold(&mut self, now: Now) -> Result<()> {
         let directory = self.context.directory.snapshot();
-        let held = self.context.store.held().await?.into_iter();
-        let wanted: Vec<Unhold> = held
-            .filter(|(endpoint, held)| {
-                *held == Held::EndpointDisabled && directory.enabled_endpoint(endpoint).is_some()
-            })
-            .map(|(endpoint, _)| Unhold { endpoint, limit: self.options.batch })
-            .collect();
+        let all = self.context.store.held().await?;
         let mut more = false;
-        if !wanted.is_empty() {
-            let freed = self.context.store.unhold(&wanted, Held::EndpointDisabled, now.time).await?;
-            more = freed.into_iter().any(|freed| freed > 0);
+        for reason in [Held::EndpointDisabled, Held::EndpointRate] {
+            let is_over = |(endpoint, held): &&(String, Held)| {
+                let endpoint = directory.enabled_endpoint(endpoint).filter(|_| *held == reason);
+                endpoint.is_some_and(|endpoint| reason == Held::EndpointDisabled || endpoint.rate.is_none())
+            };
+            let limit = self.options.batch;
+            let unhold = |(endpoint, _): &(String, Held)| Unhold { endpoint: endpoint.clone(), limit };
+            let wanted: Vec<Unhold> = all.iter().filter(is_over).map(unhold).collect();
+            if !wanted.is_empty() {
+                let freed = self.context.store.unhold(&wanted, reason, now.time).await?;
+                more |= freed.into_iter().any(|freed| freed > 0);
+            }
         }
         self.next_unhold = now.instant.after(if more { UNHOLD_MORE } else { UNHOLD });
         Ok(())

@@ -47,7 +47,7 @@ use crate::ticket::{BatchId, EndpointId};
 pub use execution::{Begin, Begun, DeadLetter, Execution, LeaseId, Record, Records, Wanted};
 pub use mask::Mask;
 pub use operate::Operations;
-pub use registry::{Bid, Endpoint, Instance, InstanceId, Leadership, Pacing, Registry};
+pub use registry::{Bid, Endpoint, Instance, InstanceId, Leadership, Registry};
 pub use scheduling::{
     BATCH_BYTES, BATCH_MAX, Batch, Claim, Claimed, Due, DueNow, LogPosition, Reissue, Reissued, Scheduling,
     Suspect, Unhold, Urgency,

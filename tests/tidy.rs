@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 /// and nothing of its own rank but itself.
 const RANKS: &[&[&str]] = &[
     &["clock", "header_rules", "redact"],
+    &["rate"],
     &["lane", "message", "shortage"],
     &["retry", "ticket"],
     &["breaker"],

@@ -118,8 +118,10 @@ create table waiting (
     expires_at timestamptz,
     -- What the last attempt came to.
     reason text,
+    -- Its time was reserved under its endpoint's rate.
+    reserved boolean not null default false,
 
-    constraint waiting_held_known check (held in ('endpoint_busy', 'endpoint_disabled')),
+    constraint waiting_held_known check (held in ('endpoint_busy', 'endpoint_rate', 'endpoint_disabled')),
     primary key (message_id, endpoint_id)
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000);
 
@@ -171,6 +173,9 @@ create table endpoints (
     url text not null,
     timeout_ms integer not null default 15000,
     in_flight_max integer not null default 1024,
+    -- Attempts at it in any interval, over all consumers together; null: as many as it takes.
+    rate_count integer,
+    rate_interval_ms integer not null default 1000,
     -- Statuses after which a message is dead at once.
     final_statuses integer[] not null default '{410}',
     enabled boolean not null default true,
@@ -179,7 +184,17 @@ create table endpoints (
     constraint endpoints_name_not_empty check (name <> ''),
     constraint endpoints_url_not_empty check (url <> ''),
     constraint endpoints_timeout_ms_positive check (timeout_ms > 0),
-    constraint endpoints_in_flight_max_positive check (in_flight_max > 0)
+    constraint endpoints_in_flight_max_positive check (in_flight_max > 0),
+    constraint endpoints_rate_count_positive check (rate_count > 0),
+    constraint endpoints_rate_interval_ms_at_least_1000 check (rate_interval_ms >= 1000)
+);
+
+create index endpoints_rated on endpoints (id) where rate_count is not null;
+
+-- When the next attempt at an endpoint with a rate may be reserved.
+create table rates (
+    endpoint_id integer primary key,
+    next_at timestamptz not null
 );
 
 -- Breakers of endpoints that are not closed: such an endpoint has failed for long or asked for a pause. While one is

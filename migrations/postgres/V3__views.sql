@@ -63,6 +63,8 @@ select
             ),
             ' is busy'
         )
+        when p.held = 'endpoint_rate'
+            then 'held: endpoint ' || m.endpoint || ' has a rate; its attempts are made in their turn'
         when p.held = 'endpoint_disabled' then 'held: endpoint ' || m.endpoint || ' is disabled, does not exist or can not be used'
         when p.status = 'pending' and coalesce(p.due_at, m.send_at) is not null
             then 'due at ' || rfc3339(coalesce(p.due_at, m.send_at))
@@ -212,14 +214,16 @@ begin
     if make_role('ams_reader') then
         grant select on
             messages, deliveries, attempts, idempotency_keys, instances, leader, feed, batches, leases, waiting, cancels,
-            stats, reconciliation, breakers, lanes, lane_groups, dead_letters, unknown_endpoints, places, message_status, message_history
+            stats, reconciliation, rates, breakers, lanes, lane_groups, dead_letters, unknown_endpoints, places, message_status, message_history
         to ams_reader;
-        grant select (name, id, url, timeout_ms, in_flight_max, final_statuses, enabled) on endpoints to ams_reader;
+        grant select (
+            name, id, url, timeout_ms, in_flight_max, rate_count, rate_interval_ms, final_statuses, enabled
+        ) on endpoints to ams_reader;
     end if;
     if make_role('ams_service') then
         grant select, insert, update, delete on
             messages, deliveries, attempts, idempotency_keys, instances, leader, feed, batches, leases, waiting, cancels,
-            stats, reconciliation, breakers, lanes, lane_groups, dead_letters, endpoints, unknown_endpoints
+            stats, reconciliation, rates, breakers, lanes, lane_groups, dead_letters, endpoints, unknown_endpoints
         to ams_service;
         grant select on installation, places, message_status, message_history, refinery_schema_history to ams_service;
         grant usage, select on all sequences in schema public to ams_service;

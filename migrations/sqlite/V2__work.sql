@@ -106,8 +106,10 @@ create table waiting (
     expires_at integer,
     -- What the last attempt came to.
     reason text,
+    -- Its time was reserved under its endpoint's rate.
+    reserved integer not null default 0,
 
-    constraint waiting_held_known check (held = 'endpoint_busy' or held = 'endpoint_disabled'),
+    constraint waiting_held_known check (held = 'endpoint_busy' or held = 'endpoint_rate' or held = 'endpoint_disabled'),
     primary key (message_id, endpoint_id)
 ) strict, without rowid;
 
@@ -161,6 +163,9 @@ create table endpoints (
     url text not null,
     timeout_ms integer not null default 15000,
     in_flight_max integer not null default 1024,
+    -- Attempts at it in any interval, over all consumers together; null: as many as it takes.
+    rate_count integer,
+    rate_interval_ms integer not null default 1000,
     -- A JSON list of statuses after which a message is dead at once.
     final_statuses text not null default '[410]',
     enabled integer not null default 1,
@@ -170,11 +175,19 @@ create table endpoints (
     constraint endpoints_url_not_empty check (url <> ''),
     constraint endpoints_timeout_ms_positive check (timeout_ms > 0),
     constraint endpoints_in_flight_max_positive check (in_flight_max > 0),
+    constraint endpoints_rate_count_positive check (rate_count > 0),
+    constraint endpoints_rate_interval_ms_at_least_1000 check (rate_interval_ms >= 1000),
     constraint endpoints_final_statuses_is_a_json_list check (
         case when json_valid(final_statuses) then json_type(final_statuses) = 'array' else 0 end
     ),
     constraint endpoints_enabled_is_0_or_1 check (enabled in (0, 1))
 ) strict, without rowid;
+
+-- When the next attempt at an endpoint with a rate may be reserved.
+create table rates (
+    endpoint_id integer primary key,
+    next_at integer not null
+) strict;
 
 -- Breakers of endpoints that are not closed: such an endpoint has failed for long or asked for a pause. While one is
 -- open, until that time, deliveries of its endpoint are held; then one attempt at a time probes the endpoint.
@@ -238,9 +251,12 @@ begin
 end;
 
 -- Whoever changes an endpoint has mended something.
-create trigger endpoints_changed after update of url, timeout_ms, in_flight_max, final_statuses, enabled, secret on endpoints
-when (old.url, old.timeout_ms, old.in_flight_max, old.final_statuses, old.enabled, old.secret)
-    is not (new.url, new.timeout_ms, new.in_flight_max, new.final_statuses, new.enabled, new.secret)
+create trigger endpoints_changed after update on endpoints
+when old.id <> 0 and (
+    old.url, old.timeout_ms, old.in_flight_max, old.rate_count, old.rate_interval_ms, old.final_statuses, old.enabled, old.secret
+) is not (
+    new.url, new.timeout_ms, new.in_flight_max, new.rate_count, new.rate_interval_ms, new.final_statuses, new.enabled, new.secret
+)
 begin
     delete from breakers where endpoint_id = old.id;
 end;
@@ -256,13 +272,13 @@ begin
         from (select replace(replace(replace(new.url, char(92), '/'), '?', '/'), '#', '/') as url)
     )
     where instr(substr(rest, 1, instr(rest, '/')), '@');
-    select raise(abort, 'timeout_ms and in_flight_max must be at most 2147483647')
-    where new.timeout_ms > 2147483647 or new.in_flight_max > 2147483647;
+    select raise(abort, 'timeout_ms, in_flight_max, rate_count and rate_interval_ms must be at most 2147483647')
+    where max(new.timeout_ms, new.in_flight_max, coalesce(new.rate_count, 0), new.rate_interval_ms) > 2147483647;
     select raise(abort, 'final_statuses must be a plain list of numbers from 100 to 599')
     from json_each(new.final_statuses) where type <> 'integer' or value not between 100 and 599;
 end;
 
-create trigger endpoints_updated before update of url, timeout_ms, in_flight_max, final_statuses on endpoints
+create trigger endpoints_updated before update of url, timeout_ms, in_flight_max, rate_count, rate_interval_ms, final_statuses on endpoints
 begin
     -- Between the scheme and the path, the query or the fragment. One of before may stay while something else changes.
     select raise(abort, 'url holds a user or password; take them out, and let a header or the secret identify you')
@@ -271,8 +287,8 @@ begin
         from (select replace(replace(replace(new.url, char(92), '/'), '?', '/'), '#', '/') as url)
     )
     where new.url is not old.url and instr(substr(rest, 1, instr(rest, '/')), '@');
-    select raise(abort, 'timeout_ms and in_flight_max must be at most 2147483647')
-    where new.timeout_ms > 2147483647 or new.in_flight_max > 2147483647;
+    select raise(abort, 'timeout_ms, in_flight_max, rate_count and rate_interval_ms must be at most 2147483647')
+    where max(new.timeout_ms, new.in_flight_max, coalesce(new.rate_count, 0), new.rate_interval_ms) > 2147483647;
     select raise(abort, 'final_statuses must be a plain list of numbers from 100 to 599')
     from json_each(new.final_statuses) where type <> 'integer' or value not between 100 and 599;
 end;

@@ -16,6 +16,7 @@ use crate::breaker::Breaker;
 use crate::clock::Timestamp;
 use crate::delivery;
 use crate::intake::Fault;
+use crate::rate::Rate;
 use crate::store::Endpoint;
 use crate::store::operate::Deletion;
 
@@ -23,6 +24,8 @@ use crate::store::operate::Deletion;
 const NAME_MAX: usize = 255;
 const TIMEOUT_MAX_MS: u64 = 600_000;
 const IN_FLIGHT_MAX: u32 = 100_000;
+const RATE_COUNT_MAX: u32 = 1_000_000;
+const RATE_INTERVAL_MS: std::ops::RangeInclusive<u64> = 1_000..=86_400_000;
 const FINAL_STATUSES_MAX: usize = 100;
 
 /// An HTTP destination.
@@ -40,6 +43,12 @@ pub(super) struct EndpointView {
     /// Tries in flight at once, in each consumer process.
     #[schema(example = 1024)]
     in_flight_max: u32,
+    /// Attempts at it in any `rate_interval_ms`, over all consumers together; null: as many as it takes.
+    #[schema(example = 100)]
+    rate_count: Option<u64>,
+    /// The interval of its rate, in milliseconds.
+    #[schema(example = 1000)]
+    rate_interval_ms: u64,
     /// Statuses after which a message is dead at once.
     #[schema(example = json!([410]))]
     final_statuses: Vec<u16>,
@@ -110,6 +119,8 @@ impl From<&Endpoint> for EndpointView {
             url: delivery::shown_url(&endpoint.url),
             timeout_ms: u64::try_from(endpoint.timeout.as_millis()).unwrap_or(u64::MAX),
             in_flight_max: endpoint.in_flight_max,
+            rate_count: endpoint.rate.map(|rate| rate.count as u64),
+            rate_interval_ms: interval_ms(endpoint),
             final_statuses: endpoint.final_statuses.clone(),
             enabled: endpoint.enabled,
             signed: endpoint.secret.is_some(),
@@ -140,6 +151,12 @@ pub(super) struct EndpointBody {
     /// Tries in flight at once, in each consumer process: 1 to 100,000.
     #[schema(example = 1024, minimum = 1, maximum = 100_000)]
     in_flight_max: Option<u32>,
+    /// Attempts at it in any `rate_interval_ms`, over all consumers together: up to 1,000,000; 0: as many as it takes.
+    #[schema(example = 100, maximum = 1_000_000)]
+    rate_count: Option<u32>,
+    /// The interval of its rate, in milliseconds: 1,000 to 86,400,000, a day.
+    #[schema(example = 1000, minimum = 1_000, maximum = 86_400_000)]
+    rate_interval_ms: Option<u64>,
     /// Statuses after which a message is dead at once: from 300 to 599.
     #[schema(example = json!([410]), max_items = 100)]
     final_statuses: Option<Vec<u16>>,
@@ -169,6 +186,12 @@ pub(super) struct NewEndpoint {
     /// Tries in flight at once, in each consumer process: 1 to 100,000.
     #[schema(example = 1024, minimum = 1, maximum = 100_000)]
     in_flight_max: Option<u32>,
+    /// Attempts at it in any `rate_interval_ms`, over all consumers together: up to 1,000,000; 0: as many as it takes.
+    #[schema(example = 100, maximum = 1_000_000)]
+    rate_count: Option<u32>,
+    /// The interval of its rate, in milliseconds: 1,000 to 86,400,000, a day.
+    #[schema(example = 1000, minimum = 1_000, maximum = 86_400_000)]
+    rate_interval_ms: Option<u64>,
     /// Statuses after which a message is dead at once: from 300 to 599.
     #[schema(example = json!([410]), max_items = 100)]
     final_statuses: Option<Vec<u16>>,
@@ -233,8 +256,18 @@ pub(super) async fn create(
     State(state): State<ApiState>,
     body: Result<Json<NewEndpoint>, JsonRejection>,
 ) -> Result<(StatusCode, Json<EndpointView>), Problem> {
-    let NewEndpoint { name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret } = body?.0;
-    let body = EndpointBody { url: Some(url), timeout_ms, in_flight_max, final_statuses, enabled, secret };
+    let new = body?.0;
+    let name = new.name;
+    let body = EndpointBody {
+        url: Some(new.url),
+        timeout_ms: new.timeout_ms,
+        in_flight_max: new.in_flight_max,
+        rate_count: new.rate_count,
+        rate_interval_ms: new.rate_interval_ms,
+        final_statuses: new.final_statuses,
+        enabled: new.enabled,
+        secret: new.secret,
+    };
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(legal) {
         let detail = "must have from 1 to 255 letters, digits, `-`, `_` and `.`".to_owned();
@@ -341,6 +374,12 @@ async fn heard(state: &ApiState) {
     }
 }
 
+/// The interval of an endpoint's rate, in milliseconds; without one that which a rate has unless another is named.
+fn interval_ms(endpoint: &Endpoint) -> u64 {
+    let interval = endpoint.rate.unwrap_or(Rate::SECOND).interval;
+    u64::try_from(interval.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// The endpoint with these changes, or everything that is wrong with them.
 fn changed(mut endpoint: Endpoint, body: EndpointBody) -> Result<Endpoint, Problem> {
     let mut faults = Vec::new();
@@ -364,6 +403,17 @@ fn changed(mut endpoint: Endpoint, body: EndpointBody) -> Result<Endpoint, Probl
         }
         endpoint.in_flight_max = most;
     }
+    let interval_ms = body.rate_interval_ms.unwrap_or_else(|| interval_ms(&endpoint));
+    if body.rate_interval_ms.is_some() && !RATE_INTERVAL_MS.contains(&interval_ms) {
+        let (least, most) = (RATE_INTERVAL_MS.start(), RATE_INTERVAL_MS.end());
+        fault("rate_interval_ms", format!("must be from {least} to {most}"));
+    }
+    let count = body.rate_count.map_or(endpoint.rate.map_or(0, |rate| rate.count), |count| count as usize);
+    if body.rate_count.is_some_and(|count| count > RATE_COUNT_MAX) {
+        fault("rate_count", format!("must be at most {RATE_COUNT_MAX}"));
+    }
+    let interval = Duration::from_millis(interval_ms);
+    endpoint.rate = Some(Rate { count, interval }).filter(|rate| rate.count > 0);
     if let Some(statuses) = body.final_statuses {
         if statuses.len() > FINAL_STATUSES_MAX || !statuses.iter().all(|s| (300..=599).contains(s)) {
             fault("final_statuses", format!("must be at most {FINAL_STATUSES_MAX} numbers from 300 to 599"));

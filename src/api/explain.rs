@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::ApiState;
 use crate::clock::Timestamp;
 use crate::message::{Held, Message, Status};
+use crate::rate::Rate;
 use crate::service::{Context, Snapshot};
 use crate::store::operate::Control;
 
@@ -102,6 +103,12 @@ fn explain_held(held: Held, endpoint: &str, around: &Surroundings) -> String {
             Some(breaker) => format!("held: {}", breaker.explain(endpoint)),
             None => format!("held: endpoint {endpoint} is busy; it goes on as soon as there is room"),
         },
+        Held::EndpointRate => match directory.endpoints.get(endpoint).and_then(|endpoint| endpoint.rate) {
+            Some(Rate { count, interval }) => format!(
+                "held: endpoint {endpoint} takes at most {count} attempts in {interval:?}; it goes in its turn"
+            ),
+            None => format!("held: endpoint {endpoint} had a rate; it goes on within a second or two"),
+        },
         Held::EndpointDisabled if !directory.endpoints.contains_key(endpoint) => {
             format!("held: there is no endpoint {endpoint}; it goes on once one is created")
         }
@@ -127,8 +134,10 @@ fn explain_producer(message: &Message, around: &Surroundings) -> String {
     let first_try = message.status == Status::Pending;
     match (control.pacing.filter(|_| first_try), control.paced_until.filter(|at| *at > around.now)) {
         (Some(pacing), Some(until)) => format!(
-            "paced: at most {} first tries in {:?}; the next begin at {until}",
-            pacing.count, pacing.interval
+            "paced: at most {} first tries in {:?}; the next begin by {} at the latest",
+            pacing.count,
+            pacing.interval,
+            until.min(around.now.after(pacing.interval))
         ),
         _ => "it waits for the producer".to_owned(),
     }
@@ -143,7 +152,7 @@ mod tests {
     use crate::breaker::Breaker;
     use crate::message::{Class, MessageId, NewMessage};
     use crate::retry::tests::outcome;
-    use crate::store::{Endpoint, Pacing};
+    use crate::store::Endpoint;
 
     /// Surroundings in which the endpoint sms exists.
     fn around() -> Surroundings {
@@ -199,7 +208,7 @@ mod tests {
     fn the_surroundings_say_more() {
         let control = Control { active: true, ..Control::default() };
         let with = |control| Surroundings { control: Some(control), ..Surroundings::default() };
-        let pacing = Some(Pacing { count: 100, interval: Duration::from_secs(1) });
+        let pacing = Some(Rate { count: 100, interval: Duration::from_secs(1) });
         let paced_until = Some(Timestamp::EPOCH.after(Duration::from_secs(1)));
         let retrying = || Message { reason: Some("status 500".to_owned()), ..message(Status::Retrying) };
         for (message, around, expected) in [

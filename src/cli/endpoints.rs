@@ -38,11 +38,16 @@ pub(super) fn command() -> Command {
         .subcommand(named("delete", "remove an endpoint that no message names"))
 }
 
-fn settings() -> [Arg; 4] {
+fn settings() -> [Arg; 5] {
     [
         option("timeout", "DURATION", "one deadline over connect, head and body of a try, such as 15s"),
         option("in-flight-max", "N", "tries in flight at once, in each consumer process")
             .value_parser(clap::value_parser!(u32)),
+        option(
+            "rate",
+            "COUNT/DURATION",
+            "attempts at it in any such time, over all consumers together, such as 100/1s; `none` for none",
+        ),
         option(
             "final-statuses",
             "LIST",
@@ -105,6 +110,9 @@ fn changes(matches: &ArgMatches) -> app::Result<Map<String, Value>> {
     if let Some(most) = matches.get_one::<u32>("in-flight-max") {
         body.insert("in_flight_max".to_owned(), (*most).into());
     }
+    if let Some(text) = text(matches, "rate") {
+        body.extend(rate(text)?);
+    }
     if let Some(list) = text(matches, "final-statuses") {
         body.insert("final_statuses".to_owned(), statuses(list)?.into());
     }
@@ -112,6 +120,23 @@ fn changes(matches: &ArgMatches) -> app::Result<Map<String, Value>> {
         body.insert("secret".to_owned(), if secret == "none" { "" } else { secret }.into());
     }
     Ok(body)
+}
+
+/// A rate, as the API wants it.
+fn rate(text: &str) -> app::Result<Map<String, Value>> {
+    if text == "none" {
+        return Ok([("rate_count".to_owned(), 0.into())].into_iter().collect());
+    }
+    let parts = text.split_once('/').and_then(|(count, time)| {
+        let count = count.trim().parse::<u32>().ok().filter(|count| *count > 0)?;
+        Some((count, config::duration(time.trim()).ok()?))
+    });
+    let (count, time) = parts.ok_or_else(|| {
+        AppError(format!("--rate is `{text}`, which is no rate; write for example 100/1s, or none"))
+    })?;
+    let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let fields = [("rate_count".to_owned(), count.into()), ("rate_interval_ms".to_owned(), ms.into())];
+    Ok(fields.into_iter().collect())
 }
 
 fn statuses(list: &str) -> app::Result<Vec<u16>> {
@@ -137,6 +162,8 @@ struct Endpoint {
     url: String,
     timeout_ms: u64,
     in_flight_max: u32,
+    rate_count: Option<u64>,
+    rate_interval_ms: u64,
     final_statuses: Vec<u16>,
     enabled: bool,
     signed: bool,
@@ -159,6 +186,16 @@ impl Endpoint {
 
     fn timeout(&self) -> String {
         humantime::format_duration(Duration::from_millis(self.timeout_ms)).to_string()
+    }
+
+    fn rate(&self) -> String {
+        match self.rate_count {
+            None => "none: as many attempts as it takes".to_owned(),
+            Some(count) => {
+                let interval = humantime::format_duration(Duration::from_millis(self.rate_interval_ms));
+                format!("at most {count} attempts in any {interval}, over all consumers")
+            }
+        }
     }
 
     fn finals(&self) -> String {
@@ -218,6 +255,7 @@ fn one(endpoint: &Endpoint, paint: Paint) -> String {
         ("url", plain(&endpoint.url, 1_000)),
         ("timeout", format!("{} over connect, head and body of a try", endpoint.timeout())),
         ("in flight", format!("{} at once, in each consumer process", endpoint.in_flight_max)),
+        ("rate", endpoint.rate()),
         ("final", format!("{} (statuses after which a message is dead at once)", endpoint.finals())),
         ("requests", endpoint.signs().to_owned()),
     ];

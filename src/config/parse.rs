@@ -11,7 +11,7 @@ use crate::delivery;
 /// The levels of the log; `off` writes nothing.
 const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
 /// The modules of this program, which a filter of the log may name: a misspelt one would be silent.
-const MODULES: [&str; 28] = [
+const MODULES: [&str; 29] = [
     "api",
     "app",
     "bench",
@@ -32,6 +32,7 @@ const MODULES: [&str; 28] = [
     "producer",
     "publish",
     "queue",
+    "rate",
     "redact",
     "retry",
     "service",

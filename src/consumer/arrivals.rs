@@ -26,6 +26,8 @@ pub(super) struct Arrival {
     pub(super) ticket: Arc<Ticket>,
     /// When it was published, or due if that was later.
     pub(super) ready_at: Timestamp,
+    /// When it is due, if it came ahead of that: of an endpoint with a rate the time that is reserved for it.
+    pub(super) due_at: Option<Instant>,
     pub(super) receipt: Receipt,
 }
 
@@ -50,19 +52,18 @@ impl Arrivals {
         self.taken.drain(..self.taken.len().min(GROUP)).collect()
     }
 
-    /// Keeps a ticket, for its admission or until its time.
-    pub(super) fn keep(&mut self, mut ticket: Ticket, taken: &Taken, now: Now) {
+    /// Keeps a ticket, for its admission or until its time. One of an endpoint with a rate is let in ahead of its time,
+    /// because its attempt is to begin at that time, however long the store takes to begin it.
+    pub(super) fn keep(&mut self, mut ticket: Ticket, taken: &Taken, rated: bool, now: Now) {
         let (receipt, ready_at) = (taken.receipt, taken.published_at);
         // No ticket is more than that ahead: if it seems so, our clock is behind the producer's.
         let due_at = ticket.due_at.take().map(|at| at.min(now.time.after(Ticket::AHEAD)));
-        let ticket = Arc::new(ticket);
-        match due_at {
-            Some(at) if at > now.time => {
-                let ready_at = ready_at.max(at);
-                let due = now.instant.after(at.since(now.time));
-                self.early.keep(Arrival { ticket, ready_at, receipt }, due);
-            }
-            _ => self.admission.push_back(Arrival { ticket, ready_at, receipt }),
+        let ready_at = due_at.map_or(ready_at, |at| ready_at.max(at));
+        let ahead = due_at.filter(|at| *at > now.time).map(|at| now.instant.after(at.since(now.time)));
+        let arrival = Arrival { ticket: Arc::new(ticket), ready_at, due_at: ahead, receipt };
+        match ahead {
+            Some(due_at) if !rated => self.early.keep(arrival, due_at),
+            _ => self.admission.push_back(arrival),
         }
     }
 

@@ -41,6 +41,8 @@ pub(super) struct Admitted {
     pub(super) ticket: Arc<Ticket>,
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) ready_at: Timestamp,
+    /// When its attempt is to begin, if its endpoint has a rate.
+    pub(super) reserved_at: Option<Instant>,
 }
 
 /// A message that this process is to try.
@@ -54,6 +56,8 @@ pub(super) struct BegunDelivery {
     pub(super) root: BatchId,
     /// When its ticket was published, or due if that was later.
     pub(super) ready_at: Timestamp,
+    /// When its attempt is to begin, if its endpoint has a rate.
+    pub(super) reserved_at: Option<Instant>,
     /// Its place among the messages that wait for a slot; `Waiting::add` gives it.
     pub(super) turn: u64,
 }
@@ -98,7 +102,7 @@ pub(super) async fn start(context: Context, to_begin: ToBegin, stop: Cancellatio
 fn sort(admitted: Vec<Admitted>, instance: InstanceId, begun: Vec<Begun>) -> Started {
     let mut begun: HashMap<BatchId, Begun> = begun.into_iter().map(|begun| (begun.batch, begun)).collect();
     let mut started = Started::default();
-    for Admitted { ticket, endpoint, ready_at } in admitted {
+    for Admitted { ticket, endpoint, ready_at, reserved_at } in admitted {
         let position = usize::from(ticket.position);
         match begun.get_mut(&ticket.batch).filter(|begun| begun.positions.has(position)) {
             Some(begun) => {
@@ -111,6 +115,7 @@ fn sort(admitted: Vec<Admitted>, instance: InstanceId, begun: Vec<Begun>) -> Sta
                     lease,
                     root,
                     ready_at,
+                    reserved_at,
                     turn: 0,
                 });
             }
@@ -168,7 +173,7 @@ mod tests {
     fn admitted(batch: i64, position: u16) -> Admitted {
         let ticket = Ticket { batch: BatchId(batch), position, ..ticket(batch * 10 + i64::from(position)) };
         let endpoint = Arc::new(Endpoint::new("default", "http://localhost:3000"));
-        Admitted { ticket: ticket.into(), endpoint, ready_at: Timestamp::EPOCH }
+        Admitted { ticket: ticket.into(), endpoint, ready_at: Timestamp::EPOCH, reserved_at: None }
     }
 
     #[test]

@@ -23,7 +23,8 @@ use crate::delivery::Delivery;
 use crate::delivery::limits::{Admission, Feedback, Limits};
 use crate::message::{Held, Outcome, Verdict};
 use crate::queue::{Receipt, Subscription};
-use crate::service::Context;
+use crate::rate::Rate;
+use crate::service::{Context, Snapshot};
 use crate::shortage::Shortage;
 use crate::store::{Endpoint, Record};
 use crate::telemetry::LaneMetrics;
@@ -41,6 +42,17 @@ const LOADED: usize = 64;
 /// Bytes of tickets in memory, at most: then no more is taken from the lane. What was taken at once may come on top.
 const BYTES_MAX: usize = 128 << 20;
 const TICK: Duration = Duration::from_millis(100);
+
+/// What is to become of a ticket that waits for admission.
+enum Entry {
+    /// It is begun, by then at the latest.
+    Begin {
+        endpoint: Arc<Endpoint>,
+        by: Instant,
+    },
+    Wait,
+    Hold(Held),
+}
 
 /// What takes memory here until it is written.
 #[derive(Default)]
@@ -146,6 +158,7 @@ impl Dispatcher {
                 receipts = self.unreadable.done() => self.done(receipts),
                 () = self.saturated.progress(&self.context.clock) => {}
                 () = self.breakers.written(&self.context.clock) => {}
+                () = self.waiting.reserved.due(&self.context.clock) => self.start_reserved(),
                 () = self.arrivals.early.due(&self.context.clock) => {
                     self.arrivals.admit_due(self.context.clock.instant());
                 }
@@ -178,12 +191,14 @@ impl Dispatcher {
     /// Reads some of the records that were taken: their tickets wait for admission, each from its time on.
     fn arrive(&mut self) {
         let now = self.context.clock.reading();
+        let directory = self.context.directory.snapshot();
         for taken in self.arrivals.unread() {
             match begin::parse(&taken) {
                 Ok(ticket) => {
                     self.memory.bytes += ticket.bytes();
                     self.saturated.came(&ticket.endpoint);
-                    self.arrivals.keep(ticket, &taken, now);
+                    let rated = directory.rated && directory.is_rated(&ticket.endpoint);
+                    self.arrivals.keep(ticket, &taken, rated, now);
                 }
                 Err(reason) => self.unreadable.add(taken, reason),
             }
@@ -197,35 +212,52 @@ impl Dispatcher {
         }
         let directory = self.context.directory.snapshot();
         while let Some(arrival) = self.arrivals.admission.pop_front() {
-            let (ticket, receipt) = (&arrival.ticket, arrival.receipt);
-            let held = match directory.enabled_endpoint(&ticket.endpoint) {
-                None => Held::EndpointDisabled,
-                Some(endpoint) => match self.breakers.admit(endpoint, &mut self.limits, now) {
-                    Admission::Wait => {
-                        self.arrivals.admission.push_front(arrival);
-                        return;
+            match self.entry(&arrival, &directory, now) {
+                Entry::Wait => {
+                    self.arrivals.admission.push_front(arrival);
+                    return;
+                }
+                Entry::Begin { endpoint, by } => {
+                    if self.to_begin.is_empty() || by < self.to_begin.begin_at {
+                        self.to_begin.begin_at = by;
                     }
-                    Admission::Admitted { ahead } => {
-                        let by = now.after(linger(ahead));
-                        if self.to_begin.is_empty() || by < self.to_begin.begin_at {
-                            self.to_begin.begin_at = by;
-                        }
-                        self.to_begin.receipts.push(receipt);
-                        let endpoint = Arc::clone(endpoint);
-                        let Arrival { ticket, ready_at, .. } = arrival;
-                        self.to_begin.admitted.push(Admitted { ticket, endpoint, ready_at });
-                        continue;
-                    }
-                    Admission::Hold => {
-                        if self.saturated.refused(&ticket.endpoint, now) {
-                            self.report(now);
-                        }
-                        Held::EndpointBusy
-                    }
-                },
-            };
-            self.memory.bytes = self.memory.bytes.saturating_sub(arrival.ticket.bytes());
-            self.holding.add(&arrival.ticket, held, receipt, now);
+                    let Arrival { ticket, ready_at, due_at, receipt } = arrival;
+                    let reserved_at = due_at.filter(|_| endpoint.rate.is_some());
+                    self.to_begin.receipts.push(receipt);
+                    self.to_begin.admitted.push(Admitted { ticket, endpoint, ready_at, reserved_at });
+                }
+                Entry::Hold(held) => {
+                    self.memory.bytes = self.memory.bytes.saturating_sub(arrival.ticket.bytes());
+                    self.holding.add(&arrival.ticket, held, arrival.receipt, now);
+                }
+            }
+        }
+    }
+
+    /// What is to become of a ticket that waits for admission. Those of endpoints with a rate are begun at once: they have
+    /// until their time.
+    fn entry(&mut self, arrival: &Arrival, directory: &Snapshot, now: Instant) -> Entry {
+        let Some(endpoint) = directory.enabled_endpoint(&arrival.ticket.endpoint) else {
+            return Entry::Hold(Held::EndpointDisabled);
+        };
+        let rated = endpoint.rate.is_some();
+        if rated && arrival.due_at.is_none_or(|at| at <= now) {
+            // It is late, or was claimed before its endpoint had a rate.
+            return Entry::Hold(Held::EndpointRate);
+        }
+        let begin = |by| Entry::Begin { endpoint: Arc::clone(endpoint), by };
+        match self.breakers.admit(endpoint, &mut self.limits, now) {
+            Admission::Admitted { .. } if rated => begin(now),
+            Admission::Admitted { ahead } => begin(now.after(linger(ahead))),
+            // Its time would be over by then, and others need not wait for it.
+            Admission::Wait if rated => Entry::Hold(Held::EndpointRate),
+            Admission::Wait => Entry::Wait,
+            Admission::Hold => {
+                if self.saturated.refused(&endpoint.name, now) {
+                    self.report(now);
+                }
+                Entry::Hold(Held::EndpointBusy)
+            }
         }
     }
 
@@ -311,6 +343,25 @@ impl Dispatcher {
         }
     }
 
+    /// Starts what is due at endpoints with a rate. What is late, because this process was busy, or finds no slot gives up
+    /// the time that was reserved for it.
+    fn start_reserved(&mut self) {
+        let now = self.context.clock.reading();
+        while let Some(begun) = self.waiting.reserved.take(now.instant) {
+            let late = begun.reserved_at.is_some_and(|at| now.instant.since(at) > Rate::LATE);
+            if !late && self.breakers.start(&begun.endpoint, &mut self.limits, now.instant) {
+                self.attempts.start(begun);
+            } else {
+                self.give_up_time(begun, now.time);
+            }
+        }
+    }
+
+    fn give_up_time(&mut self, begun: BegunDelivery, now: Timestamp) {
+        self.limits.leave(&begun.endpoint.name);
+        self.record(begun, None, Verdict::Release { held: Some(Held::EndpointRate) }, now);
+    }
+
     /// Judges a try that ended, and gives its slot to the next.
     fn finish(&mut self, begun: BegunDelivery, outcome: Option<Outcome>, took: Duration, now: Now) {
         let endpoint = Arc::clone(&begun.endpoint);
@@ -328,7 +379,10 @@ impl Dispatcher {
     fn put_off(&mut self, begun: BegunDelivery, shortage: &Shortage, now: Now) {
         self.context.metrics.put_off(shortage, now);
         self.limits.put_off(&begun.endpoint.name, now.instant);
-        self.waiting.put_back(begun);
+        match begun.reserved_at {
+            None => self.waiting.put_back(begun),
+            Some(_) => self.give_up_time(begun, now.time),
+        }
     }
 
     /// Starts what was put off, where the pause is over.

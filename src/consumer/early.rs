@@ -1,6 +1,7 @@
-//! Tickets that were taken ahead of their time wait here for it.
+//! What is here ahead of its time waits for it: tickets that were taken from the lane, and begun deliveries of endpoints
+//! with a rate.
 //!
-//! They are not begun meanwhile: they stay in their batch, so that a cancelled one is dropped when its time
+//! Tickets are not begun meanwhile: they stay in their batch, so that a cancelled one is dropped when its time
 //! comes, and one that a stop leaves behind is given again by the lane. How many there are is bounded by the
 //! subscription's window.
 
@@ -32,6 +33,11 @@ impl<T> Early<T> {
     pub(super) fn take(&mut self, now: Instant) -> Option<T> {
         let first = self.waiting.first_entry()?;
         (first.key().0 <= now).then(|| first.remove())
+    }
+
+    /// All that waits, by its time.
+    pub(super) fn into_all(self) -> impl Iterator<Item = T> {
+        self.waiting.into_values()
     }
 
     /// Waits until the time of one has come.

@@ -1,5 +1,6 @@
 //! Tickets that were not admitted: their deliveries are held, in large groups, because nobody waits for it.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -77,13 +78,11 @@ async fn hold(
     receipts: Vec<Receipt>,
     stop: CancellationToken,
 ) -> Vec<Receipt> {
-    let (busy, closed): (Vec<_>, Vec<_>) =
-        refused.into_iter().partition(|(_, held)| *held == Held::EndpointBusy);
-    for (held, tickets) in [(Held::EndpointBusy, busy), (Held::EndpointDisabled, closed)] {
-        if tickets.is_empty() {
-            continue;
-        }
-        let tickets: Vec<Ticket> = tickets.into_iter().map(|(ticket, _)| ticket).collect();
+    let mut by_reason: BTreeMap<&str, (Held, Vec<Ticket>)> = BTreeMap::new();
+    for (ticket, held) in refused {
+        by_reason.entry(held.as_str()).or_insert_with(|| (held, Vec::new())).1.push(ticket);
+    }
+    for (held, tickets) in by_reason.into_values() {
         let watch = context.clock.stopwatch();
         let call = || context.store.hold(&lane, &tickets, held, context.clock.now());
         if service::persist("hold", &stop, call).await.is_none() {

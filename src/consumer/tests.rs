@@ -14,6 +14,7 @@ use crate::delivery::{Script, Tried};
 use crate::message::{Class, Held, MessageId, NewMessage, Outcome, Status, Times};
 use crate::producer::{Producer, ProducerOptions};
 use crate::queue::embedded::EmbeddedQueue;
+use crate::rate::Rate;
 use crate::service::{Directory, Presence};
 use crate::shortage::{Resource, Shortage};
 use crate::store::sqlite::SqliteStore;
@@ -441,4 +442,18 @@ async fn retry_after_pauses_the_whole_endpoint() {
     assert!((1..10).contains(&came.between(0, 5)), "what was in flight when the answer came");
     assert_eq!(came.between(5, 60), 0);
     assert!(came.between(60, 90) >= COUNT as usize - 10);
+}
+
+#[tokio::test(start_paused = true)]
+async fn attempts_at_an_endpoint_with_a_rate_keep_it() {
+    let rate = Some(Rate { count: 10, interval: Duration::from_secs(1) });
+    let bench = Bench::new(&[Endpoint { rate, ..Endpoint::new("default", "http://localhost:3000") }]).await;
+    let (script, came) = down(&bench.context.clock, 0, |well| well);
+    bench.run(script, bench.until(Status::Sent, COUNT as usize)).await;
+    let mut times = came.0.lock().unwrap().clone();
+    times.sort_unstable();
+    let too_soon = times.windows(11).filter(|eleven| eleven[10] - eleven[0] < Duration::from_secs(1)).count();
+    assert_eq!((times.len(), too_soon), (COUNT as usize, 0), "{times:?}");
+    let took = times[times.len() - 1] - times[0];
+    assert!(took < Duration::from_millis(103 * 99 + 500), "100 at 10 a second took {took:?}");
 }

@@ -1,14 +1,18 @@
-//! Begun deliveries that wait for a slot: a queue for each endpoint, in the order in which they were begun.
+//! Begun deliveries that wait for a slot: a queue for each endpoint, in the order in which they were begun. And those that
+//! wait for a reserved time.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use super::begin::BegunDelivery;
+use super::early::Early;
 use crate::store::Endpoint;
 
 #[derive(Debug, Default)]
 pub(super) struct Waiting {
     queues: BTreeMap<String, VecDeque<BegunDelivery>>,
+    /// Those of endpoints with a rate: they wait for the times that are reserved for them.
+    pub(super) reserved: Early<BegunDelivery>,
     /// Deliveries that have come to wait so far: the turn of the last.
     turns: u64,
     /// Endpoints of deliveries that wait again, because this process was short of a connection.
@@ -18,8 +22,11 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// Puts a delivery behind all others of its endpoint.
+    /// Puts a delivery behind all others of its endpoint, or where it waits for its time.
     pub(super) fn add(&mut self, mut begun: BegunDelivery) {
+        if let Some(at) = begun.reserved_at {
+            return self.reserved.keep(begun, at);
+        }
         self.turns += 1;
         begun.turn = self.turns;
         if let Some(queue) = self.queues.get_mut(&begun.endpoint.name) {
@@ -87,7 +94,7 @@ impl Waiting {
 
     /// Everything that waits, endpoint by endpoint.
     pub(super) fn into_all(self) -> impl Iterator<Item = BegunDelivery> {
-        self.queues.into_values().flatten()
+        self.queues.into_values().flatten().chain(self.reserved.into_all())
     }
 }
 
@@ -109,6 +116,7 @@ mod tests {
             lease: LeaseId(1),
             root: BatchId(1),
             ready_at: Timestamp::EPOCH,
+            reserved_at: None,
             turn: 0,
         }
     }

@@ -75,7 +75,7 @@ impl Caller {
     ) -> Result<Reply, CallError> {
         let request = self.request(method, path, headers, body)?;
         let mut sent = false;
-        let called = tokio::time::timeout(within, self.converse(request, within, &mut sent)).await;
+        let called = tokio::time::timeout(within, self.converse(request, &mut sent)).await;
         called.unwrap_or_else(|_| {
             let late = format!("no answer within {}", humantime::format_duration(within));
             Err(if sent { CallError::Broken(late) } else { CallError::Refused(late) })
@@ -102,19 +102,14 @@ impl Caller {
         Ok(request)
     }
 
-    async fn converse(
-        &self,
-        mut request: Request<Full<Bytes>>,
-        within: Duration,
-        sent: &mut bool,
-    ) -> Result<Reply, CallError> {
+    async fn converse(&self, mut request: Request<Full<Bytes>>, sent: &mut bool) -> Result<Reply, CallError> {
         let mut kept = self.pool.take(&self.host, self.watch.elapsed()).await;
         let (mut connection, answer) = loop {
             let is_kept = kept.is_some();
             let mut connection = match kept.take() {
                 Some(connection) => connection,
                 None => {
-                    let connected = self.pool.connect(&self.host, within).await;
+                    let connected = self.pool.connect(&self.host).await;
                     connected.map_err(|why| CallError::Refused(why.reason()))?
                 }
             };

@@ -25,6 +25,9 @@ use crate::shortage::{Resource, Shortage};
 /// Opens a TCP connection; tests have one that fails as they say.
 pub(super) type Dial = Box<dyn Fn(SocketAddr) -> BoxFuture<'static, io::Result<TcpStream>> + Send + Sync>;
 
+/// How long an address has before the next is tried beside it: as RFC 8305, section 8, recommends.
+const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+
 /// Opens connections to any origin.
 pub(super) struct Connector {
     tls: TlsConnector,
@@ -92,8 +95,7 @@ impl Connector {
         Connector { dial, ..self }
     }
 
-    /// Opens a connection to one of the origin's addresses, tried in turn. The caller has a deadline,
-    /// `within` from the start of the try; of it each address but the last gets an equal share.
+    /// Opens a connection to one of the origin's addresses; the caller has a deadline.
     /// `permit` is the connection's part of what may be open.
     ///
     /// # Errors
@@ -103,7 +105,6 @@ impl Connector {
         origin: &Origin,
         names: &Arc<AddressCache>,
         permit: Arc<Permit>,
-        within: Duration,
     ) -> Result<Connection, NotConnected> {
         let addresses = match &origin.host {
             Host::Ipv4(v4) => vec![SocketAddr::new(IpAddr::V4(*v4), origin.port)],
@@ -112,21 +113,33 @@ impl Connector {
                 names.resolve(&self.resolver, name, origin.port, &self.watch, &permit).await?
             }
         };
-        let share = within / u32::try_from(addresses.len()).unwrap_or(1).max(1);
-        let last = addresses.len().saturating_sub(1);
+        let stream = self.open_one(addresses).await?;
+        self.handshake(stream, origin, permit).await
+    }
+
+    /// Opens the first of these addresses that answers. Each is tried when the one before has failed, or has not answered
+    /// for a moment: that goes on beside it, and one that is older still is given up.
+    async fn open_one(&self, addresses: Vec<SocketAddr>) -> Result<TcpStream, NotConnected> {
         let mut why = NotConnected::Refused("the name has no address".to_owned());
-        for (i, address) in addresses.into_iter().enumerate() {
-            let opened = if i == last {
-                self.open(address).await
-            } else {
-                tokio::time::timeout(share, self.open(address)).await.unwrap_or_else(|_| {
-                    Err(NotConnected::Refused(format!("{} does not answer", address.ip())))
-                })
+        let mut left = addresses.into_iter();
+        let (mut older, mut newer) = (None, left.next().map(|address| Box::pin(self.open(address))));
+        while newer.is_some() {
+            let has_next = !left.as_slice().is_empty();
+            let opened = tokio::select! {
+                biased;
+                opened = attempt(&mut older) => { older = None; Some(opened) }
+                opened = attempt(&mut newer) => { newer = older.take(); Some(opened) }
+                () = tokio::time::sleep(NEXT_ADDRESS), if has_next => None,
             };
             match opened {
-                Ok(stream) => return self.handshake(stream, origin, permit).await,
-                Err(_) if matches!(why, NotConnected::Short(_)) => {}
-                Err(error) => why = error,
+                Some(Ok(stream)) => return Ok(stream),
+                Some(Err(_)) if matches!(why, NotConnected::Short(_)) => {}
+                Some(Err(error)) => why = error,
+                None => {}
+            }
+            if let Some(address) = left.next() {
+                older = newer.take();
+                newer = Some(Box::pin(self.open(address)));
             }
         }
         Err(why)
@@ -167,6 +180,14 @@ impl Connector {
         };
         let opened = Connection::open(stream, permit).await;
         opened.map_err(|error| NotConnected::Refused(error.to_string()))
+    }
+}
+
+/// Waits for an attempt that may not be there; for ever when it is not.
+async fn attempt<T>(attempt: &mut Option<impl Future<Output = T> + Unpin>) -> T {
+    match attempt {
+        Some(attempt) => attempt.await,
+        None => std::future::pending().await,
     }
 }
 

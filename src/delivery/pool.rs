@@ -120,9 +120,9 @@ impl Pool {
     ///
     /// # Errors
     /// [`NotConnected`]: this process is short of something, or the receiver can't be reached.
-    pub(super) async fn connect(&self, host: &Host, within: Duration) -> Result<Connection, NotConnected> {
+    pub(super) async fn connect(&self, host: &Host) -> Result<Connection, NotConnected> {
         let permit = self.permit(host).map_err(NotConnected::Short)?;
-        self.connector.connect(&host.origin, &host.names, permit, within).await
+        self.connector.connect(&host.origin, &host.names, permit).await
     }
 
     /// A permit for a new connection; when all are taken, the oldest idle connections make room.

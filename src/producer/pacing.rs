@@ -1,60 +1,74 @@
-//! How many first tries may still start in this interval. Pure.
+//! How many first tries may start now: no interval has more than the count, wherever it begins. Pure.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::clock::Instant;
-use crate::store::Pacing;
+use crate::rate::Rate;
 
-/// Counts what an interval has used. Windows follow one another on a fixed grid, so a late look does
-/// not shift the later ones.
+/// Remembers the claims of the last interval.
 #[derive(Debug)]
 pub(super) struct Pacer {
-    pacing: Pacing,
-    /// When the present window ends; nothing is known before the first.
-    ends: Instant,
-    used: usize,
+    rate: Rate,
+    /// When, and how many first tries each was of.
+    claims: VecDeque<(Instant, usize)>,
+    /// Until then the claims of a predecessor may count: it had as many as it may.
+    inherited_until: Instant,
+    /// A successor waits until then, by what the store says.
+    written_until: Instant,
 }
 
 impl Pacer {
-    pub(super) fn new(pacing: Pacing) -> Pacer {
-        Pacer { pacing, ends: Instant::START, used: 0 }
+    pub(super) fn new(rate: Rate) -> Pacer {
+        let (inherited_until, written_until) = (Instant::START, Instant::START);
+        Pacer { rate, claims: VecDeque::new(), inherited_until, written_until }
     }
 
-    /// Takes over from a predecessor: the window that it had opened, of which so much is left, counts as used up. No
-    /// window is longer than the interval, whatever a clock that was wrong has written down.
+    /// Takes over from a predecessor, of whose claims the last may count for so long. Not for longer than it may have
+    /// written down, whatever a clock that was wrong has.
     pub(super) fn inherit(&mut self, left: Duration, now: Instant) {
-        if left > Duration::ZERO {
-            self.ends = now.after(left.min(self.pacing.interval));
-            self.used = self.pacing.count;
-        }
+        self.inherited_until = now.after(left.min(self.written_ahead()));
     }
 
     /// How many first tries may start now.
-    pub(super) fn allowance(&self, now: Instant) -> usize {
-        if self.opens_window(now) { self.pacing.count } else { self.pacing.count - self.used }
+    pub(super) fn allowance(&mut self, now: Instant) -> usize {
+        while self.claims.front().is_some_and(|(at, _)| now.since(*at) >= self.rate.interval) {
+            self.claims.pop_front();
+        }
+        let used: usize = self.claims.iter().map(|(_, count)| count).sum();
+        if now < self.inherited_until { 0 } else { self.rate.count.saturating_sub(used) }
     }
 
-    /// Whether a claim now would be the first of a new window.
-    pub(super) fn opens_window(&self, now: Instant) -> bool {
-        now >= self.ends
+    /// For how long nothing may start, if the count is used up.
+    pub(super) fn used_up_for(&mut self, now: Instant) -> Option<Duration> {
+        if self.allowance(now) > 0 {
+            return None;
+        }
+        let oldest = self.claims.front().map(|(at, _)| at.after(self.rate.interval));
+        oldest.map(|frees| frees.max(self.inherited_until).since(now))
     }
 
-    /// When a window opened now would end.
-    pub(super) fn window_end(&self, now: Instant) -> Instant {
-        let late = now.since(self.ends);
-        let on_grid = self.ends.after(self.pacing.interval);
-        if late < self.pacing.interval { on_grid } else { now.after(self.pacing.interval) }
+    /// Until when a successor has to wait after a claim now, if that does not stand in the store yet. So far ahead that it
+    /// is written once in an interval.
+    pub(super) fn to_write(&self, now: Instant) -> Option<Instant> {
+        let counts_until = now.after(self.rate.interval);
+        (self.written_until < counts_until).then(|| now.after(self.written_ahead()))
     }
 
-    /// Opens a window.
-    pub(super) fn open_window(&mut self, now: Instant) {
-        self.ends = self.window_end(now);
-        self.used = 0;
+    fn written_ahead(&self) -> Duration {
+        self.rate.interval.saturating_mul(2)
+    }
+
+    /// Notes that this stands in the store now.
+    pub(super) fn written(&mut self, until: Instant) {
+        self.written_until = until;
     }
 
     /// Notes that `count` first tries started.
-    pub(super) fn used(&mut self, count: usize) {
-        self.used = (self.used + count).min(self.pacing.count);
+    pub(super) fn used(&mut self, count: usize, now: Instant) {
+        if count > 0 {
+            self.claims.push_back((now, count));
+        }
     }
 }
 
@@ -69,46 +83,61 @@ mod tests {
     }
 
     fn pacer() -> Pacer {
-        Pacer::new(Pacing { count: 100, interval: Duration::from_secs(1) })
+        Pacer::new(Rate { count: 100, interval: Duration::from_secs(1) })
     }
 
-    /// Takes all that is allowed at `ms`; returns how many.
-    fn take(pacer: &mut Pacer, ms: u64) -> usize {
-        let allowed = pacer.allowance(at(ms));
-        if allowed > 0 && pacer.opens_window(at(ms)) {
-            pacer.open_window(at(ms));
-        }
-        pacer.used(allowed);
+    /// Takes at most so many at `ms`; returns how many it got.
+    fn take(pacer: &mut Pacer, most: usize, ms: u64) -> usize {
+        let allowed = pacer.allowance(at(ms)).min(most);
+        pacer.used(allowed, at(ms));
         allowed
     }
 
     #[test]
-    fn a_late_look_does_not_shift_the_grid() {
+    fn what_was_used_late_counts_for_a_whole_interval() {
         let mut pacer = pacer();
-        let taken: Vec<_> = [0, 500, 1_040, 2_010, 2_999, 3_000].map(|ms| take(&mut pacer, ms)).into();
-        assert_eq!(taken, [100, 0, 100, 100, 0, 100]);
+        let asked = [(60, 0), (60, 900), (60, 999), (60, 1_000), (60, 1_000), (60, 1_900), (60, 2_000)];
+        let taken: Vec<_> = asked.map(|(most, ms)| take(&mut pacer, most, ms)).into();
+        assert_eq!(taken, [60, 40, 0, 60, 0, 40, 60]);
+        assert_eq!(pacer.used_up_for(at(2_100)), Some(Duration::from_millis(800)));
+        assert_eq!(pacer.used_up_for(at(2_900)), None);
     }
 
     #[test]
-    fn a_successor_waits_for_its_predecessors_window() {
+    fn a_successor_waits_for_what_its_predecessor_may_have_used() {
         let mut pacer = pacer();
         pacer.inherit(Duration::from_millis(200), at(500));
-        assert_eq!((take(&mut pacer, 600), take(&mut pacer, 700)), (0, 100));
+        assert_eq!((take(&mut pacer, 500, 699), take(&mut pacer, 500, 700)), (0, 100));
         pacer.inherit(Duration::from_secs(3_600), at(800));
-        assert_eq!((take(&mut pacer, 1_799), take(&mut pacer, 1_800)), (0, 100));
-        let mut first = super::Pacer::new(Pacing { count: 3, interval: Duration::from_secs(60) });
+        assert_eq!((take(&mut pacer, 500, 2_799), take(&mut pacer, 500, 2_800)), (0, 100));
+        let mut first = Pacer::new(Rate { count: 3, interval: Duration::from_secs(60) });
         first.inherit(Duration::ZERO, at(0));
-        assert_eq!(take(&mut first, 0), 3);
+        assert_eq!(take(&mut first, 500, 0), 3);
+    }
+
+    #[test]
+    fn a_claim_is_written_down_before_it_is_made_and_once_an_interval() {
+        let mut pacer = pacer();
+        let mut writes = Vec::new();
+        for ms in (0..4_000).step_by(250) {
+            if let Some(until) = pacer.to_write(at(ms)) {
+                assert!(until >= at(ms + 1_000));
+                pacer.written(until);
+                writes.push(ms);
+            }
+        }
+        assert_eq!(writes, [0, 1_250, 2_500, 3_750]);
     }
 
     proptest! {
         #[test]
-        fn no_stretch_of_time_gets_more_than_its_windows(steps in prop::collection::vec(0..400_u64, 1..200)) {
-            let (mut pacer, mut now, mut total) = (pacer(), 0, 0);
-            for step in steps {
+        fn no_interval_has_more_than_the_count(takes in prop::collection::vec((0..400_u64, 0..90_usize), 1..200)) {
+            let (mut pacer, mut now, mut all) = (pacer(), 0, Vec::new());
+            for (step, most) in takes {
                 now += step;
-                total += take(&mut pacer, now);
-                prop_assert!(total <= 100 * (usize::try_from(now).unwrap() / 1000 + 1));
+                all.push((now, take(&mut pacer, most, now)));
+                let last = all.iter().filter(|(at, _)| now - at < 1_000).map(|(_, count)| count);
+                prop_assert!(last.sum::<usize>() <= 100);
             }
         }
     }

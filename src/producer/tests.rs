@@ -12,6 +12,7 @@ use crate::lane::tests::lane;
 use crate::message::{MessageId, NewMessage, Status};
 use crate::queue::embedded::EmbeddedQueue;
 use crate::queue::{self, Depth, LaneRecord, Queue, QueueError, Subscription};
+use crate::rate::Rate;
 use crate::service::{Directory, Presence};
 use crate::store::conformance::unhold;
 use crate::store::sqlite::SqliteStore;
@@ -25,11 +26,11 @@ struct Bench {
 
 impl Bench {
     /// A producer that has not stepped yet, and no message.
-    async fn new(pacing: Option<Pacing>) -> Bench {
+    async fn new(pacing: Option<Rate>) -> Bench {
         Bench::on(|clock| Arc::new(EmbeddedQueue::new(3, clock)), pacing).await
     }
 
-    async fn on(queue: impl FnOnce(Clock) -> Arc<dyn Queue>, pacing: Option<Pacing>) -> Bench {
+    async fn on(queue: impl FnOnce(Clock) -> Arc<dyn Queue>, pacing: Option<Rate>) -> Bench {
         let clock = Clock::manual(Timestamp::from_micros(1_800_000_000_000_000));
         let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().unwrap());
         for name in ["default", "slow"] {
@@ -166,7 +167,7 @@ async fn urgent_messages_go_before_a_backlog() {
 #[tokio::test]
 async fn a_timed_row_is_on_its_lane_when_its_time_comes_unless_it_is_paced() {
     let second = Duration::from_secs(1);
-    for pacing in [None, Some(Pacing { count: 10, interval: second })] {
+    for pacing in [None, Some(Rate { count: 10, interval: second })] {
         let mut bench = Bench::new(pacing).await;
         let due_at = bench.context.clock.now().after(3 * second);
         let scheduled = NewMessage {
@@ -196,7 +197,7 @@ async fn a_timed_row_is_on_its_lane_when_its_time_comes_unless_it_is_paced() {
 async fn a_wall_clock_that_is_set_stops_nothing() {
     const HOUR: i64 = 3_600_000_000;
     for set in [-HOUR, HOUR] {
-        for pacing in [None, Some(Pacing { count: 10, interval: Duration::from_secs(1) })] {
+        for pacing in [None, Some(Rate { count: 10, interval: Duration::from_secs(1) })] {
             let mut bench = Bench::new(pacing).await;
             bench.insert(["default"].into_iter()).await;
             bench.until("default queued", 1).await;

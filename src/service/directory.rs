@@ -27,6 +27,8 @@ pub struct Directory {
 #[derive(Debug, Default)]
 pub struct Snapshot {
     pub endpoints: HashMap<String, Arc<Endpoint>>,
+    /// Whether some have a rate.
+    pub rated: bool,
     /// Their breakers that are not closed.
     pub breakers: HashMap<String, Breaker>,
     pub lanes: Vec<Lane>,
@@ -41,6 +43,11 @@ impl Snapshot {
     pub fn enabled_endpoint(&self, name: &str) -> Option<&Arc<Endpoint>> {
         let open = self.endpoints.get(name).filter(|endpoint| endpoint.enabled);
         open.filter(|_| self.faults.is_empty() || !self.faults.contains_key(name))
+    }
+
+    /// Whether attempts at that endpoint are bounded by a rate.
+    pub fn is_rated(&self, name: &str) -> bool {
+        self.endpoints.get(name).is_some_and(|endpoint| endpoint.rate.is_some())
     }
 
     /// The consumer groups whose positions tell how far `lane` has been read: the living ones, or those that fell
@@ -87,8 +94,9 @@ impl Directory {
         for (name, fault) in faults.iter().filter(|(name, fault)| before.faults.get(*name) != Some(*fault)) {
             tracing::error!("messages of endpoint {name} are held, because {fault}; mend its settings");
         }
+        let rated = endpoints.iter().any(|endpoint| endpoint.rate.is_some());
         let endpoints = endpoints.into_iter().map(|e| (e.name.clone(), Arc::new(e))).collect();
-        self.snapshot.store(Arc::new(Snapshot { endpoints, breakers, lanes, groups, faults }));
+        self.snapshot.store(Arc::new(Snapshot { endpoints, rated, breakers, lanes, groups, faults }));
         Ok(())
     }
 

@@ -23,6 +23,7 @@ pub(crate) mod knowing;
 pub(crate) mod newer;
 pub(crate) mod operating;
 pub(crate) mod random;
+pub(crate) mod rating;
 pub(crate) mod removing;
 pub(crate) mod trying;
 
@@ -82,6 +83,11 @@ macro_rules! store_conformance {
             breaking::a_breaker_goes_with_a_change_of_its_endpoint,
             breaking::deliveries_are_held_while_their_breaker_is_open,
             breaking::one_probes_at_a_time,
+            rating::deliveries_of_an_endpoint_with_a_rate_go_one_by_one,
+            rating::times_are_reserved_for_urgent_and_due_deliveries_first,
+            rating::a_reserved_time_that_was_not_used_is_given_up,
+            rating::a_rate_is_kept_and_taken_away,
+            rating::two_who_reserve_at_once_keep_the_rate,
             healing::batches_and_their_places_are_remembered,
             healing::the_oldest_batches_come_first,
             healing::a_batch_of_a_dead_owner_is_orphaned,

@@ -167,7 +167,7 @@ pub struct Control {
     /// Whether one leads.
     pub active: bool,
     /// At most so many first tries per so long.
-    pub pacing: Option<super::Pacing>,
+    pub pacing: Option<crate::rate::Rate>,
     /// No further first try before this time, once the window is used up.
     pub paced_until: Option<Timestamp>,
 }

@@ -14,6 +14,7 @@ mod insert;
 mod left;
 mod mask;
 mod operate;
+mod rate;
 mod read;
 mod reconcile;
 mod record;
@@ -377,6 +378,10 @@ impl Scheduling for PostgresStore {
 
     async fn unhold(&self, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>> {
         self.call(async |db| hold::unhold(db, wanted, held, now).await).await
+    }
+
+    async fn reserve(&self, from: Timestamp, until: Timestamp) -> Result<u64> {
+        self.call(async |db| rate::reserve(db, from, until).await).await
     }
 
     async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {

@@ -9,6 +9,7 @@ use super::operate::Deletion;
 use crate::breaker::Breaker;
 use crate::clock::Timestamp;
 use crate::lane::{Lane, LaneGroup};
+use crate::rate::Rate;
 
 /// A running process's number in the `instances` table; never used again for another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -37,6 +38,8 @@ pub struct Endpoint {
     pub timeout: Duration,
     /// Attempts in flight at once, in each consumer process; at least 1.
     pub in_flight_max: u32,
+    /// Attempts at it, over all consumers together; `None`: as many as it takes.
+    pub rate: Option<Rate>,
     /// Statuses after which a message is dead at once.
     pub final_statuses: Vec<u16>,
     pub enabled: bool,
@@ -52,35 +55,11 @@ impl Endpoint {
             url: url.to_owned(),
             timeout: Duration::from_secs(15),
             in_flight_max: 1024,
+            rate: None,
             final_statuses: vec![410],
             enabled: true,
             secret: None,
         }
-    }
-}
-
-/// At most `count` first tries per `interval`, over all producers together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pacing {
-    pub count: usize,
-    pub interval: Duration,
-}
-
-impl Pacing {
-    /// What a store has written down: a count, and an interval in milliseconds.
-    pub(super) fn of(count: i64, ms: i64) -> Pacing {
-        Pacing {
-            count: usize::try_from(count).unwrap_or(0),
-            interval: Duration::from_millis(ms.unsigned_abs()),
-        }
-    }
-
-    /// What a store writes down.
-    pub(super) fn numbers(self) -> (i64, i64) {
-        (
-            i64::try_from(self.count).unwrap_or(i64::MAX),
-            i64::try_from(self.interval.as_millis()).unwrap_or(i64::MAX),
-        )
     }
 }
 
@@ -93,8 +72,8 @@ pub struct Bid {
     pub until: Timestamp,
     /// No further first tries before this time; `None` leaves what stands in the store.
     pub paced_until: Option<Timestamp>,
-    /// Its own setting, for people to see.
-    pub pacing: Option<Pacing>,
+    /// Its own setting for first tries over all producers together, for people to see.
+    pub pacing: Option<Rate>,
 }
 
 impl Bid {

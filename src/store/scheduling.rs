@@ -174,6 +174,11 @@ pub trait Scheduling: Send + Sync {
     /// were due if that is still to come. How many those were, one number for each of `wanted`.
     async fn unhold(&self, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>>;
 
+    /// Reserves times between these for held deliveries of endpoints with a rate, over all of an endpoint's lanes: urgent ones
+    /// first, then the oldest, as far apart as the rate asks for. At its time each is due, and is let past the rate. How
+    /// many those were.
+    async fn reserve(&self, from: Timestamp, until: Timestamp) -> Result<u64>;
+
     /// Ends at most `limit` waiting deliveries whose time is over, and returns how many.
     async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64>;
 }

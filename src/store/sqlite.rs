@@ -19,6 +19,7 @@ mod hold;
 mod insert;
 mod operate;
 mod place;
+mod rate;
 mod read;
 mod reconcile;
 mod record;
@@ -349,6 +350,10 @@ impl Scheduling for SqliteStore {
     async fn unhold(&self, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>> {
         let wanted = wanted.to_vec();
         self.write(move |db| hold::unhold(db, &wanted, held, now)).await
+    }
+
+    async fn reserve(&self, from: Timestamp, until: Timestamp) -> Result<u64> {
+        self.write(move |db| rate::reserve(db, from, until)).await
     }
 
     async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {

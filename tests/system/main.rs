@@ -23,6 +23,7 @@ mod observed;
 mod operator;
 mod proxy;
 mod quickstart;
+mod rates;
 mod recreated;
 mod restored;
 mod roles;

@@ -203,7 +203,13 @@ async fn functions_that_run_with_their_owners_rights_name_their_schema() {
     let definers = "select proname::text from pg_proc where pronamespace = 'public'::regnamespace and prosecdef order by 1";
     assert_eq!(
         attack.list(definers).await,
-        ["claim_idempotency_key", "drop_old_partition", "make_partitions", "number_endpoint"]
+        [
+            "claim_idempotency_key",
+            "close_breaker",
+            "drop_old_partition",
+            "make_partitions",
+            "number_endpoint"
+        ]
     );
     attack.end().await;
 }

@@ -166,3 +166,73 @@ async fn a_name_with_several_addresses_is_tried_at_each() {
     let outcome = deliver(&delivery(), &format!("http://localhost:{}/", receiver.port)).await;
     assert_eq!(outcome.class, Class::Accepted, "{outcome:?}");
 }
+
+/// A connector over this `dial`, and what it comes to for an origin with these ports as addresses.
+async fn connect_to(ports: &[u16], dial: connect::Dial) -> Result<(), connect::NotConnected> {
+    let clock = Clock::manual(Timestamp::EPOCH);
+    let origin = Target::parse("http://several.example/").unwrap().origin;
+    let names = Arc::new(names::AddressCache::default());
+    let addresses = ports.iter().map(|port| ([127, 0, 0, 1], *port).into()).collect();
+    names.learn(&Ok(addresses), &clock.stopwatch());
+    let connector = Connector::new(None, AddressRule::default(), clock.stopwatch()).unwrap().dialling(dial);
+    let permit = budget::Budget::new(1).take(&Arc::default()).unwrap();
+    connector.connect(&origin, &names, permit).await.map(drop)
+}
+
+/// A dead address is passed by after a quarter of a second, whatever the deadline is, and one that refuses at once.
+#[tokio::test]
+async fn the_next_address_is_tried_beside_one_that_does_not_answer() {
+    let receiver = Receiver::answering(OK).await;
+    let good = receiver.port;
+    // Port 1 never answers, port 2 refuses, port 3 takes a third of a second and is good then.
+    for (ports, least_ms) in [
+        (vec![good], 0),
+        (vec![2, 2, good], 0),
+        (vec![1, good], 250),
+        (vec![1, 1, good], 500),
+        (vec![1, 2, good], 250),
+        (vec![3, 1], 333),
+    ] {
+        let dial: connect::Dial = Box::new(move |address| {
+            Box::pin(async move {
+                match address.port() {
+                    1 => std::future::pending().await,
+                    2 => Err(std::io::Error::from_raw_os_error(111)),
+                    3 => {
+                        let wait = Duration::from_millis(333);
+                        let _ = tokio::time::timeout(wait, std::future::pending::<()>()).await;
+                        tokio::net::TcpStream::connect(("127.0.0.1", good)).await
+                    }
+                    _ => tokio::net::TcpStream::connect(address).await,
+                }
+            })
+        });
+        let watch = Clock::system().stopwatch();
+        connect_to(&ports, dial).await.unwrap();
+        let took = watch.elapsed().as_millis();
+        assert!((least_ms..least_ms + 1_000).contains(&took), "{ports:?} took {took} ms");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_most_two_addresses_of_a_name_are_tried_at_once() {
+    let (open, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    struct Open(Arc<AtomicUsize>);
+    impl Drop for Open {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+    let (now, peak) = (Arc::clone(&open), Arc::clone(&most));
+    let dial: connect::Dial = Box::new(move |_| {
+        peak.fetch_max(now.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+        let held = Open(Arc::clone(&now));
+        Box::pin(async move {
+            let _held = held;
+            std::future::pending().await
+        })
+    });
+    let all = connect_to(&[1, 2, 3, 4, 5], dial);
+    assert!(tokio::time::timeout(Duration::from_secs(8), all).await.is_err(), "none of them answers");
+    assert_eq!((most.load(Ordering::Relaxed), open.load(Ordering::Relaxed)), (2, 0));
+}

@@ -86,7 +86,7 @@ async fn an_address_that_could_not_be_tried_counts_for_more_than_one_that_refuse
             std::future::ready(Err(io::Error::from_raw_os_error(code))).boxed()
         }));
         let permit = budget::Budget::new(1).take(&Arc::default()).unwrap();
-        let why = connector.connect(&origin, &names, permit, SLACK).await.err().unwrap();
+        let why = connector.connect(&origin, &names, permit).await.err().unwrap();
         let short = match why {
             NotConnected::Short(shortage) => Some(shortage.of),
             NotConnected::Refused(_) => None,

@@ -74,7 +74,7 @@ pub(crate) async fn words_of_a_newer_program(store: Arc<dyn Store>, sql: impl As
     assert_eq!(super::ids(&bench.claim_fresh().await), [known]);
     assert_eq!(bench.claim_timed("").await.seen, 0);
     assert!(bench.store.held().await.unwrap().is_empty());
-    for reason in [Held::EndpointBusy, Held::EndpointDisabled] {
+    for reason in [Held::EndpointBusy, Held::EndpointRate, Held::EndpointDisabled] {
         assert_eq!(unhold(&*bench.store, "default", reason, 10, bench.now()).await, 0);
     }
     bench.recover().await;

@@ -6,8 +6,9 @@ use std::time::Duration;
 use super::{Bench, RETRY, ids, text, unhold};
 use crate::clock::Timestamp;
 use crate::message::{Held, MessageId, NewMessage, Status};
+use crate::rate::Rate;
 use crate::store::operate::{ApiKey, Change, Cursor, Deletion, Filter, Page, SCAN};
-use crate::store::{Bid, Due, Endpoint, Pacing, Store, Urgency};
+use crate::store::{Bid, Due, Endpoint, Store, Urgency};
 
 impl Bench {
     async fn find(&self, filter: &Filter) -> Vec<MessageId> {
@@ -297,7 +298,7 @@ pub(crate) async fn dead_messages_are_counted_by_reason(store: Arc<dyn Store>) {
 
 pub(crate) async fn a_pause_holds_for_every_leader(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
-    let pacing = Some(Pacing { count: 100, interval: Duration::from_secs(1) });
+    let pacing = Some(Rate { count: 100, interval: Duration::from_secs(1) });
     let until = |seconds| bench.in_seconds(seconds);
     let bid = |instance| Bid { instance, now: bench.now(), until: until(4), paced_until: None, pacing };
     let before = bench.store.control(bench.now()).await.unwrap();

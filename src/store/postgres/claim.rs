@@ -151,7 +151,7 @@ macro_rules! claim_new {
              k as materialized (select message_id from cancels \
                  where message_id between (select lo from a) and (select hi from a)), \
              d as materialized ( \
-                 select n.endpoint, coalesce(e.id, s.id) as endpoint_id, coalesce(e.enabled, false) as enabled, \
+                 select n.endpoint, coalesce(e.id, s.id) as endpoint_id, coalesce(e.enabled, false) as enabled, e.rate_count is not null as rated, \
                      n.endpoint in (select unnest($6::text[])) or coalesce(b.until > $7 and b.until <= $7 + interval '25 h', false) as busy \
                  from (select distinct endpoint from r) n left join endpoints e on e.name = n.endpoint \
                      left join unknown_endpoints s on s.name = n.endpoint left join breakers b on b.endpoint_id = e.id), \
@@ -162,6 +162,7 @@ macro_rules! claim_new {
                          when send_at > $7 then 'scheduled' \
                          when not d.enabled then 'disabled' \
                          when d.busy then 'busy' \
+                         when d.rated then 'rated' \
                          else 'queued' end as way \
                  from r join d on d.endpoint = r.endpoint where place = 1 or bytes <= $9), \
              m as (update feed set seq = f.seq + 1, upto = f.upto, \
@@ -181,9 +182,9 @@ macro_rules! claim_new {
              w as (insert into waiting (message_id, endpoint_id, due_at, held, attempts, lane, lane_tries, priority, expires_at) \
                  select id, coalesce(endpoint_id, (select n.id from named n where n.name = endpoint)), \
                      case way when 'scheduled' then send_at else $7 end, \
-                     case way when 'disabled' then 'endpoint_disabled' when 'busy' then 'endpoint_busy' end, \
+                     case way when 'disabled' then 'endpoint_disabled' when 'busy' then 'endpoint_busy' when 'rated' then 'endpoint_rate' end, \
                      0, '', 0, priority, expires_at \
-                 from classed where way in ('scheduled', 'disabled', 'busy') and exists (select from m)), \
+                 from classed where way in ('scheduled', 'disabled', 'busy', 'rated') and exists (select from m)), \
              g as materialized (select array_agg(id) as ids, array_agg(endpoint_id) as endpoints, \
                      min(id) as lo, max(id) as hi, count(*)::int as n \
                  from classed where way = 'queued' and exists (select from m)), \
@@ -237,10 +238,11 @@ pub(super) const TIMED: &str = concat!(
     "/* ams:claim_timed */ with w as materialized ( \
          select x.place, x.number, \
              case when not coalesce(e.enabled, same.enabled, false) then 'endpoint_disabled' \
-                 when b.until > $7 and b.until <= $7 + interval '25 h' then 'endpoint_busy' end as held, \
+                 when b.until > $7 and b.until <= $7 + interval '25 h' then 'endpoint_busy' \
+                 when coalesce(e.rate_count, same.rate_count) is not null and not x.reserved then 'endpoint_rate' end as held, \
              sum(m.bytes) over (order by x.number) as bytes \
-         from (select ctid as place, endpoint_id, message_id, row_number() over () as number from ( \
-                 select ctid, endpoint_id, message_id from waiting where lane = $1 and held is null and due_at <= $6 \
+         from (select ctid as place, endpoint_id, message_id, reserved, row_number() over () as number from ( \
+                 select ctid, endpoint_id, message_id, reserved from waiting where lane = $1 and held is null and due_at <= $6 \
                  order by due_at, message_id limit $2) y) x \
              cross join lateral (select octet_length(content) + coalesce(octet_length(headers::text), 0) as bytes \
                  from messages where id = x.message_id limit 1) m \
@@ -248,10 +250,13 @@ pub(super) const TIMED: &str = concat!(
              left join unknown_endpoints u on u.id = x.endpoint_id left join endpoints same on same.name = u.name \
              left join breakers b on b.endpoint_id = x.endpoint_id), \
      d as materialized (select * from w where number = 1 or bytes <= $8), \
-     disabled as (update waiting x set held = 'endpoint_disabled' \
+     disabled as (update waiting x set held = 'endpoint_disabled', reserved = false \
          where x.ctid = any(array(select place from d where held = 'endpoint_disabled')) \
          and coalesce(x.held is null, false) returning 1), \
-     busy as (update waiting x set held = 'endpoint_busy' \
+     rated as (update waiting x set held = 'endpoint_rate' \
+         where x.ctid = any(array(select place from d where held = 'endpoint_rate')) \
+         and coalesce(x.held is null, false) returning 1), \
+     busy as (update waiting x set held = 'endpoint_busy', reserved = false \
          where x.ctid = any(array(select place from d where held = 'endpoint_busy')) \
          and coalesce(x.held is null, false) returning 1), \
      u as (delete from waiting x where x.ctid = any(array(select place from d where held is null)) \

@@ -114,7 +114,7 @@ pub(super) const UNHOLD: &str = "/* ams:unhold */ with wanted as materialized ( 
      c as materialized (select w.ctid as place from e cross join lateral (select ctid from waiting \
          where held is not null and endpoint_id = e.id and held = $3 \
          order by endpoint_id, held, priority desc, message_id limit e.count) w), \
-     u as (update waiting set held = null, due_at = greatest(due_at, $4::timestamptz) \
+     u as (update waiting set held = null, reserved = false, due_at = greatest(due_at, $4::timestamptz) \
          where ctid = any(array(select place from c)) and coalesce(held is not null, false) returning endpoint_id) \
      select e.number, count(*) from u join e on e.id = u.endpoint_id group by e.number";
 

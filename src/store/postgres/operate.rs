@@ -278,7 +278,7 @@ pub(super) async fn control(db: &Object, now: Timestamp) -> Result<Control> {
     Ok(Control {
         paused: row.try_get(0)?,
         active: row.try_get(1)?,
-        pacing: pace.map(|(count, ms)| crate::store::Pacing::of(count.into(), ms)),
+        pacing: pace.map(|(count, ms)| crate::rate::Rate::of(count.into(), ms)),
         paced_until: row.try_get(4)?,
     })
 }

@@ -10,9 +10,8 @@ use super::schema::make_partition;
 use super::{first_column, read_all};
 use crate::clock::Timestamp;
 use crate::lane::{Lane, LaneGroup};
-use crate::store::{
-    About, Bid, Endpoint, InstanceId, Leadership, Pacing, Result, StoreError, latest_present,
-};
+use crate::rate::Rate;
+use crate::store::{About, Bid, Endpoint, InstanceId, Leadership, Result, StoreError, latest_present};
 
 /// The random number of this store.
 pub(super) async fn installation(db: &Object) -> Result<Uuid> {
@@ -115,7 +114,7 @@ pub(super) async fn lead(db: &Object, bid: &Bid) -> Result<Option<Leadership>> {
         )
         .await?;
     let paced_until = bid.paced_until;
-    let pacing = bid.pacing.map(Pacing::numbers);
+    let pacing = bid.pacing.map(Rate::numbers);
     let count = pacing.map(|(count, _)| i32::try_from(count).unwrap_or(i32::MAX));
     let interval = pacing.map(|(_, ms)| ms);
     let latest = bid.latest_until();
@@ -136,7 +135,7 @@ pub(super) async fn lead(db: &Object, bid: &Bid) -> Result<Option<Leadership>> {
 pub(super) async fn endpoints(db: &Object) -> Result<Vec<Endpoint>> {
     let statement = db
         .prepare_cached(
-            "/* ams:endpoints */ select name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret \
+            "/* ams:endpoints */ select name, url, timeout_ms, in_flight_max, rate_count, rate_interval_ms, final_statuses, enabled, secret \
              from endpoints order by name",
         )
         .await?;
@@ -147,11 +146,18 @@ pub(super) async fn endpoints(db: &Object) -> Result<Vec<Endpoint>> {
             url: row.try_get(1)?,
             timeout: Duration::from_millis(row.try_get::<_, i32>(2)?.unsigned_abs().into()),
             in_flight_max: row.try_get::<_, i32>(3)?.unsigned_abs(),
-            final_statuses: final_statuses(row, 4),
-            enabled: row.try_get(5)?,
-            secret: row.try_get(6)?,
+            rate: rate(row, 4)?,
+            final_statuses: final_statuses(row, 6),
+            enabled: row.try_get(7)?,
+            secret: row.try_get(8)?,
         })
     })
+}
+
+/// The rate of an endpoint, in two columns from the first on.
+pub(super) fn rate(row: &Row, first: usize) -> Result<Option<Rate>> {
+    let ms: i32 = row.try_get(first + 1)?;
+    Ok(row.try_get::<_, Option<i32>>(first)?.map(|count| Rate::of(count.into(), ms.into())))
 }
 
 /// Statuses of an endpoint. What is no status is passed over: a list that the program can't hold, written
@@ -165,20 +171,26 @@ fn final_statuses(row: &Row, column: usize) -> Vec<u16> {
 pub(super) async fn put_endpoint(db: &Object, endpoint: &Endpoint) -> Result<()> {
     // The change first: the trigger of an insert takes a number for the endpoint, also when it then comes to a change.
     let change = "/* ams:change_endpoint */ update endpoints set url = $2, timeout_ms = $3, in_flight_max = $4, \
-                  final_statuses = $5, enabled = $6, secret = $7 where name = $1";
+                  rate_count = $5, rate_interval_ms = $6, final_statuses = $7, enabled = $8, secret = $9 where name = $1";
     let insert = "/* ams:put_endpoint */ insert into endpoints \
-                  (name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret) \
-                  values ($1, $2, $3, $4, $5, $6, $7) on conflict (name) do update set url = excluded.url, \
+                  (name, url, timeout_ms, in_flight_max, rate_count, rate_interval_ms, final_statuses, enabled, secret) \
+                  values ($1, $2, $3, $4, $5, $6, $7, $8, $9) on conflict (name) do update set url = excluded.url, \
                   timeout_ms = excluded.timeout_ms, in_flight_max = excluded.in_flight_max, \
+                  rate_count = excluded.rate_count, rate_interval_ms = excluded.rate_interval_ms, \
                   final_statuses = excluded.final_statuses, enabled = excluded.enabled, secret = excluded.secret";
     let timeout_ms = i32::try_from(endpoint.timeout.as_millis()).unwrap_or(i32::MAX);
     let in_flight_max = i32::try_from(endpoint.in_flight_max).unwrap_or(i32::MAX);
+    let number = |number: i64| i32::try_from(number).unwrap_or(i32::MAX);
+    let rate_count = endpoint.rate.map(|rate| number(rate.numbers().0));
+    let rate_interval_ms = number(endpoint.rate.unwrap_or(Rate::SECOND).numbers().1);
     let final_statuses: Vec<i32> = endpoint.final_statuses.iter().map(|status| i32::from(*status)).collect();
-    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 7] = [
+    let values: [&(dyn tokio_postgres::types::ToSql + Sync); 9] = [
         &endpoint.name,
         &endpoint.url,
         &timeout_ms,
         &in_flight_max,
+        &rate_count,
+        &rate_interval_ms,
         &final_statuses,
         &endpoint.enabled,
         &endpoint.secret,

@@ -249,7 +249,8 @@ fn place_new(
             return Ok(());
         }
     };
-    let held = endpoint.map_or(Some(Held::EndpointDisabled), |endpoint| endpoint.access.held(claim.now));
+    let held =
+        endpoint.map_or(Some(Held::EndpointDisabled), |endpoint| endpoint.access.held(false, claim.now));
     let held = held.or(claim.saturated.contains(&ticket.endpoint).then_some(Held::EndpointBusy));
     if ticket.is_expired(claim.now) {
         claim.end(db, &Waiting::never(row.id, number), Status::Expired, None)
@@ -285,12 +286,14 @@ struct Waiting {
     endpoint: EndpointId,
     attempts: i32,
     lane: String,
+    /// Whether its time was reserved under its endpoint's rate.
+    reserved: bool,
 }
 
 impl Waiting {
     /// One that has not waited yet.
     fn never(id: MessageId, endpoint: EndpointId) -> Waiting {
-        Waiting { id, endpoint, attempts: 0, lane: String::new() }
+        Waiting { id, endpoint, attempts: 0, lane: String::new(), reserved: false }
     }
 }
 
@@ -308,7 +311,7 @@ fn claim_timed(db: &Connection, claim: &Owned, lane: &str, by: Timestamp) -> Res
     let mut statement = db.prepare_cached(&format!(
             "/* ams:claim_timed */ select {MESSAGE}, w.message_id, w.endpoint_id, w.attempts, w.lane_tries, w.due_at, \
              w.expires_at, w.reason, exists (select 1 from deliveries d where d.message_id = w.message_id \
-                 and d.endpoint_id = w.endpoint_id){DUE} left join messages m on m.id = w.message_id{DUE_WHERE} limit ?3"
+                 and d.endpoint_id = w.endpoint_id), w.reserved{DUE} left join messages m on m.id = w.message_id{DUE_WHERE} limit ?3"
         ))?;
     let rows = statement
         .query_map(params![lane, by.as_micros(), claim.limit], |row| timed(db, row, claim.now, lane))?;
@@ -335,8 +338,9 @@ fn claim_timed(db: &Connection, claim: &Owned, lane: &str, by: Timestamp) -> Res
             }
         };
         let endpoint = endpoints.numbered(row.endpoint)?;
-        let held =
-            endpoint.as_ref().map_or(Some(Held::EndpointDisabled), |found| found.access.held(claim.now));
+        let held = endpoint
+            .as_ref()
+            .map_or(Some(Held::EndpointDisabled), |found| found.access.held(row.reserved, claim.now));
         if ticket.is_expired(claim.now) {
             wait_no_more(db, row.id, row.endpoint)?;
             claim.end(db, &row, Status::Expired, reason.as_deref())?;
@@ -364,7 +368,8 @@ fn timed(
 ) -> rusqlite::Result<(Waiting, DueMessage)> {
     let id = MessageId(row.get(10)?);
     let endpoint = EndpointId(row.get(11).unwrap_or(0));
-    let waiting = Waiting { id, endpoint, attempts: row.get(12).unwrap_or(0), lane: lane.to_owned() };
+    let (attempts, reserved) = (row.get(12).unwrap_or(0), row.get(18).unwrap_or(false));
+    let waiting = Waiting { id, endpoint, attempts, lane: lane.to_owned(), reserved };
     if row.get(17)? || row.get_ref(0)?.data_type() == Type::Null {
         return Ok((waiting, DueMessage::Over));
     }
@@ -389,7 +394,7 @@ fn timed(
 /// Holds a due delivery whose endpoint takes none.
 fn hold(db: &Connection, row: &Waiting, held: Held) -> Result<()> {
     db.prepare_cached(
-        "/* ams:hold_timed */ update waiting set held = ?3 where message_id = ?1 and endpoint_id = ?2",
+        "/* ams:hold_timed */ update waiting set held = ?3, reserved = 0 where message_id = ?1 and endpoint_id = ?2",
     )?
     .execute(params![row.id.0, row.endpoint.0, held.as_str()])?;
     Ok(())

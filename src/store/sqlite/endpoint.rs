@@ -9,13 +9,14 @@ use super::{json, list, optional_text, our_optional_time, text};
 use crate::breaker;
 use crate::clock::Timestamp;
 use crate::message::Held;
+use crate::rate::Rate;
 use crate::store::operate::Deletion;
 use crate::store::{Endpoint, EndpointId, Result};
 
 /// All endpoints, by name.
 pub(super) fn endpoints(db: &Connection) -> Result<Vec<Endpoint>> {
     let mut statement = db.prepare_cached(
-        "/* ams:endpoints */ select name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret \
+        "/* ams:endpoints */ select name, url, timeout_ms, in_flight_max, rate_count, rate_interval_ms, final_statuses, enabled, secret \
          from endpoints order by name",
     )?;
     let mut rows = statement.query([])?;
@@ -26,12 +27,19 @@ pub(super) fn endpoints(db: &Connection) -> Result<Vec<Endpoint>> {
             url: text(row, 1)?,
             timeout: millis(row.get(2)?),
             in_flight_max: u32::try_from(row.get::<_, i64>(3)?).unwrap_or(u32::MAX),
-            final_statuses: final_statuses(&text(row, 4)?),
-            enabled: row.get(5)?,
-            secret: optional_text(row, 6)?,
+            rate: rate(row, 4)?,
+            final_statuses: final_statuses(&text(row, 6)?),
+            enabled: row.get(7)?,
+            secret: optional_text(row, 8)?,
         });
     }
     Ok(endpoints)
+}
+
+/// The rate of an endpoint, in two columns from the first on.
+fn rate(row: &Row<'_>, first: usize) -> rusqlite::Result<Option<Rate>> {
+    let ms = row.get(first + 1)?;
+    Ok(row.get::<_, Option<i64>>(first)?.map(|count| Rate::of(count, ms)))
 }
 
 /// Statuses of an endpoint. What is no status is passed over: a list that the program can't hold must not stop the
@@ -48,6 +56,8 @@ pub(super) fn put_endpoint(db: &Connection, endpoint: &Endpoint) -> Result<()> {
         endpoint.url,
         in_millis(endpoint.timeout),
         endpoint.in_flight_max,
+        endpoint.rate.map(|rate| rate.numbers().0),
+        endpoint.rate.unwrap_or(Rate::SECOND).numbers().1,
         json(&endpoint.final_statuses)?,
         endpoint.enabled,
         endpoint.secret,
@@ -56,14 +66,14 @@ pub(super) fn put_endpoint(db: &Connection, endpoint: &Endpoint) -> Result<()> {
     let changed = db
         .prepare_cached(
             "/* ams:change_endpoint */ update endpoints set url = ?2, timeout_ms = ?3, in_flight_max = ?4, \
-             final_statuses = ?5, enabled = ?6, secret = ?7 where name = ?1",
+             rate_count = ?5, rate_interval_ms = ?6, final_statuses = ?7, enabled = ?8, secret = ?9 where name = ?1",
         )?
         .execute(values)?;
     if changed == 0 {
         db.prepare_cached(
             "/* ams:put_endpoint */ insert into endpoints \
-             (name, url, timeout_ms, in_flight_max, final_statuses, enabled, secret) \
-             values (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+             (name, url, timeout_ms, in_flight_max, rate_count, rate_interval_ms, final_statuses, enabled, secret) \
+             values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
         )?
         .execute(values)?;
     }
@@ -101,20 +111,27 @@ pub(super) struct Numbered {
 pub(super) struct Access {
     /// Whether it exists and is enabled.
     enabled: bool,
+    /// Whether attempts at it are bounded by a rate.
+    rated: bool,
     /// When its breaker, if it has one, ceases to be open.
     open_until: Option<Timestamp>,
 }
 
 impl Access {
     fn read(row: &Row<'_>, first_column: usize) -> rusqlite::Result<Access> {
-        let open_until = our_optional_time(row, first_column + 1)?;
-        Ok(Access { enabled: row.get(first_column)?, open_until })
+        let (enabled, rated) = (row.get(first_column)?, row.get(first_column + 1)?);
+        Ok(Access { enabled, rated, open_until: our_optional_time(row, first_column + 2)? })
     }
 
-    /// Why a claim holds its deliveries, if it does.
-    pub(super) fn held(self, now: Timestamp) -> Option<Held> {
-        let open = || self.open_until.filter(|until| breaker::is_open(*until, now));
-        if self.enabled { open().map(|_| Held::EndpointBusy) } else { Some(Held::EndpointDisabled) }
+    /// Why a claim holds its deliveries, if it does: all, or those without a reserved time.
+    pub(super) fn held(self, is_reserved: bool, now: Timestamp) -> Option<Held> {
+        if !self.enabled {
+            Some(Held::EndpointDisabled)
+        } else if self.open_until.is_some_and(|until| breaker::is_open(until, now)) {
+            Some(Held::EndpointBusy)
+        } else {
+            (self.rated && !is_reserved).then_some(Held::EndpointRate)
+        }
     }
 }
 
@@ -138,7 +155,7 @@ impl<'a> Endpoints<'a> {
         let found = self
             .db
             .prepare_cached(
-                "/* ams:endpoint_named */ select id, enabled, until from endpoints \
+                "/* ams:endpoint_named */ select id, enabled, rate_count is not null, until from endpoints \
                  left join breakers on endpoint_id = id where name = ?1",
             )?
             .query_row([name], |row| Ok(Named { id: EndpointId(row.get(0)?), access: Access::read(row, 1)? }))
@@ -159,7 +176,7 @@ impl<'a> Endpoints<'a> {
         let numbered = self
             .db
             .prepare_cached(
-                "/* ams:endpoint_numbered */ select name, enabled, until from endpoints \
+                "/* ams:endpoint_numbered */ select name, enabled, rate_count is not null, until from endpoints \
                  left join breakers on endpoint_id = id where id = ?1",
             )?
             .query_row([id.0], |row| Ok(Numbered { name: text(row, 0)?, access: Access::read(row, 1)? }))

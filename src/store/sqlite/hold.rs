@@ -101,7 +101,7 @@ fn unhold_one(db: &Connection, endpoint: &str, held: Held, limit: usize, now: Ti
          where held is not null and endpoint_id = ?1 and held = ?2 order by priority desc, message_id limit ?3",
     )?;
     let mut free = db.prepare_cached(
-        "/* ams:unhold */ update waiting set held = null, due_at = max(due_at, ?3) \
+        "/* ams:unhold */ update waiting set held = null, reserved = 0, due_at = max(due_at, ?3) \
          where message_id = ?1 and endpoint_id = ?2",
     )?;
     let mut freed = 0;

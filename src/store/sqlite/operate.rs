@@ -7,8 +7,9 @@ use super::search::search;
 use super::{json, list, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
 use crate::message::MessageId;
+use crate::rate::Rate;
 use crate::store::operate::{ApiKey, Change, Control, Cursor, Filter, Operation, OperationId};
-use crate::store::{Pacing, Result, StoreError, latest_present};
+use crate::store::{Result, StoreError, latest_present};
 
 /// Notes an operation that begins with the newest message.
 pub(super) fn open_operation(
@@ -124,7 +125,7 @@ pub(super) fn control(db: &Connection, now: Timestamp) -> Result<Control> {
         Ok(Control {
             paused: row.get(0)?,
             active: row.get(1)?,
-            pacing: pace.map(|(count, ms)| Pacing::of(count, ms)),
+            pacing: pace.map(|(count, ms)| Rate::of(count, ms)),
             paced_until: our_optional_time(row, 4)?,
         })
     })?)

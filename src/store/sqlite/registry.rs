@@ -8,7 +8,8 @@ use uuid::Uuid;
 use super::{json, list, our_optional_time, our_time, text};
 use crate::clock::Timestamp;
 use crate::lane::{Lane, LaneGroup};
-use crate::store::{About, Bid, InstanceId, Leadership, Pacing, Result, StoreError, latest_present};
+use crate::rate::Rate;
+use crate::store::{About, Bid, InstanceId, Leadership, Result, StoreError, latest_present};
 
 /// The random number of this store.
 pub(super) fn installation(db: &Connection) -> Result<Uuid> {
@@ -100,7 +101,7 @@ pub(super) fn lead(db: &Connection, bid: &Bid) -> Result<Option<Leadership>> {
          returning steady_since, paced_until, paused",
     )?;
     let paced_until = bid.paced_until.map(Timestamp::as_micros);
-    let (count, interval) = bid.pacing.map(Pacing::numbers).unzip();
+    let (count, interval) = bid.pacing.map(Rate::numbers).unzip();
     let values = params![
         bid.instance.0,
         bid.now.as_micros(),

@@ -126,6 +126,7 @@ faulty! {
     acknowledge(batch: BatchId, at: LogPosition) -> ();
     batches(now: Timestamp, limit: usize) -> Vec<Batch>;
     held() -> Vec<(String, Held)>;
+    reserve(from: Timestamp, until: Timestamp) -> u64;
     expire(now: Timestamp, limit: usize) -> u64;
 }
 
