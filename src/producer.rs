@@ -7,6 +7,7 @@
 
 mod capacity;
 mod pacing;
+mod turns;
 
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ use crate::ticket::{BatchId, Ticket};
 
 use capacity::Capacity;
 use pacing::Pacer;
+use turns::Turns;
 
 /// How a producer works.
 #[derive(Clone, Debug)]
@@ -92,6 +94,16 @@ impl Term {
     }
 }
 
+/// When each duty comes next.
+#[derive(Debug, Default)]
+struct Next {
+    bid: Instant,
+    timed: Instant,
+    unhold: Instant,
+    reserve: Instant,
+    saturated: Instant,
+}
+
 /// One producer: active or standing by.
 pub struct Producer {
     context: Context,
@@ -108,14 +120,11 @@ pub struct Producer {
     led_until: Instant,
     /// Somebody has paused all producers.
     paused: bool,
-    next_bid: Instant,
-    next_timed: Instant,
+    next: Next,
     burst_until: Instant,
-    next_unhold: Instant,
-    next_reserve: Instant,
     /// Endpoints whose new messages would only wait on the lane; nothing is known of them at rest.
     saturated: Vec<String>,
-    next_saturated: Instant,
+    turns: Turns,
     gap: Duration,
 }
 
@@ -142,10 +151,10 @@ impl Service for Producer {
         if !self.feeds_checked {
             self.check_feeds(now).await?;
         }
-        if now.instant >= self.next_unhold {
+        if now.instant >= self.next.unhold {
             self.unhold(now).await?;
         }
-        if now.instant >= self.next_reserve {
+        if now.instant >= self.next.reserve {
             self.reserve(now).await?;
         }
         let DueNow { new, lanes } = self.due(now).await?;
@@ -156,7 +165,7 @@ impl Service for Producer {
             // What was true before a pause would only delay the first messages after it.
             self.saturated.clear();
         }
-        if now.instant >= self.next_timed {
+        if now.instant >= self.next.timed {
             worked |= self.claim_timed(&lanes, instance, now).await?;
         }
         Ok(self.rest(worked, now))
@@ -180,13 +189,10 @@ impl Producer {
             checks: 0,
             led_until: Instant::START,
             paused: false,
-            next_bid: Instant::START,
-            next_timed: Instant::START,
+            next: Next::default(),
             burst_until: Instant::START,
-            next_unhold: Instant::START,
-            next_reserve: Instant::START,
             saturated: Vec::new(),
-            next_saturated: Instant::START,
+            turns: Turns::default(),
             gap: GAP_MIN,
         }
     }
@@ -228,14 +234,14 @@ impl Producer {
             gap = gap.min(left).max(GAP_MIN);
         }
         if now.instant < self.burst_until {
-            gap = gap.min(self.next_timed.since(self.context.clock.instant())).max(GAP_MIN);
+            gap = gap.min(self.next.timed.since(self.context.clock.instant())).max(GAP_MIN);
         }
         Step::Idle(gap)
     }
 
     /// Bids for leadership when it is time to. A leader that could not renew stops before its term ends.
     async fn lead(&mut self, instance: InstanceId, now: Now) -> Result<bool> {
-        if now.instant < self.next_bid {
+        if now.instant < self.next.bid {
             return Ok(now.instant < self.led_until);
         }
         let (until, led_until) = (now.time.after(LEADERSHIP), now.instant.after(LEADERSHIP));
@@ -248,7 +254,7 @@ impl Producer {
             .await
             .inspect_err(|_| self.context.metrics.is_active_producer(led))?;
         self.context.metrics.is_active_producer(won.is_some());
-        self.next_bid = now.instant.after(BID);
+        self.next.bid = now.instant.after(BID);
         match won {
             Some(leadership) => {
                 self.led_until = led_until;
@@ -274,7 +280,7 @@ impl Producer {
     /// What is worth claiming: after work new messages, without a question, and else what the store says. One
     /// question in place of a claim for each lane keeps a producer at rest below 1 % of a core.
     async fn due(&self, now: Now) -> Result<DueNow> {
-        if now.instant < self.next_timed {
+        if now.instant < self.next.timed {
             if !self.has_room() {
                 // Nothing could be claimed, whatever the answer.
                 return Ok(DueNow::default());
@@ -290,23 +296,24 @@ impl Producer {
         self.context.store.due(&lanes, now.time.after(Ticket::AHEAD)).await
     }
 
-    /// Claims new messages, urgent ones first: after a full claim the others have to wait. Asks which endpoints are
+    /// Claims new messages, urgent ones first: after a full claim the others have to wait, but not for ever. Asks which endpoints are
     /// saturated while there are any.
     async fn claim_new(&mut self, instance: InstanceId, now: Now) -> Result<bool> {
-        let mut worked = false;
-        for urgency in Urgency::ALL {
-            match self.claim(instance, Due::New(urgency), now).await? {
-                Taken::Full { .. } => {
-                    worked = true;
-                    break;
-                }
-                Taken::Some { .. } => worked = true,
-                Taken::Nothing | Taken::NoCapacity => {}
+        let (mut worked, mut asked, order) = (false, 0, self.turns.order());
+        for urgency in &order {
+            let taken = self.claim(instance, Due::New(*urgency), now).await?;
+            worked |= matches!(taken, Taken::Full { .. } | Taken::Some { .. });
+            asked += usize::from(!matches!(taken, Taken::NoCapacity));
+            if matches!(taken, Taken::Full { .. } | Taken::NoCapacity) {
+                break;
             }
         }
-        if now.instant >= self.next_saturated {
+        if asked > 0 {
+            self.turns.asked(&order, asked);
+        }
+        if now.instant >= self.next.saturated {
             self.saturated = self.context.store.saturated().await?;
-            self.next_saturated = now.instant.after(SATURATED_LOOK);
+            self.next.saturated = now.instant.after(SATURATED_LOOK);
         }
         Ok(worked)
     }
@@ -325,7 +332,7 @@ impl Producer {
             }
         }
         if !full {
-            self.next_timed =
+            self.next.timed =
                 now.instant.after(if now.instant < self.burst_until { TIMED_LATE } else { TIMED });
         }
         Ok(full)
@@ -434,11 +441,11 @@ impl Producer {
     /// Reserves times for deliveries of endpoints with a rate, and has them claimed at once: they come to their consumers
     /// ahead of those times.
     async fn reserve(&mut self, now: Now) -> Result<()> {
-        self.next_reserve = now.instant.after(RESERVE);
+        self.next.reserve = now.instant.after(RESERVE);
         if self.context.directory.snapshot().rated {
             let (from, until) = (now.time.after(RESERVE_FROM), now.time.after(RESERVE_UNTIL));
             if self.context.store.reserve(from, until).await? > 0 {
-                self.next_timed = now.instant;
+                self.next.timed = now.instant;
             }
         }
         Ok(())
@@ -462,7 +469,7 @@ impl Producer {
                 more |= freed.into_iter().any(|freed| freed > 0);
             }
         }
-        self.next_unhold = now.instant.after(if more { UNHOLD_MORE } else { UNHOLD });
+        self.next.unhold = now.instant.after(if more { UNHOLD_MORE } else { UNHOLD });
         Ok(())
     }
 }

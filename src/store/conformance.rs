@@ -76,6 +76,7 @@ macro_rules! store_conformance {
             holding::what_instances_say_to_be_busy_is_known_while_they_live,
             holding::only_what_is_left_in_its_batch_is_held,
             holding::held_deliveries_are_freed_urgent_first_then_oldest,
+            holding::a_quarter_of_what_is_freed_is_of_the_lowest_priority,
             holding::a_held_delivery_that_was_tried_is_due_again_when_freed,
             holding::deliveries_of_several_endpoints_are_freed_in_one_call,
             holding::a_begun_delivery_is_given_back_and_held,

@@ -171,7 +171,8 @@ pub trait Scheduling: Send + Sync {
     async fn held(&self) -> Result<Vec<(String, Held)>>;
 
     /// Frees held deliveries of some endpoints, of each urgent ones first, then the oldest: due at once, or when they
-    /// were due if that is still to come. How many those were, one number for each of `wanted`.
+    /// were due if that is still to come. A quarter, rounded to the nearest number, are of the lowest priority that there is,
+    /// so that a flood of urgent ones does not stop it. How many those were, one number for each of `wanted`.
     async fn unhold(&self, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>>;
 
     /// Reserves times between these for held deliveries of endpoints with a rate, over all of an endpoint's lanes: urgent ones

@@ -112,6 +112,27 @@ pub(crate) async fn held_deliveries_are_freed_urgent_first_then_oldest(store: Ar
     assert_eq!(unhold(&*bench.store, "default", BUSY, 2, bench.now()).await, 0);
 }
 
+pub(crate) async fn a_quarter_of_what_is_freed_is_of_the_lowest_priority(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let of = |priority| NewMessage { priority, ..text("Hello") };
+    let bulk = bench.insert(&vec![of(-1); 3]).await;
+    let urgent = bench.insert(&vec![of(5); 12]).await;
+    let saturated = &["default".to_owned()];
+    for urgency in Urgency::ALL {
+        bench.claim_beside(bench.owner, Due::New(urgency), 20, saturated).await;
+    }
+    for part in [
+        [&bulk[..2], &urgent[..6]].concat(),
+        [&bulk[2..], &urgent[6..7]].concat(),
+        urgent[7..8].to_vec(),
+        urgent[8..].to_vec(),
+    ] {
+        let freed = unhold(&*bench.store, "default", BUSY, part.len(), bench.now()).await;
+        assert_eq!(freed, part.len() as u64);
+        assert_eq!(ids(&bench.claim_timed("").await), part);
+    }
+}
+
 pub(crate) async fn a_held_delivery_that_was_tried_is_due_again_when_freed(store: Arc<dyn Store>) {
     let bench = Bench::new(store).await;
     let first = bench.processing(1).await.remove(0);

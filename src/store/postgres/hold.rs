@@ -106,19 +106,30 @@ pub(super) async fn held(db: &Object) -> Result<Vec<(String, Held)>> {
     Ok(pairs.into_iter().filter_map(|(endpoint, held)| Some((endpoint, held?))).collect())
 }
 
+/// `f`: those that are freed by their priority; `l`: the lowest priority that there is; `s`: its share, where `f` has none of
+/// it.
 pub(super) const UNHOLD: &str = "/* ams:unhold */ with wanted as materialized ( \
          select * from unnest($1::text[], $2::bigint[]) with ordinality w(name, count, number)), \
      e as materialized ( \
          select w.number, w.count, e.id from wanted w join endpoints e on e.name = w.name \
          union all select w.number, w.count, s.id from wanted w join unknown_endpoints s on s.name = w.name), \
-     c as materialized (select w.ctid as place from e cross join lateral (select ctid from waiting \
-         where held is not null and endpoint_id = e.id and held = $3 \
-         order by endpoint_id, held, priority desc, message_id limit e.count) w), \
+     c as materialized (select w.place from e cross join lateral ( \
+         with f as (select x.place, x.priority, row_number() over () as number from ( \
+                 select ctid as place, priority from waiting \
+                 where held is not null and endpoint_id = e.id and held = $3 \
+                 order by endpoint_id, held, priority desc, message_id limit e.count) x), \
+             l as (select priority from waiting where held is not null and endpoint_id = e.id and held = $3 \
+                 order by endpoint_id desc, held desc, priority, message_id desc limit 1), \
+             s as (select x.place from l cross join lateral (select ctid as place from waiting \
+                 where held is not null and endpoint_id = e.id and held = $3 and priority = l.priority \
+                 order by endpoint_id, held, priority desc, message_id limit (e.count + 2) / 4) x \
+                 where l.priority < (select min(priority) from f)) \
+         select place from s union all select place from f where number <= e.count - (select count(*) from s)) w), \
      u as (update waiting set held = null, reserved = false, due_at = greatest(due_at, $4::timestamptz) \
          where ctid = any(array(select place from c)) and coalesce(held is not null, false) returning endpoint_id) \
      select e.number, count(*) from u join e on e.id = u.endpoint_id group by e.number";
 
-/// Frees held deliveries, of each endpoint urgent ones first, then the oldest.
+/// Frees held deliveries, of each endpoint urgent ones first, then the oldest; a quarter are of the lowest priority.
 pub(super) async fn unhold(db: &Object, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>> {
     let statement = db.prepare_cached(UNHOLD).await?;
     let names: Vec<&str> = wanted.iter().map(|wanted| wanted.endpoint.as_str()).collect();

@@ -90,32 +90,54 @@ pub(super) fn held(db: &Connection) -> Result<Vec<(String, Held)>> {
     Ok(found)
 }
 
-/// Frees held deliveries, of each endpoint urgent ones first, then the oldest.
+/// Frees held deliveries, of each endpoint urgent ones first, then the oldest; a quarter are of the lowest priority.
 pub(super) fn unhold(db: &Connection, wanted: &[Unhold], held: Held, now: Timestamp) -> Result<Vec<u64>> {
     wanted.iter().map(|Unhold { endpoint, limit }| unhold_one(db, endpoint, held, *limit, now)).collect()
 }
 
 fn unhold_one(db: &Connection, endpoint: &str, held: Held, limit: usize, now: Timestamp) -> Result<u64> {
-    let mut look = db.prepare_cached(
-        "/* ams:held_rows */ select message_id from waiting indexed by waiting_held \
-         where held is not null and endpoint_id = ?1 and held = ?2 order by priority desc, message_id limit ?3",
-    )?;
     let mut free = db.prepare_cached(
         "/* ams:unhold */ update waiting set held = null, reserved = 0, due_at = max(due_at, ?3) \
          where message_id = ?1 and endpoint_id = ?2",
     )?;
     let mut freed = 0;
     for number in endpoint::numbers(db, endpoint)? {
-        let rest = crate::store::limit(limit.saturating_sub(freed));
-        let ids = look
-            .query_map(params![number.0, held.as_str(), rest], |row| row.get(0))?
-            .collect::<rusqlite::Result<Vec<i64>>>()?;
+        let ids = next_held(db, number, held, limit.saturating_sub(freed))?;
         for id in &ids {
             free.execute(params![id, number.0, now.as_micros()])?;
         }
         freed += ids.len();
     }
     Ok(freed as u64)
+}
+
+/// The held deliveries of an endpoint that are freed next: by their priority, and a quarter of the lowest one.
+fn next_held(db: &Connection, endpoint: EndpointId, held: Held, limit: usize) -> Result<Vec<i64>> {
+    let mut first = db.prepare_cached(
+        "/* ams:held_rows */ select message_id, priority from waiting indexed by waiting_held \
+         where held is not null and endpoint_id = ?1 and held = ?2 order by priority desc, message_id limit ?3",
+    )?;
+    let mut lowest = db.prepare_cached(
+        "/* ams:held_lowest */ select message_id, priority from waiting indexed by waiting_held \
+         where held is not null and endpoint_id = ?1 and held = ?2 and priority = ( \
+             select priority from waiting indexed by waiting_held where held is not null and endpoint_id = ?1 \
+             and held = ?2 order by priority, message_id desc limit 1) order by message_id limit ?3",
+    )?;
+    let read = |row: &Row<'_>| Ok((row.get(0)?, row.get(1)?));
+    let rows = |statement: &mut rusqlite::CachedStatement<'_>, limit| {
+        let rows =
+            statement.query_map(params![endpoint.0, held.as_str(), crate::store::limit(limit)], read)?;
+        rows.collect::<rusqlite::Result<Vec<(i64, i64)>>>()
+    };
+    let mut next = rows(&mut first, limit)?;
+    if next.len() == limit && limit > 1 {
+        let share = rows(&mut lowest, (limit + 2) / 4)?;
+        if share.first().map(|(_, priority)| priority) < next.last().map(|(_, priority)| priority) {
+            next.truncate(limit - share.len());
+            next.extend(share);
+        }
+    }
+    Ok(next.into_iter().map(|(id, _)| id).collect())
 }
 
 /// Brings what waits forward, except what its sender has scheduled. Of the sender's own text SQLite knows milliseconds.
