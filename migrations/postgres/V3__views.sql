@@ -64,7 +64,13 @@ select
             ' is busy'
         )
         when p.held = 'endpoint_rate'
-            then 'held: endpoint ' || m.endpoint || ' has a rate; its attempts are made in their turn'
+            then 'held: endpoint ' || m.endpoint || ' has a rate; its attempts are made in their turn' || coalesce(
+                (
+                    select '; the next begins at ' || rfc3339(r.next_at)
+                    from endpoints e join rates r on r.endpoint_id = e.id where e.name = m.endpoint
+                ),
+                ''
+            )
         when p.held = 'endpoint_disabled' then 'held: endpoint ' || m.endpoint || ' is disabled, does not exist or can not be used'
         when p.status = 'pending' and coalesce(p.due_at, m.send_at) is not null
             then 'due at ' || rfc3339(coalesce(p.due_at, m.send_at))

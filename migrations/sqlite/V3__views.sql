@@ -63,7 +63,13 @@ select
             ' is busy'
         )
         when p.held = 'endpoint_rate'
-            then 'held: endpoint ' || m.endpoint || ' has a rate; its attempts are made in their turn'
+            then 'held: endpoint ' || m.endpoint || ' has a rate; its attempts are made in their turn' || coalesce(
+                (
+                    select '; the next begins at ' || strftime('%Y-%m-%dT%H:%M:%fZ', r.next_at / 1000000.0, 'unixepoch')
+                    from endpoints e join rates r on r.endpoint_id = e.id where e.name = m.endpoint
+                ),
+                ''
+            )
         when p.held = 'endpoint_disabled' then 'held: endpoint ' || m.endpoint || ' is disabled, does not exist or can not be used'
         when p.status = 'pending' and p.due_at is not null
             then 'due at ' || strftime('%Y-%m-%dT%H:%M:%fZ', p.due_at / 1000000.0, 'unixepoch')

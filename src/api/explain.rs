@@ -16,6 +16,8 @@ pub(super) struct Surroundings {
     /// `None`: the store did not say.
     control: Option<Control>,
     directory: Arc<Snapshot>,
+    /// When the next attempt at the message's endpoint may begin, if that has a rate.
+    next_reserved: Option<Timestamp>,
     queue: Queue,
 }
 
@@ -34,7 +36,8 @@ impl Surroundings {
     pub(super) async fn of_many(context: &Context) -> Surroundings {
         let now = context.clock.now();
         let control = context.store.control(now).await.ok();
-        Surroundings { now, control, directory: context.directory.snapshot(), queue: Queue::Unasked }
+        let directory = context.directory.snapshot();
+        Surroundings { now, control, directory, ..Surroundings::default() }
     }
 
     /// Everything about one message.
@@ -53,7 +56,11 @@ impl Surroundings {
                 Err(_) => Queue::Away("it does not answer".to_owned()),
             },
         };
-        Surroundings { queue, ..Surroundings::of_many(context).await }
+        let next_reserved = match message.held {
+            Some(Held::EndpointRate) => context.store.next_reserved(&message.endpoint).await.ok().flatten(),
+            _ => None,
+        };
+        Surroundings { queue, next_reserved, ..Surroundings::of_many(context).await }
     }
 }
 
@@ -104,9 +111,13 @@ fn explain_held(held: Held, endpoint: &str, around: &Surroundings) -> String {
             None => format!("held: endpoint {endpoint} is busy; it goes on as soon as there is room"),
         },
         Held::EndpointRate => match directory.endpoints.get(endpoint).and_then(|endpoint| endpoint.rate) {
-            Some(Rate { count, interval }) => format!(
-                "held: endpoint {endpoint} takes at most {count} attempts in {interval:?}; it goes in its turn"
-            ),
+            Some(Rate { count, interval }) => {
+                let next = around.next_reserved.filter(|at| *at > around.now);
+                let next = next.map(|at| format!("; the next begins at {at}")).unwrap_or_default();
+                format!(
+                    "held: endpoint {endpoint} takes at most {count} attempts in {interval:?}, each in its turn{next}"
+                )
+            }
             None => format!("held: endpoint {endpoint} had a rate; it goes on within a second or two"),
         },
         Held::EndpointDisabled if !directory.endpoints.contains_key(endpoint) => {
@@ -245,6 +256,22 @@ mod tests {
                 Message { held: Some(Held::EndpointDisabled), ..message(Status::Pending) },
                 with_endpoint(|known| drop(known.faults.insert("sms".into(), "its URL is none".into()))),
                 "held: its URL is none; it goes on once",
+            ),
+            (
+                Message { held: Some(Held::EndpointRate), ..message(Status::Pending) },
+                Surroundings {
+                    next_reserved: Some(Timestamp::EPOCH.after(Duration::from_secs(2))),
+                    ..with_endpoint(|known| {
+                        let endpoint = known.endpoints.get_mut("sms").and_then(Arc::get_mut).unwrap();
+                        endpoint.rate = Some(Rate { count: 5, interval: Duration::from_secs(1) });
+                    })
+                },
+                "at most 5 attempts in 1s, each in its turn; the next begins at 1970-01-01T00:00:02Z",
+            ),
+            (
+                Message { held: Some(Held::EndpointRate), ..message(Status::Pending) },
+                with_endpoint(|_| ()),
+                "endpoint sms had a rate",
             ),
             (
                 Message { held: Some(Held::EndpointBusy), ..message(Status::Retrying) },

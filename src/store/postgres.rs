@@ -384,6 +384,10 @@ impl Scheduling for PostgresStore {
         self.call(async |db| rate::reserve(db, from, until).await).await
     }
 
+    async fn next_reserved(&self, endpoint: &str) -> Result<Option<Timestamp>> {
+        self.read(async |db| rate::next_reserved(db, endpoint).await).await
+    }
+
     async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {
         self.call(async |db| hold::expire(db, now, limit).await).await
     }

@@ -180,6 +180,9 @@ pub trait Scheduling: Send + Sync {
     /// many those were.
     async fn reserve(&self, from: Timestamp, until: Timestamp) -> Result<u64>;
 
+    /// When the next attempt at an endpoint with a rate may begin; `None`: none was reserved yet.
+    async fn next_reserved(&self, endpoint: &str) -> Result<Option<Timestamp>>;
+
     /// Ends at most `limit` waiting deliveries whose time is over, and returns how many.
     async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64>;
 }

@@ -356,6 +356,11 @@ impl Scheduling for SqliteStore {
         self.write(move |db| rate::reserve(db, from, until)).await
     }
 
+    async fn next_reserved(&self, endpoint: &str) -> Result<Option<Timestamp>> {
+        let endpoint = endpoint.to_owned();
+        self.read(move |db| rate::next_reserved(db, &endpoint)).await
+    }
+
     async fn expire(&self, now: Timestamp, limit: usize) -> Result<u64> {
         self.write(move |db| hold::expire(db, now, limit)).await
     }

@@ -46,9 +46,12 @@ pub(crate) async fn deliveries_of_an_endpoint_with_a_rate_go_one_by_one(store: A
     assert_eq!((row.status, row.held), (Status::Pending, Some(Held::EndpointRate)));
     assert_eq!(bench.store.held().await.unwrap(), [("sms".to_owned(), Held::EndpointRate)]);
     assert_eq!(claimed(&bench, "").await, []);
+    assert_eq!(bench.store.next_reserved("sms").await.unwrap(), None);
     // One each 150 ms, which no further look before its time changes.
     assert_eq!((reserve(&bench, 200, 400).await, reserve(&bench, 200, 400).await), (2, 0));
     assert_eq!(claimed(&bench, "").await, [(all[0], 200), (all[1], 350)]);
+    let next = bench.store.next_reserved("sms").await.unwrap();
+    assert_eq!(next, Some(bench.now().after(Duration::from_millis(500))));
     assert_eq!(reserve(&bench, 200, 600).await, 1);
     assert_eq!(claimed(&bench, "").await, [(all[3], 500)]);
     bench.pass(5);

@@ -62,3 +62,11 @@ async fn reserve_for(
     db.execute(&db.prepare_cached(next).await?, &[&endpoint, &times.after(ids.len())]).await?;
     Ok(count)
 }
+
+/// When the next time of an endpoint may be reserved for.
+pub(super) async fn next_reserved(db: &Object, endpoint: &str) -> Result<Option<Timestamp>> {
+    let statement = "/* ams:next_reserved */ select next_at from rates \
+                     where endpoint_id = (select id from endpoints where name = $1)";
+    let row = db.query_opt(&db.prepare_cached(statement).await?, &[&endpoint]).await?;
+    Ok(row.map(|row| row.try_get(0)).transpose()?)
+}

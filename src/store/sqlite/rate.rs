@@ -51,3 +51,12 @@ fn reserve_for(db: &Connection, endpoint: i64, rate: Rate, from: Timestamp, unti
     .execute(params![endpoint, times.after(ids.len()).as_micros()])?;
     Ok(ids.len() as u64)
 }
+
+/// When the next time of an endpoint may be reserved for.
+pub(super) fn next_reserved(db: &Connection, endpoint: &str) -> Result<Option<Timestamp>> {
+    let mut statement = db.prepare_cached(
+        "/* ams:next_reserved */ select next_at from rates \
+         where endpoint_id = (select id from endpoints where name = ?1)",
+    )?;
+    Ok(statement.query_row([endpoint], |row| our_time(row, 0)).optional()?)
+}

@@ -127,6 +127,7 @@ faulty! {
     batches(now: Timestamp, limit: usize) -> Vec<Batch>;
     held() -> Vec<(String, Held)>;
     reserve(from: Timestamp, until: Timestamp) -> u64;
+    next_reserved(endpoint: &str) -> Option<Timestamp>;
     expire(now: Timestamp, limit: usize) -> u64;
 }
 
