@@ -86,6 +86,13 @@ impl Breaker {
         }
     }
 
+    /// It is not opened if a success was recorded since then, by whatever consumer: those of a retry lane may see the
+    /// failures of a few bad messages only. `None`: nothing speaks against it.
+    pub fn unless_sent_since(&self) -> Option<Timestamp> {
+        let is_first = self.openings == 1 && self.cause == Cause::Failing;
+        is_first.then(|| self.since.before(FAILING_FOR))
+    }
+
     /// What there is to say of its endpoint. The view `message_status` says the same.
     pub fn explain(&self, endpoint: &str) -> String {
         let (until, reason) = (self.until, &self.reason);
@@ -166,6 +173,9 @@ impl Failures {
 
     /// Notes one more. Whether the breaker is to open.
     pub fn add(&mut self, now: Instant) -> bool {
+        if self.is_old(now) {
+            *self = Failures::none(now);
+        }
         self.count = self.count.saturating_add(1);
         self.last = now;
         self.count >= FAILURES && now.since(self.since) >= FAILING_FOR
@@ -246,6 +256,8 @@ mod tests {
         let mut failures = Failures::none(at(0));
         failures.add(at(5));
         assert!(!failures.is_old(at(305)) && failures.is_old(at(306)));
+        let much_later = [400, 401, 402, 403, 409, 410].map(|time| failures.add(at(time)));
+        assert_eq!(much_later, [false, false, false, false, false, true], "those of long ago do not count");
     }
 
     #[test]

@@ -160,6 +160,8 @@ create table stats (
     dead bigint not null,
     -- Together, from the first byte of each request to the end of its answer.
     took_us bigint not null,
+    -- When the last success was recorded.
+    sent_at timestamptz,
     primary key (endpoint_id, minute)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 

@@ -144,6 +144,8 @@ create table stats (
     dead integer not null,
     -- Together, from the first byte of each request to the end of its answer.
     took_us integer not null,
+    -- When the last success was recorded.
+    sent_at integer,
     primary key (endpoint_id, minute)
 ) strict, without rowid;
 

@@ -258,22 +258,6 @@ mod tests {
                 "held: its URL is none; it goes on once",
             ),
             (
-                Message { held: Some(Held::EndpointRate), ..message(Status::Pending) },
-                Surroundings {
-                    next_reserved: Some(Timestamp::EPOCH.after(Duration::from_secs(2))),
-                    ..with_endpoint(|known| {
-                        let endpoint = known.endpoints.get_mut("sms").and_then(Arc::get_mut).unwrap();
-                        endpoint.rate = Some(Rate { count: 5, interval: Duration::from_secs(1) });
-                    })
-                },
-                "at most 5 attempts in 1s, each in its turn; the next begins at 1970-01-01T00:00:02Z",
-            ),
-            (
-                Message { held: Some(Held::EndpointRate), ..message(Status::Pending) },
-                with_endpoint(|_| ()),
-                "endpoint sms had a rate",
-            ),
-            (
                 Message { held: Some(Held::EndpointBusy), ..message(Status::Retrying) },
                 with_endpoint(|known| {
                     let failed = outcome(Class::Rejected, Some(503));
@@ -285,6 +269,27 @@ mod tests {
         ] {
             let explained = why(&message, &around).unwrap_or_default();
             assert!(explained.contains(expected), "{:?}: {explained}", message.status);
+        }
+    }
+
+    #[test]
+    fn a_rate_is_told_with_the_time_of_the_next_attempt() {
+        let held = Message { held: Some(Held::EndpointRate), ..message(Status::Pending) };
+        let rated = with_endpoint(|known| {
+            let endpoint = known.endpoints.get_mut("sms").and_then(Arc::get_mut).unwrap();
+            endpoint.rate = Some(Rate { count: 5, interval: Duration::from_secs(1) });
+        });
+        let next_reserved = Some(Timestamp::EPOCH.after(Duration::from_secs(2)));
+        let next = Surroundings { next_reserved, ..rated.clone() };
+        let later = Surroundings { now: Timestamp::EPOCH.after(Duration::from_secs(2)), ..next.clone() };
+        let told = "held: endpoint sms takes at most 5 attempts in 1s, each in its turn";
+        for (around, expected) in [
+            (next, &*format!("{told}; the next begins at 1970-01-01T00:00:02Z")),
+            (later, told),
+            (rated, told),
+            (around(), "held: endpoint sms had a rate; it goes on within a second or two"),
+        ] {
+            assert_eq!(why(&held, &around).unwrap(), expected);
         }
     }
 }

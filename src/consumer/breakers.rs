@@ -26,8 +26,8 @@ const PROBE_ASK: Duration = Duration::from_secs(1);
 /// How long after an endpoint's own deadline a probe is believed to have been lost on its way.
 const PROBE_LOST: Duration = Duration::from_secs(5);
 
-/// Changes that one call writes, and whether it did.
-type Written = (Vec<(String, Option<Breaker>)>, bool);
+/// Changes that one call writes, and which of them were made; `None`: nobody knows.
+type Written = (Vec<(String, Option<Breaker>)>, Option<Vec<bool>>);
 
 #[derive(Default)]
 pub(super) struct Breakers {
@@ -102,6 +102,11 @@ impl Breakers {
         self.known(endpoint).is_some_and(|known| known.breaker.is_some() && now < known.at)
     }
 
+    /// Whether the endpoint's breaker is not closed, or has been closed lately.
+    pub(super) fn is_known(&self, endpoint: &str) -> bool {
+        self.known(endpoint).is_some()
+    }
+
     /// Whether the endpoint's breaker is closed: neither open nor half-open.
     pub(super) fn is_closed(&self, endpoint: &str) -> bool {
         self.known(endpoint).is_none_or(|known| known.breaker.is_none())
@@ -143,11 +148,11 @@ impl Breakers {
         probes
     }
 
-    /// Notes what came of an attempt. Whether the endpoint's breaker has opened by it.
-    pub(super) fn note(&mut self, endpoint: &Endpoint, outcome: &Outcome, now: Now) -> bool {
+    /// Notes what came of an attempt: the endpoint's breaker may open or close by it.
+    pub(super) fn note(&mut self, endpoint: &Endpoint, outcome: &Outcome, now: Now) {
         let name = endpoint.name.as_str();
         match Sign::of(outcome, &endpoint.final_statuses) {
-            Sign::Nothing => false,
+            Sign::Nothing => {}
             Sign::Works => {
                 if !self.failures.is_empty() {
                     self.failures.remove(name);
@@ -155,14 +160,11 @@ impl Breakers {
                 if self.breaker(name).is_some() {
                     self.close(name, now.instant);
                 }
-                false
             }
             Sign::Fails => {
-                let opens = self.opens(name, outcome, now);
-                if opens {
+                if self.opens(name, outcome, now) {
                     self.open(name, Breaker::opened(self.breaker(name), outcome, now.time), now);
                 }
-                opens
             }
         }
     }
@@ -195,15 +197,22 @@ impl Breakers {
         self.unwritten.insert(name.to_owned(), None);
     }
 
+    /// Has a breaker opened. The first opening after failures counts only once the store has made it.
     fn open(&mut self, name: &str, opened: Breaker, now: Now) {
+        self.failures.remove(name);
+        if opened.unless_sent_since().is_none() {
+            self.opened(name, opened.clone(), None, now);
+        }
+        self.unwritten.insert(name.to_owned(), Some(opened));
+    }
+
+    fn opened(&mut self, name: &str, opened: Breaker, ours_until: Option<Instant>, now: Now) {
         match opened.openings {
             1 => tracing::warn!(endpoint = name, "{}; its messages are held", opened.explain(name)),
             _ => tracing::debug!(endpoint = name, "{}", opened.explain(name)),
         }
-        self.failures.remove(name);
         let at = now.instant.after(opened.until.since(now.time));
-        self.known.insert(name.to_owned(), Known::new(Some(opened.clone()), at, None));
-        self.unwritten.insert(name.to_owned(), Some(opened));
+        self.known.insert(name.to_owned(), Known::new(Some(opened), at, ours_until));
     }
 
     /// Learns what other consumers have found out, and forgets endpoints that have all of their window again.
@@ -244,23 +253,32 @@ impl Breakers {
         self.writing = Some(Box::pin(async move {
             let written = store.set_breakers(&changes).await;
             let failed = |error: &StoreError| tracing::debug!("breakers could not be written: {error}");
-            let is_written = written.inspect_err(failed).is_ok();
-            (changes, is_written)
+            (changes, written.inspect_err(failed).ok())
         }));
     }
 
-    /// Waits for the call under way; for ever when there is none.
+    /// Waits for the call under way, by which breakers may have opened; for ever when there is none.
     pub(super) async fn written(&mut self, clock: &Clock) {
-        let (changes, is_written) = under_way(&mut self.writing).await;
+        let (changes, made) = under_way(&mut self.writing).await;
         self.writing = None;
-        for (name, change) in changes {
-            if !is_written {
+        let now = clock.reading();
+        for (nth, (name, change)) in changes.into_iter().enumerate() {
+            let settled = Some(now.instant.after(SETTLED));
+            let is_first = |breaker: &Breaker| breaker.unless_sent_since().is_some();
+            match (made.as_ref().map(|made| made.get(nth) == Some(&true)), change) {
                 // Unless a newer change follows.
-                self.unwritten.entry(name).or_insert(change);
-            } else if let Some(known) =
-                self.known.get_mut(&name).filter(|_| !self.unwritten.contains_key(&name))
-            {
-                known.ours_until = Some(clock.instant().after(SETTLED));
+                (None, change) => drop(self.unwritten.entry(name).or_insert(change)),
+                (Some(made), Some(breaker)) if is_first(&breaker) => {
+                    if made {
+                        self.opened(&name, breaker, settled, now);
+                    }
+                }
+                (Some(_), _) if self.unwritten.contains_key(&name) => {}
+                (Some(_), _) => {
+                    if let Some(known) = self.known.get_mut(&name) {
+                        known.ours_until = settled;
+                    }
+                }
             }
         }
     }

@@ -157,7 +157,9 @@ impl Dispatcher {
                 receipts = self.holding.done() => self.done(receipts),
                 receipts = self.unreadable.done() => self.done(receipts),
                 () = self.saturated.progress(&self.context.clock) => {}
-                () = self.breakers.written(&self.context.clock) => {}
+                () = self.breakers.written(&self.context.clock) => {
+                    self.follow_breakers(self.context.clock.reading());
+                }
                 () = self.waiting.reserved.due(&self.context.clock) => self.start_reserved(),
                 () = self.arrivals.early.due(&self.context.clock) => {
                     self.arrivals.admit_due(self.context.clock.instant());
@@ -334,6 +336,10 @@ impl Dispatcher {
         if waits && self.limits.is_starved(&endpoint.name) {
             self.waiting.starve(endpoint);
         }
+        if waits && self.limits.is_short(&endpoint.name) {
+            // No attempt that ends has it tried again.
+            self.waiting.put_off(&endpoint.name);
+        }
     }
 
     /// Starts first attempts at new endpoints, where others have made room for them.
@@ -366,13 +372,12 @@ impl Dispatcher {
     fn finish(&mut self, begun: BegunDelivery, outcome: Option<Outcome>, took: Duration, now: Now) {
         let endpoint = Arc::clone(&begun.endpoint);
         self.limits.finish(&endpoint.name, took, Feedback::of(outcome.as_ref()), now.instant);
-        let opens = outcome.as_ref().is_some_and(|outcome| self.breakers.note(&endpoint, outcome, now));
-        self.judge(begun, outcome, took, now.time);
-        if opens {
-            self.give_back_open(&endpoint.name, now);
-        } else {
-            self.try_next(&endpoint, now.instant);
+        if let Some(outcome) = &outcome {
+            self.breakers.note(&endpoint, outcome, now);
         }
+        self.judge(begun, outcome, took, now.time);
+        self.give_back_open(&endpoint.name, now);
+        self.try_next(&endpoint, now.instant);
     }
 
     /// Puts a message back in its turn: this process was short of a connection for it, so it has not been tried.
@@ -389,9 +394,6 @@ impl Dispatcher {
     fn take_up(&mut self, now: Instant) {
         for endpoint in self.waiting.take_put_off() {
             self.try_next(&endpoint, now);
-            if self.limits.is_short(&endpoint.name) {
-                self.waiting.put_off(&endpoint.name);
-            }
         }
     }
 
@@ -441,6 +443,7 @@ impl Dispatcher {
         let now = reading.instant;
         let directory = self.context.directory.snapshot();
         self.breakers.learn(&directory, reading);
+        self.follow_breakers(reading);
         for endpoint in self.limits.fallen_silent(now) {
             self.give_back(&endpoint, reading);
         }
@@ -454,6 +457,15 @@ impl Dispatcher {
         let probes = self.breakers.probes(&wanted, &directory, reading);
         self.report(now);
         self.saturated.free(&self.context, wanted, probes, now);
+    }
+
+    /// Gives back what waits here for endpoints whose breakers are open, and starts what others allow by now: no attempt
+    /// that ends does it, where none is in flight.
+    fn follow_breakers(&mut self, now: Now) {
+        for endpoint in self.waiting.endpoints(|name| self.breakers.is_known(name)) {
+            self.give_back_open(&endpoint.name, now);
+            self.try_next(&endpoint, now.instant);
+        }
     }
 
     /// Holds what waits for an endpoint whose breaker is open.

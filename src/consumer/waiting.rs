@@ -55,6 +55,12 @@ impl Waiting {
         false
     }
 
+    /// Those endpoints for which deliveries wait and to which this applies.
+    pub(super) fn endpoints(&self, applies: impl Fn(&str) -> bool) -> Vec<Arc<Endpoint>> {
+        let queues = self.queues.iter().filter(|(name, _)| applies(name));
+        queues.filter_map(|(_, queue)| queue.front().map(|begun| Arc::clone(&begun.endpoint))).collect()
+    }
+
     /// Takes out all that waits for an endpoint.
     pub(super) fn take(&mut self, endpoint: &str) -> VecDeque<BegunDelivery> {
         self.queues.remove(endpoint).unwrap_or_default()

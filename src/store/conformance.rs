@@ -81,6 +81,7 @@ macro_rules! store_conformance {
             holding::deliveries_of_several_endpoints_are_freed_in_one_call,
             holding::a_begun_delivery_is_given_back_and_held,
             breaking::a_breaker_stays_until_it_is_closed,
+            breaking::a_breaker_does_not_open_beside_successes,
             breaking::a_breaker_goes_with_a_change_of_its_endpoint,
             breaking::deliveries_are_held_while_their_breaker_is_open,
             breaking::one_probes_at_a_time,

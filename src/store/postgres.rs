@@ -325,7 +325,7 @@ impl Registry for PostgresStore {
         self.call(async |db| breaker::breakers(db).await).await
     }
 
-    async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<()> {
+    async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<Vec<bool>> {
         self.call(async |db| breaker::set_breakers(db, changes).await).await
     }
 

@@ -142,8 +142,9 @@ pub trait Registry: Send + Sync {
 
     /// Opens breakers, and closes those without a value. One that was opened more often, or as often and for longer,
     /// stays as it is: several consumers find out the same. One that somebody has closed meanwhile is not opened again by a
-    /// failure that belongs to the time before.
-    async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<()>;
+    /// failure that belongs to the time before, and none for the first time while other consumers see successes: see
+    /// [`Breaker::unless_sent_since`]. Says which of the changes were made.
+    async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<Vec<bool>>;
 
     /// Takes the right to probe these endpoints, each with one attempt until its time. Which of them it was given for: those
     /// whose breaker is half-open, and that nobody else probes.

@@ -281,7 +281,7 @@ impl Registry for SqliteStore {
         self.read(breaker::breakers).await
     }
 
-    async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<()> {
+    async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<Vec<bool>> {
         let changes = changes.to_vec();
         self.write(move |db| breaker::set_breakers(db, &changes)).await
     }

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use crate::harness::*;
 use ams::testclient::TestClientOptions;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 async fn texts(stack: &Stack, statement: &str) -> Vec<String> {
     stack.sql().await.query(statement, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
@@ -76,4 +78,57 @@ async fn retry_after_pauses_an_endpoint_for_all_consumers_and_a_change_of_it_end
     until("the rest is sent", Duration::from_secs(60), async || texts(&stack, sent).await.len() >= 150).await;
     assert_eq!(well.duplicates(), 0);
     assert_eq!(receiver.arrivals(), before);
+}
+
+/// A receiver that answers 500 to messages with `poison` in them, and 200 to the others; one request a connection.
+async fn picky() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let (mut request, mut read) = (vec![0; 4_096], 0);
+                // The body is JSON, and short.
+                while read == 0 || request[read - 1] != b'}' {
+                    read += stream.read(&mut request[read..]).await.unwrap_or(0).max(1);
+                }
+                let poison = request[..read].windows(6).any(|text| text == b"poison");
+                let status = if poison { "500 No" } else { "200 OK" };
+                let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+                // How the other side ends the connection is not what is looked at.
+                drop(stream.write_all(answer.as_bytes()).await);
+            });
+        }
+    });
+    url
+}
+
+/// The consumer of the retry lane sees failures only.
+#[tokio::test]
+async fn bad_messages_among_good_ones_open_no_breaker() {
+    let receiver = Receiver::start(TestClientOptions::default()).await;
+    let stack = Stack::new("poison", &receiver).await;
+    let sql = stack.sql().await;
+    sql.execute("insert into endpoints (name, url) values ('picky', $1)", &[&picky().await]).await.unwrap();
+    let retry = [("RETRY_INTERVAL", "1s"), ("RETRY_COUNT", "15"), ("RETRY_MAX_INTERVAL", "1s")];
+    let _services =
+        [stack.start("producer", &[]), stack.start("consumer", &[]), stack.start("retry-consumer", &retry)];
+    let insert = "insert into messages (endpoint, recipient, content) \
+                  select 'picky', '+' || i, $1 from generate_series(1, $2::bigint) i";
+    sql.execute(insert, &[&"poison", &10_i64]).await.unwrap();
+    let poison = "select count(*) from deliveries where status = 'dead'";
+    let mut good = 0;
+    until("the bad ones are dead", Duration::from_secs(90), async || {
+        sql.execute(insert, &[&"Hello", &10_i64]).await.unwrap();
+        good += 10;
+        sql.query_one(poison, &[]).await.unwrap().get::<_, i64>(0) == 10
+    })
+    .await;
+    let ended = stack.all_final(10 + good, Duration::from_secs(30)).await;
+    assert_eq!((ended.get("sent"), ended.get("dead")), (Some(&good), Some(&10)), "{ended:?}");
+    let took = "select extract(epoch from max(finished_at) - min(finished_at))::float8 from deliveries";
+    assert!(sql.query_one(took, &[]).await.unwrap().get::<_, f64>(0) > 12.0, "they failed for long");
+    sql.batch_execute("select pg_stat_force_next_flush()").await.unwrap();
+    let opened = "select n_tup_ins from pg_stat_user_tables where relname = 'breakers'";
+    assert_eq!(sql.query_one(opened, &[]).await.unwrap().get::<_, i64>(0), 0);
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Bench, RETRY, ids, outcome, text, unhold};
-use crate::breaker::Breaker;
+use crate::breaker::{Breaker, Cause};
 use crate::clock::Timestamp;
 use crate::message::{Class, Held, NewMessage, Status};
 use crate::store::operate::Deletion;
@@ -51,6 +51,29 @@ pub(crate) async fn a_breaker_stays_until_it_is_closed(store: Arc<dyn Store>) {
     assert_eq!(left, ["default"]);
     set(&bench, "default", None).await;
     assert_eq!(breakers(&bench).await, []);
+}
+
+/// A retry lane may see nothing but the failures of a few bad messages.
+pub(crate) async fn a_breaker_does_not_open_beside_successes(store: Arc<dyn Store>) {
+    let bench = Bench::new(store).await;
+    let begun = bench.processing(1).await;
+    bench.record(&[bench.sent(&begun[0])]).await;
+    let open = async |openings| {
+        let change = ("default".to_owned(), opened(openings, bench.in_seconds(5), bench.now()));
+        bench.store.set_breakers(&[change]).await.unwrap()
+    };
+    bench.pass(9);
+    assert_eq!((open(1).await, breakers(&bench).await), (vec![false], vec![]));
+    bench.pass(1);
+    assert_eq!((open(1).await, breakers(&bench).await.len()), (vec![true], 1));
+    // From then on probes decide; and the endpoint itself, when it asks for a pause.
+    assert_eq!(open(2).await, [true]);
+    set(&bench, "default", None).await;
+    let begun = bench.processing(1).await;
+    bench.record(&[bench.sent(&begun[0])]).await;
+    let asked = opened(1, bench.in_seconds(5), bench.now()).unwrap();
+    let asked = Some(Breaker { cause: Cause::RetryAfter, ..asked });
+    assert_eq!(bench.store.set_breakers(&[("default".to_owned(), asked)]).await.unwrap(), [true]);
 }
 
 pub(crate) async fn a_breaker_goes_with_a_change_of_its_endpoint(store: Arc<dyn Store>) {

@@ -29,12 +29,17 @@ pub(super) async fn breakers(db: &Object) -> Result<Vec<(String, Breaker)>> {
 }
 
 /// Opens and closes breakers. One that was opened further stays, and one that was closed meanwhile opens for the first time only.
-pub(super) async fn set_breakers(db: &mut Object, changes: &[(String, Option<Breaker>)]) -> Result<()> {
+pub(super) async fn set_breakers(
+    db: &mut Object,
+    changes: &[(String, Option<Breaker>)],
+) -> Result<Vec<bool>> {
     let transaction = db.transaction().await?;
     let open = transaction
         .prepare_cached(
             "/* ams:open_breaker */ insert into breakers (endpoint_id, cause, since, until, openings, reason) \
              select id, $2, $3, $4, $5, $6 from endpoints where name = $1 and ($5 = 1 or id in (select endpoint_id from breakers)) \
+                 and ($7::timestamptz is null or not exists (select from stats s where s.endpoint_id = id \
+                     and s.minute > $7 - interval '15 min' and s.sent_at > $7)) \
              on conflict (endpoint_id) do update set cause = excluded.cause, until = excluded.until, \
                  openings = excluded.openings, reason = excluded.reason, probed_until = null \
              where (breakers.openings, breakers.until) < (excluded.openings, excluded.until)",
@@ -46,17 +51,21 @@ pub(super) async fn set_breakers(db: &mut Object, changes: &[(String, Option<Bre
              where endpoint_id = (select id from endpoints where name = $1)",
         )
         .await?;
+    let mut made = Vec::with_capacity(changes.len());
     for (endpoint, change) in changes {
-        match change {
+        let rows = match change {
             Some(b) => {
-                let values: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
-                    [endpoint, &b.cause.as_str(), &b.since, &b.until, &b.openings, &b.reason];
+                let unless = b.unless_sent_since();
+                let values: [&(dyn tokio_postgres::types::ToSql + Sync); 7] =
+                    [endpoint, &b.cause.as_str(), &b.since, &b.until, &b.openings, &b.reason, &unless];
                 transaction.execute(&open, &values).await?
             }
             None => transaction.execute(&close, &[endpoint]).await?,
         };
+        made.push(rows > 0);
     }
-    Ok(transaction.commit().await?)
+    transaction.commit().await?;
+    Ok(made)
 }
 
 /// Takes the right to probe those endpoints that nobody probes. A right that lasts for longer than any was written by a

@@ -35,11 +35,11 @@ pub(super) const SENT: &str = "/* ams:sent */ with \
          where ok.ok and l.id = any($1) and l.id = v.id and bit_count(l.\"left\" & ~v.mask) > 0), \
      ld as (delete from leases l using v, ok \
          where ok.ok and l.id = any($1) and l.id = v.id and bit_count(l.\"left\" & ~v.mask) = 0), \
-     st as (insert into stats (endpoint_id, minute, sent, failed, dead, took_us) \
-         select t.* from ok, unnest($3::int[], $4::timestamptz[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[]) t \
+     st as (insert into stats (endpoint_id, minute, sent, failed, dead, took_us, sent_at) \
+         select t.*, $9 from ok, unnest($3::int[], $4::timestamptz[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[]) t \
          where ok.ok on conflict (endpoint_id, minute) do update set sent = stats.sent + excluded.sent, \
              failed = stats.failed + excluded.failed, dead = stats.dead + excluded.dead, \
-             took_us = stats.took_us + excluded.took_us), \
+             took_us = stats.took_us + excluded.took_us, sent_at = excluded.sent_at), \
      de as (insert into deliveries (message_id, endpoint_id, status, attempts, lane, finished_at, batch, started_at, \
              connect_us, head_us, body_us, http_status, address, provider_message_id, answer) \
          select ($11::bigint[])[g], ($12::int[])[g], 'sent', ($13::int[])[g], $10, $9, ($14::bigint[])[g], \
@@ -237,7 +237,7 @@ async fn settle_in(db: &Transaction<'_>, records: &Records<'_>) -> Result<Vec<Me
         write_ended(db, &accepted, records.now),
         write_dead_letters(db, &accepted, records.now),
         write_attempts(db, &logged),
-        write_stats(db, &counted),
+        write_stats(db, &counted, records.now),
     )?;
     Ok(judged().filter(|(_, accepted)| !**accepted).map(|(record, _)| record.ticket.id).collect())
 }
@@ -458,21 +458,25 @@ async fn write_attempts(db: &Transaction<'_>, records: &[&Record]) -> Result<()>
     Ok(())
 }
 
-async fn write_stats(db: &Transaction<'_>, accepted: &[&Record]) -> Result<()> {
+async fn write_stats(db: &Transaction<'_>, accepted: &[&Record], now: Timestamp) -> Result<()> {
     let stats = Stats::of(accepted.iter().copied());
     if stats.endpoints.is_empty() {
         return Ok(());
     }
     let statement = db
         .prepare_cached(
-            "/* ams:stats */ insert into stats (endpoint_id, minute, sent, failed, dead, took_us) \
-             select t.* from unnest($1::int[], $2::timestamptz[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[]) t \
+            "/* ams:stats */ insert into stats (endpoint_id, minute, sent, failed, dead, took_us, sent_at) \
+             select t.*, case when t.sent > 0 then $7::timestamptz end \
+             from unnest($1::int[], $2::timestamptz[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[]) \
+                 t(endpoint_id, minute, sent, failed, dead, took_us) \
              on conflict (endpoint_id, minute) do update set sent = stats.sent + excluded.sent, \
                  failed = stats.failed + excluded.failed, dead = stats.dead + excluded.dead, \
-                 took_us = stats.took_us + excluded.took_us",
+                 took_us = stats.took_us + excluded.took_us, sent_at = coalesce(excluded.sent_at, stats.sent_at)",
         )
         .await?;
-    db.execute(&statement, &stats.values()).await?;
+    let mut values = stats.values().to_vec();
+    values.push(&now);
+    db.execute(&statement, &values).await?;
     Ok(())
 }
 

@@ -27,10 +27,12 @@ pub(super) fn breakers(db: &Connection) -> Result<Vec<(String, Breaker)>> {
 }
 
 /// Opens and closes breakers. One that was opened further stays, and one that was closed meanwhile opens for the first time only.
-pub(super) fn set_breakers(db: &Connection, changes: &[(String, Option<Breaker>)]) -> Result<()> {
+pub(super) fn set_breakers(db: &Connection, changes: &[(String, Option<Breaker>)]) -> Result<Vec<bool>> {
     let mut open = db.prepare_cached(
         "/* ams:open_breaker */ insert into breakers (endpoint_id, cause, since, until, openings, reason) \
          select id, ?2, ?3, ?4, ?5, ?6 from endpoints where name = ?1 and (?5 = 1 or id in (select endpoint_id from breakers)) \
+             and (?7 is null or not exists (select 1 from stats where stats.endpoint_id = id \
+                 and minute > ?7 - 900000000 and sent_at > ?7)) \
          on conflict (endpoint_id) do update set cause = excluded.cause, until = excluded.until, \
              openings = excluded.openings, reason = excluded.reason, probed_until = null \
          where (breakers.openings, breakers.until) < (excluded.openings, excluded.until)",
@@ -39,16 +41,20 @@ pub(super) fn set_breakers(db: &Connection, changes: &[(String, Option<Breaker>)
         "/* ams:close_breaker */ delete from breakers \
          where endpoint_id = (select id from endpoints where name = ?1)",
     )?;
+    let mut made = Vec::with_capacity(changes.len());
     for (endpoint, change) in changes {
-        match change {
+        let rows = match change {
             Some(b) => {
                 let (since, until) = (b.since.as_micros(), b.until.as_micros());
-                open.execute(params![endpoint, b.cause.as_str(), since, until, b.openings, b.reason])?
+                let unless = b.unless_sent_since().map(Timestamp::as_micros);
+                let cause = b.cause.as_str();
+                open.execute(params![endpoint, cause, since, until, b.openings, b.reason, unless])?
             }
             None => close.execute([endpoint])?,
         };
+        made.push(rows > 0);
     }
-    Ok(())
+    Ok(made)
 }
 
 /// Takes the right to probe those endpoints that nobody probes. A right that lasts for longer than any was written by a

@@ -41,7 +41,7 @@ pub(super) fn record(db: &Connection, records: &Records<'_>) -> Result<Vec<Messa
             stats.add(record);
         }
     }
-    stats.write(db)?;
+    stats.write(db, records.now)?;
     Ok(refused)
 }
 
@@ -234,15 +234,16 @@ impl Stats {
         *took += i64::from(outcome.times.total_us());
     }
 
-    fn write(&self, db: &Connection) -> Result<()> {
+    fn write(&self, db: &Connection, now: Timestamp) -> Result<()> {
         let mut statement = db.prepare_cached(
-            "/* ams:stats */ insert into stats (endpoint_id, minute, sent, failed, dead, took_us) \
-             values (?1, ?2, ?3, ?4, ?5, ?6) on conflict (endpoint_id, minute) do update \
+            "/* ams:stats */ insert into stats (endpoint_id, minute, sent, failed, dead, took_us, sent_at) \
+             values (?1, ?2, ?3, ?4, ?5, ?6, ?7) on conflict (endpoint_id, minute) do update \
              set sent = sent + excluded.sent, failed = failed + excluded.failed, dead = dead + excluded.dead, \
-             took_us = took_us + excluded.took_us",
+             took_us = took_us + excluded.took_us, sent_at = coalesce(excluded.sent_at, sent_at)",
         )?;
         for ((endpoint, minute), [sent, failed, dead, took]) in &self.0 {
-            statement.execute(params![endpoint.0, minute, sent, failed, dead, took])?;
+            let sent_at = (*sent > 0).then_some(now.as_micros());
+            statement.execute(params![endpoint.0, minute, sent, failed, dead, took, sent_at])?;
         }
         Ok(())
     }

@@ -61,7 +61,7 @@ faulty! {
             self.call(async { Ok(self.world.store_time()) }).await
         }
 
-        async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<()> {
+        async fn set_breakers(&self, changes: &[(String, Option<Breaker>)]) -> Result<Vec<bool>> {
             self.call(async {
                 for (_, change) in changes {
                     let what = if change.is_some() { "breakers opened" } else { "breakers closed" };
