@@ -17,7 +17,10 @@ use crate::store::{Endpoint, StoreError, Unhold};
 /// directory has been read anew.
 const SETTLED: Duration = Duration::from_millis(2_500);
 
-/// Endpoints whose failures are counted; beyond that, old ones are forgotten.
+/// How long a write waits after one that failed.
+const WRITE_AGAIN: Duration = Duration::from_millis(500);
+
+/// Endpoints whose failures are counted; beyond that, old ones are forgotten, and no further ones counted.
 const COUNTED_MAX: usize = 10_000;
 
 /// How often the right to probe an endpoint is asked for: another consumer may have it.
@@ -37,6 +40,8 @@ pub(super) struct Breakers {
     known: BTreeMap<String, Known>,
     unwritten: BTreeMap<String, Option<Breaker>>,
     writing: Option<Call<Written>>,
+    /// When the next write may be made: at once, unless the last has failed.
+    write_at: Instant,
 }
 
 /// What is known of one breaker.
@@ -176,15 +181,23 @@ impl Breakers {
             let longer = |pause| breaker.until < now.time.after(pause);
             return if breaker.is_open(now.time) { pause.is_some_and(longer) } else { true };
         }
-        if self.failures.len() >= COUNTED_MAX {
-            self.failures.retain(|_, failures| !failures.is_old(now.instant));
+        self.failed_for_long(name, now.instant) || pause.is_some()
+    }
+
+    /// Counts a failure of an endpoint whose breaker is closed. Whether it is the last of many.
+    fn failed_for_long(&mut self, name: &str, now: Instant) -> bool {
+        if let Some(failures) = self.failures.get_mut(name) {
+            return failures.add(now);
         }
-        let none = || Failures::none(now.instant);
-        let failed_for_long = match self.failures.get_mut(name) {
-            Some(failures) => failures.add(now.instant),
-            None => self.failures.entry(name.to_owned()).or_insert_with(none).add(now.instant),
-        };
-        failed_for_long || pause.is_some()
+        if self.failures.len() >= COUNTED_MAX {
+            self.failures.retain(|_, failures| !failures.is_old(now));
+        }
+        if self.failures.len() < COUNTED_MAX {
+            let mut failures = Failures::none(now);
+            failures.add(now);
+            self.failures.insert(name.to_owned(), failures);
+        }
+        false
     }
 
     fn breaker(&self, name: &str) -> Option<&Breaker> {
@@ -245,7 +258,7 @@ impl Breakers {
 
     /// Writes what was found out, unless a call is under way.
     pub(super) fn write(&mut self, context: &Context) {
-        if self.writing.is_some() || self.unwritten.is_empty() {
+        if self.writing.is_some() || self.unwritten.is_empty() || context.clock.instant() < self.write_at {
             return;
         }
         let changes: Vec<_> = std::mem::take(&mut self.unwritten).into_iter().collect();
@@ -262,6 +275,9 @@ impl Breakers {
         let (changes, made) = under_way(&mut self.writing).await;
         self.writing = None;
         let now = clock.reading();
+        if made.is_none() {
+            self.write_at = now.instant.after(WRITE_AGAIN);
+        }
         for (nth, (name, change)) in changes.into_iter().enumerate() {
             let settled = Some(now.instant.after(SETTLED));
             let is_first = |breaker: &Breaker| breaker.unless_sent_since().is_some();
