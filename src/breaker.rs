@@ -133,26 +133,27 @@ pub fn ramp(since: Duration, in_flight_max: u32) -> Option<u32> {
     Some(slots).filter(|slots| *slots < in_flight_max)
 }
 
-/// What an attempt says of its endpoint, apart from its message.
+/// What an attempt is evidence of: whether its endpoint works. (How much it bears is told by
+/// [`crate::delivery::limits::Feedback`].)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sign {
-    /// It works: it has taken the message, or has refused this one message.
-    Works,
-    Fails,
-    /// Nothing: it was not reached, for a reason that lies in the message.
+pub enum Evidence {
+    /// It has taken the message, or has refused this one message.
+    Success,
+    Failure,
+    /// It was not reached, for a reason that lies in the message.
     Nothing,
 }
 
-impl Sign {
-    /// The sign of an outcome. `final_statuses` are those by which the endpoint itself decides on a message.
-    pub fn of(outcome: &Outcome, final_statuses: &[u16]) -> Sign {
+impl Evidence {
+    /// What an outcome is evidence of. `final_statuses` are those by which the endpoint itself decides on a message.
+    pub fn of(outcome: &Outcome, final_statuses: &[u16]) -> Evidence {
         match (outcome.class, outcome.status) {
-            (Class::Accepted, _) => Sign::Works,
-            (Class::Rejected, Some(status)) if final_statuses.contains(&status) => Sign::Works,
+            (Class::Accepted, _) => Evidence::Success,
+            (Class::Rejected, Some(status)) if final_statuses.contains(&status) => Evidence::Success,
             // What was wrong with the message: RFC 9110, section 15.5.
-            (Class::Rejected, Some(400 | 409 | 410 | 411 | 413 | 414 | 415 | 422)) => Sign::Works,
-            (Class::Invalid | Class::Unknown, _) => Sign::Nothing,
-            _ => Sign::Fails,
+            (Class::Rejected, Some(400 | 409 | 410 | 411 | 413 | 414 | 415 | 422)) => Evidence::Success,
+            (Class::Invalid | Class::Unknown, _) => Evidence::Nothing,
+            _ => Evidence::Failure,
         }
     }
 }
@@ -263,20 +264,20 @@ mod tests {
     #[test]
     fn what_is_wrong_with_one_message_says_nothing_against_its_endpoint() {
         for (class, status, expected) in [
-            (Class::Accepted, Some(200), Sign::Works),
-            (Class::Rejected, Some(422), Sign::Works),
-            (Class::Rejected, Some(418), Sign::Works),
-            (Class::Rejected, Some(404), Sign::Fails),
-            (Class::Rejected, Some(500), Sign::Fails),
-            (Class::Rejected, Some(429), Sign::Fails),
-            (Class::Rejected, Some(302), Sign::Fails),
-            (Class::Refused, None, Sign::Fails),
-            (Class::Timeout, None, Sign::Fails),
-            (Class::Reset, None, Sign::Fails),
-            (Class::BadAnswer, None, Sign::Fails),
-            (Class::Invalid, None, Sign::Nothing),
+            (Class::Accepted, Some(200), Evidence::Success),
+            (Class::Rejected, Some(422), Evidence::Success),
+            (Class::Rejected, Some(418), Evidence::Success),
+            (Class::Rejected, Some(404), Evidence::Failure),
+            (Class::Rejected, Some(500), Evidence::Failure),
+            (Class::Rejected, Some(429), Evidence::Failure),
+            (Class::Rejected, Some(302), Evidence::Failure),
+            (Class::Refused, None, Evidence::Failure),
+            (Class::Timeout, None, Evidence::Failure),
+            (Class::Reset, None, Evidence::Failure),
+            (Class::BadAnswer, None, Evidence::Failure),
+            (Class::Invalid, None, Evidence::Nothing),
         ] {
-            assert_eq!(Sign::of(&outcome(class, status), &[418]), expected, "{class:?} {status:?}");
+            assert_eq!(Evidence::of(&outcome(class, status), &[418]), expected, "{class:?} {status:?}");
         }
     }
 

@@ -14,7 +14,7 @@ pub struct Rate {
 
 impl Rate {
     /// The interval that a rate has unless another is named.
-    pub const SECOND: Rate = Rate { count: 1, interval: Duration::from_secs(1) };
+    pub const INTERVAL: Duration = Duration::from_secs(1);
 
     /// How late an attempt may begin after the time that is reserved for it. So much longer than the interval `count`
     /// reserved times take, hence no interval has more than `count` attempts however late some of them are: at 100 a second
@@ -37,6 +37,12 @@ impl Rate {
         )
     }
 
+    /// What a store writes down of an endpoint's rate: without one an interval stands there, too.
+    pub(crate) fn columns(rate: Option<Rate>) -> (Option<i64>, i64) {
+        let (count, ms) = rate.unwrap_or(Rate { count: 0, interval: Rate::INTERVAL }).numbers();
+        (rate.map(|_| count), ms)
+    }
+
     /// From one reserved time to the `nth` after it.
     fn distance(self, nth: usize) -> Duration {
         let all = self.interval.saturating_add(Rate::LATE).as_micros();
@@ -44,8 +50,7 @@ impl Rate {
         Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX))
     }
 
-    /// Times that may be reserved between `from` and `until`, when the next is not to come before `next`; and, for each
-    /// number of them that is used, when the one after them may come: see [`Reservable::after`].
+    /// Times that may be reserved between `from` and `until`, the first of them not before `next`.
     pub fn reservable(self, next: Option<Timestamp>, from: Timestamp, until: Timestamp) -> Reservable {
         // A later one was written by a clock that was wrong, or for a rate that was lower.
         let latest = until.after(self.distance(1));
@@ -112,6 +117,8 @@ mod tests {
         assert_eq!(rate(1_000_000, 1_000).reservable(None, ms(0), ms(500)).count, RESERVED_MAX);
         assert_eq!(Rate::of(0, -5), rate(1, 5));
         assert_eq!(Rate::of(7, 1_500).numbers(), (7, 1_500));
+        assert_eq!(Rate::columns(Some(rate(7, 1_500))), (Some(7), 1_500));
+        assert_eq!(Rate::columns(None), (None, 1_000));
     }
 
     proptest! {

@@ -216,10 +216,28 @@ create table breakers (
     constraint breakers_cause_known check (cause in ('failing', 'retry_after'))
 );
 
--- Whoever changes an endpoint has mended something. Runs with the rights of its owner, as the numbering does.
+-- Numbers of endpoints that messages name and that do not exist: an endpoint of that name takes its number over.
+create table unknown_endpoints (
+    name text primary key,
+    id integer not null unique default nextval('endpoint_ids')
+);
+
+-- They run with the rights of their owner, because whoever may make or change an endpoint need not know of the numbers and
+-- the breakers. Whoever changes an endpoint has mended something.
 do $do$
 begin
     execute format($sql$
+        create function %1$I.number_endpoint() returns trigger language plpgsql security definer
+        set search_path = pg_catalog, %1$I, pg_temp as $body$
+        begin
+            delete from %1$I.unknown_endpoints where name = new.name returning id into new.id;
+            if not found then
+                new.id := nextval('%1$I.endpoint_ids');
+            end if;
+            return new;
+        end
+        $body$;
+
         create function %1$I.close_breaker() returns trigger language plpgsql security definer
         set search_path = pg_catalog, %1$I, pg_temp as $body$
         begin
@@ -234,31 +252,6 @@ $do$;
 create trigger endpoints_changed after update on endpoints for each row
 when (old.* is distinct from new.*) execute function close_breaker();
 create trigger endpoints_deleted after delete on endpoints for each row execute function close_breaker();
-
--- Numbers of endpoints that messages name and that do not exist: an endpoint of that name takes its number over.
-create table unknown_endpoints (
-    name text primary key,
-    id integer not null unique default nextval('endpoint_ids')
-);
-
--- Runs with the rights of its owner, because whoever may make an endpoint need not know of the numbers.
-do $do$
-begin
-    execute format($sql$
-        create function %1$I.number_endpoint() returns trigger language plpgsql security definer
-        set search_path = pg_catalog, %1$I, pg_temp as $body$
-        begin
-            delete from %1$I.unknown_endpoints where name = new.name returning id into new.id;
-            if not found then
-                new.id := nextval('%1$I.endpoint_ids');
-            end if;
-            return new;
-        end
-        $body$
-    $sql$, current_schema());
-end
-$do$;
-
 create trigger endpoints_number before insert on endpoints for each row execute function number_endpoint();
 
 -- A setting that no program can hold would stop the messages of all endpoints, and a password in a URL is

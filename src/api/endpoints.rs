@@ -376,7 +376,7 @@ async fn heard(state: &ApiState) {
 
 /// The interval of an endpoint's rate, in milliseconds; without one that which a rate has unless another is named.
 fn interval_ms(endpoint: &Endpoint) -> u64 {
-    let interval = endpoint.rate.unwrap_or(Rate::SECOND).interval;
+    let interval = endpoint.rate.map_or(Rate::INTERVAL, |rate| rate.interval);
     u64::try_from(interval.as_millis()).unwrap_or(u64::MAX)
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::call::{Call, under_way};
-use crate::breaker::{self, Breaker, Failures, Sign};
+use crate::breaker::{self, Breaker, Evidence, Failures};
 use crate::clock::{Clock, Instant, Now, Timestamp};
 use crate::delivery::limits::{Admission, Limits};
 use crate::message::Outcome;
@@ -46,65 +46,109 @@ pub(super) struct Breakers {
 
 /// What is known of one breaker.
 struct Known {
-    /// `None`: it is closed.
-    breaker: Option<Breaker>,
-    /// When it is no longer open, or has been closed.
-    at: Instant,
+    state: State,
     /// Until then it is as was found out here, whatever the directory says. `None`: that has still to be written.
     ours_until: Option<Instant>,
     /// When the right to probe may be asked for again.
     next_probe: Instant,
 }
 
+enum State {
+    /// Open until that moment, and half-open after it.
+    Tripped {
+        breaker: Breaker,
+        open_until: Instant,
+    },
+    Closed {
+        at: Instant,
+    },
+}
+
+/// What a breaker allows now.
+enum Allowed {
+    Nothing,
+    /// One attempt at a time.
+    Probe,
+    /// So many attempts in flight.
+    Slots(u32),
+}
+
+impl State {
+    fn tripped(breaker: Breaker, now: Now) -> State {
+        let left = if breaker.is_open(now.time) { breaker.until.since(now.time) } else { Duration::ZERO };
+        State::Tripped { breaker, open_until: now.instant.after(left) }
+    }
+}
+
 impl Known {
-    fn new(breaker: Option<Breaker>, at: Instant, ours_until: Option<Instant>) -> Known {
-        Known { breaker, at, ours_until, next_probe: Instant::START }
+    fn new(state: State, ours_until: Option<Instant>) -> Known {
+        Known { state, ours_until, next_probe: Instant::START }
     }
 
     fn is_ours(&self, now: Instant) -> bool {
         self.ours_until.is_none_or(|until| now < until)
     }
 
-    fn is_half_open(&self, now: Instant) -> bool {
-        self.breaker.is_some() && now >= self.at
+    fn breaker(&self) -> Option<&Breaker> {
+        match &self.state {
+            State::Tripped { breaker, .. } => Some(breaker),
+            State::Closed { .. } => None,
+        }
+    }
+
+    fn allowed(&self, in_flight_max: u32, now: Instant) -> Allowed {
+        match self.state {
+            State::Tripped { open_until, .. } if now < open_until => Allowed::Nothing,
+            State::Tripped { .. } => Allowed::Probe,
+            State::Closed { at } => {
+                Allowed::Slots(breaker::ramp(now.since(at), in_flight_max).unwrap_or(in_flight_max))
+            }
+        }
     }
 }
 
 impl Breakers {
     /// As [`Limits::admit`], within what the endpoint's breaker allows.
     pub(super) fn admit(&self, endpoint: &Endpoint, limits: &mut Limits, now: Instant) -> Admission {
-        let half_open = self.known(&endpoint.name).is_some_and(|known| known.is_half_open(now));
         match self.allowed(endpoint, now) {
-            0 => Admission::Hold,
-            _ if half_open && limits.is_here(&endpoint.name) => Admission::Hold,
-            allowed => limits.admit(&endpoint.name, allowed, now),
+            Allowed::Nothing => Admission::Hold,
+            Allowed::Probe if limits.is_here(&endpoint.name) => Admission::Hold,
+            Allowed::Probe => limits.admit(&endpoint.name, 1, now),
+            Allowed::Slots(slots) => limits.admit(&endpoint.name, slots, now),
         }
     }
 
     /// As [`Limits::available`], within what the endpoint's breaker allows.
     pub(super) fn available(&self, endpoint: &Endpoint, limits: &Limits, now: Instant) -> usize {
-        match self.known(&endpoint.name) {
-            Some(known) if known.is_half_open(now) => {
-                usize::from(now >= known.next_probe && !limits.is_here(&endpoint.name))
-            }
-            _ => match self.allowed(endpoint, now) {
-                0 => 0,
-                allowed => limits.available(&endpoint.name, allowed, now),
-            },
+        let may_ask = || self.known(&endpoint.name).is_some_and(|known| now >= known.next_probe);
+        match self.allowed(endpoint, now) {
+            Allowed::Nothing => 0,
+            Allowed::Probe => usize::from(may_ask() && !limits.is_here(&endpoint.name)),
+            Allowed::Slots(slots) => limits.available(&endpoint.name, slots, now),
+        }
+    }
+
+    /// As [`Limits::slots`], within what the endpoint's breaker allows.
+    pub(super) fn slots(&self, endpoint: &Endpoint, limits: &Limits, now: Instant) -> usize {
+        match self.allowed(endpoint, now) {
+            Allowed::Nothing => 0,
+            Allowed::Probe => 1,
+            Allowed::Slots(slots) => limits.slots(&endpoint.name, slots),
         }
     }
 
     /// As [`Limits::start`], within what the endpoint's breaker allows.
     pub(super) fn start(&self, endpoint: &Endpoint, limits: &mut Limits, now: Instant) -> bool {
         match self.allowed(endpoint, now) {
-            0 => false,
-            allowed => limits.start(&endpoint.name, allowed, now),
+            Allowed::Nothing => false,
+            Allowed::Probe => limits.start(&endpoint.name, 1, now),
+            Allowed::Slots(slots) => limits.start(&endpoint.name, slots, now),
         }
     }
 
     /// Whether the endpoint's breaker is open.
-    pub(super) fn is_open(&self, endpoint: &str, now: Instant) -> bool {
-        self.known(endpoint).is_some_and(|known| known.breaker.is_some() && now < known.at)
+    pub(super) fn is_open(&self, endpoint: &Endpoint, now: Instant) -> bool {
+        matches!(self.allowed(endpoint, now), Allowed::Nothing)
     }
 
     /// Whether the endpoint's breaker is not closed, or has been closed lately.
@@ -114,23 +158,23 @@ impl Breakers {
 
     /// Whether the endpoint's breaker is closed: neither open nor half-open.
     pub(super) fn is_closed(&self, endpoint: &str) -> bool {
-        self.known(endpoint).is_none_or(|known| known.breaker.is_none())
+        self.breaker(endpoint).is_none()
     }
 
-    /// Attempts that may be in flight at an endpoint now, as far as its breaker is concerned.
-    pub(super) fn allowed(&self, endpoint: &Endpoint, now: Instant) -> u32 {
+    fn allowed(&self, endpoint: &Endpoint, now: Instant) -> Allowed {
         match self.known(&endpoint.name) {
-            None => endpoint.in_flight_max,
-            Some(Known { breaker: Some(_), at, .. }) => u32::from(now >= *at),
-            Some(Known { breaker: None, at, .. }) => {
-                breaker::ramp(now.since(*at), endpoint.in_flight_max).unwrap_or(endpoint.in_flight_max)
-            }
+            None => Allowed::Slots(endpoint.in_flight_max),
+            Some(known) => known.allowed(endpoint.in_flight_max, now),
         }
     }
 
     fn known(&self, endpoint: &str) -> Option<&Known> {
         // Asked for each message, and mostly there are none.
         if self.known.is_empty() { None } else { self.known.get(endpoint) }
+    }
+
+    fn breaker(&self, endpoint: &str) -> Option<&Breaker> {
+        self.known(endpoint).and_then(Known::breaker)
     }
 
     /// The endpoints among these whose deliveries may only be freed with the right to probe, and until when each probe
@@ -143,9 +187,8 @@ impl Breakers {
     ) -> Vec<(String, Timestamp)> {
         let mut probes = Vec::new();
         for name in wanted.iter().map(|wanted| &wanted.endpoint) {
-            let Some(known) = self.known.get_mut(name).filter(|known| known.is_half_open(now.instant)) else {
-                continue;
-            };
+            let is_probe = |known: &&mut Known| matches!(known.allowed(0, now.instant), Allowed::Probe);
+            let Some(known) = self.known.get_mut(name).filter(is_probe) else { continue };
             known.next_probe = now.instant.after(PROBE_ASK);
             let timeout = directory.endpoints.get(name).map_or(Duration::ZERO, |endpoint| endpoint.timeout);
             probes.push((name.clone(), now.time.after(timeout + PROBE_LOST)));
@@ -156,9 +199,9 @@ impl Breakers {
     /// Notes what came of an attempt: the endpoint's breaker may open or close by it.
     pub(super) fn note(&mut self, endpoint: &Endpoint, outcome: &Outcome, now: Now) {
         let name = endpoint.name.as_str();
-        match Sign::of(outcome, &endpoint.final_statuses) {
-            Sign::Nothing => {}
-            Sign::Works => {
+        match Evidence::of(outcome, &endpoint.final_statuses) {
+            Evidence::Nothing => {}
+            Evidence::Success => {
                 if !self.failures.is_empty() {
                     self.failures.remove(name);
                 }
@@ -166,7 +209,7 @@ impl Breakers {
                     self.close(name, now.instant);
                 }
             }
-            Sign::Fails => {
+            Evidence::Failure => {
                 if self.opens(name, outcome, now) {
                     self.open(name, Breaker::opened(self.breaker(name), outcome, now.time), now);
                 }
@@ -200,13 +243,9 @@ impl Breakers {
         false
     }
 
-    fn breaker(&self, name: &str) -> Option<&Breaker> {
-        self.known.get(name).and_then(|known| known.breaker.as_ref())
-    }
-
     fn close(&mut self, name: &str, now: Instant) {
         tracing::info!(endpoint = name, "endpoint {name} works again; its attempts in flight grow by and by");
-        self.known.insert(name.to_owned(), Known::new(None, now, None));
+        self.known.insert(name.to_owned(), Known::new(State::Closed { at: now }, None));
         self.unwritten.insert(name.to_owned(), None);
     }
 
@@ -224,35 +263,30 @@ impl Breakers {
             1 => tracing::warn!(endpoint = name, "{}; its messages are held", opened.explain(name)),
             _ => tracing::debug!(endpoint = name, "{}", opened.explain(name)),
         }
-        let at = now.instant.after(opened.until.since(now.time));
-        self.known.insert(name.to_owned(), Known::new(Some(opened), at, ours_until));
+        self.known.insert(name.to_owned(), Known::new(State::tripped(opened, now), ours_until));
     }
 
     /// Learns what other consumers have found out, and forgets endpoints that have all of their window again.
     pub(super) fn learn(&mut self, directory: &Snapshot, now: Now) {
         for (name, breaker) in &directory.breakers {
-            let left = if breaker.is_open(now.time) { breaker.until.since(now.time) } else { Duration::ZERO };
-            let at = now.instant.after(left);
+            let state = State::tripped(breaker.clone(), now);
             match self.known.get_mut(name) {
                 Some(known) if known.is_ours(now.instant) => {}
-                Some(known) if known.breaker.is_some() => {
-                    (known.breaker, known.at) = (Some(breaker.clone()), at);
-                }
-                _ => {
-                    let known = Known::new(Some(breaker.clone()), at, Some(Instant::START));
-                    self.known.insert(name.clone(), known);
-                }
+                Some(known) => known.state = state,
+                None => drop(self.known.insert(name.clone(), Known::new(state, Some(Instant::START)))),
             }
         }
         self.known.retain(|name, known| {
             if known.is_ours(now.instant) || directory.breakers.contains_key(name) {
                 return true;
             }
-            if known.breaker.take().is_some() {
-                known.at = now.instant;
-            }
+            let at = match known.state {
+                State::Tripped { .. } => now.instant,
+                State::Closed { at } => at,
+            };
+            known.state = State::Closed { at };
             let most = directory.endpoints.get(name).map_or(0, |endpoint| endpoint.in_flight_max);
-            breaker::ramp(now.instant.since(known.at), most).is_some()
+            breaker::ramp(now.instant.since(at), most).is_some()
         });
     }
 

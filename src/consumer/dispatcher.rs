@@ -199,7 +199,7 @@ impl Dispatcher {
                 Ok(ticket) => {
                     self.memory.bytes += ticket.bytes();
                     self.saturated.came(&ticket.endpoint);
-                    let rated = directory.rated && directory.is_rated(&ticket.endpoint);
+                    let rated = ticket.due_at.is_some() && directory.is_rated(&ticket.endpoint);
                     self.arrivals.keep(ticket, &taken, rated, now);
                 }
                 Err(reason) => self.unreadable.add(taken, reason),
@@ -321,7 +321,7 @@ impl Dispatcher {
         }
         for endpoint in touched {
             self.try_next(&endpoint, instant);
-            self.give_back_open(&endpoint.name, Now { time: now, instant });
+            self.give_back_open(&endpoint, Now { time: now, instant });
         }
     }
 
@@ -376,7 +376,7 @@ impl Dispatcher {
             self.breakers.note(&endpoint, outcome, now);
         }
         self.judge(begun, outcome, took, now.time);
-        self.give_back_open(&endpoint.name, now);
+        self.give_back_open(&endpoint, now);
         self.try_next(&endpoint, now.instant);
     }
 
@@ -463,15 +463,15 @@ impl Dispatcher {
     /// that ends does it, where none is in flight.
     fn follow_breakers(&mut self, now: Now) {
         for endpoint in self.waiting.endpoints(|name| self.breakers.is_known(name)) {
-            self.give_back_open(&endpoint.name, now);
+            self.give_back_open(&endpoint, now);
             self.try_next(&endpoint, now.instant);
         }
     }
 
     /// Holds what waits for an endpoint whose breaker is open.
-    fn give_back_open(&mut self, endpoint: &str, now: Now) {
+    fn give_back_open(&mut self, endpoint: &Endpoint, now: Now) {
         if self.breakers.is_open(endpoint, now.instant) {
-            self.give_back(endpoint, now);
+            self.give_back(&endpoint.name, now);
         }
     }
 

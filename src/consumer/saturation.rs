@@ -11,7 +11,7 @@ use crate::clock::{Clock, Instant, Timestamp};
 use crate::delivery::limits::Limits;
 use crate::message::Held;
 use crate::service::{Context, Snapshot};
-use crate::store::{InstanceId, Unhold};
+use crate::store::{InstanceId, StoreError, Unhold};
 
 /// How often the store is asked which endpoints have held deliveries that we don't know of.
 const HELD: Duration = Duration::from_secs(1);
@@ -137,8 +137,7 @@ impl Saturated {
             let available = if fails { available.min(for_failing) } else { available };
             let limit = saturation.wanted(available, now);
             // Not one by one, if more can follow: a write for each delivery that ends would cost what holding saves.
-            let slots = limits.slots(name, breakers.allowed(endpoint, now));
-            let least = (slots / 2).clamp(1, LEAST);
+            let least = (breakers.slots(endpoint, limits, now) / 2).clamp(1, LEAST);
             if limit >= least {
                 wanted.push(Unhold { endpoint: name.clone(), limit });
                 if fails {
@@ -193,7 +192,9 @@ async fn free(
     let mut freed = Freed::default();
     let now = context.clock.now();
     if !probes.is_empty() {
-        let won = context.store.probe(&probes, now).await.unwrap_or_default();
+        let won = context.store.probe(&probes, now).await;
+        let failed = |error: &StoreError| tracing::debug!("the right to probe could not be had: {error}");
+        let won = won.inspect_err(failed).unwrap_or_default();
         let is_lost =
             |endpoint: &String| probes.iter().any(|(probe, _)| probe == endpoint) && !won.contains(endpoint);
         wanted.retain(|wanted| !is_lost(&wanted.endpoint));

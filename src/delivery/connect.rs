@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, OptionFuture};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
@@ -127,8 +127,8 @@ impl Connector {
             let has_next = !left.as_slice().is_empty();
             let opened = tokio::select! {
                 biased;
-                opened = attempt(&mut older) => { older = None; Some(opened) }
-                opened = attempt(&mut newer) => { newer = older.take(); Some(opened) }
+                Some(opened) = OptionFuture::from(older.as_mut()) => { older = None; Some(opened) }
+                Some(opened) = OptionFuture::from(newer.as_mut()) => { newer = older.take(); Some(opened) }
                 () = tokio::time::sleep(NEXT_ADDRESS), if has_next => None,
             };
             match opened {
@@ -180,14 +180,6 @@ impl Connector {
         };
         let opened = Connection::open(stream, permit).await;
         opened.map_err(|error| NotConnected::Refused(error.to_string()))
-    }
-}
-
-/// Waits for an attempt that may not be there; for ever when it is not.
-async fn attempt<T>(attempt: &mut Option<impl Future<Output = T> + Unpin>) -> T {
-    match attempt {
-        Some(attempt) => attempt.await,
-        None => std::future::pending().await,
     }
 }
 

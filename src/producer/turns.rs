@@ -1,5 +1,7 @@
 //! In which order the classes of priority are claimed. Pure.
 
+use std::collections::BTreeMap;
+
 use crate::store::Urgency;
 
 /// Full claims of other classes that a class lets pass, at most: so each keeps a quarter of the claims, however many more
@@ -9,13 +11,13 @@ const PASSED_MAX: u32 = 3;
 /// How often each class was passed over since it was asked.
 #[derive(Debug, Default)]
 pub(super) struct Turns {
-    passed: [u32; Urgency::ALL.len()],
+    passed: BTreeMap<Urgency, u32>,
 }
 
 impl Turns {
     /// The classes in the order in which they are asked: first those that were passed over so often, then the most urgent.
     pub(super) fn order(&self) -> Vec<Urgency> {
-        let waits = |urgency: &Urgency| self.passed[index(*urgency)] >= PASSED_MAX;
+        let waits = |urgency: &Urgency| self.passed.get(urgency).is_some_and(|passed| *passed >= PASSED_MAX);
         let (first, then): (Vec<_>, Vec<_>) = Urgency::ALL.into_iter().partition(waits);
         first.into_iter().chain(then).collect()
     }
@@ -23,17 +25,9 @@ impl Turns {
     /// Notes which classes of the order were asked: all up to the first full claim.
     pub(super) fn asked(&mut self, order: &[Urgency], asked: usize) {
         for (nth, urgency) in order.iter().enumerate() {
-            let passed = &mut self.passed[index(*urgency)];
+            let passed = self.passed.entry(*urgency).or_default();
             *passed = if nth < asked { 0 } else { *passed + 1 };
         }
-    }
-}
-
-fn index(urgency: Urgency) -> usize {
-    match urgency {
-        Urgency::Urgent => 0,
-        Urgency::Normal => 1,
-        Urgency::Bulk => 2,
     }
 }
 
@@ -47,7 +41,7 @@ mod tests {
         for _ in 0..120 {
             let order = turns.order();
             let full = order.iter().position(|urgency| floods.contains(urgency)).unwrap();
-            claims[index(order[full])] += 1;
+            claims[order[full] as usize] += 1;
             turns.asked(&order, full + 1);
         }
         claims

@@ -47,7 +47,7 @@ impl Snapshot {
 
     /// Whether attempts at that endpoint are bounded by a rate.
     pub fn is_rated(&self, name: &str) -> bool {
-        self.endpoints.get(name).is_some_and(|endpoint| endpoint.rate.is_some())
+        self.rated && self.endpoints.get(name).is_some_and(|endpoint| endpoint.rate.is_some())
     }
 
     /// The consumer groups whose positions tell how far `lane` has been read: the living ones, or those that fell

@@ -121,6 +121,13 @@ macro_rules! unread {
     };
 }
 
+/// Whether the breaker `b` of an endpoint is open: as [`crate::breaker::is_open`].
+macro_rules! is_open {
+    () => {
+        "b.until > $7 and b.until <= $7 + interval '25 h'"
+    };
+}
+
 /// What a claimed row is to become, in this order. Nothing is sorted on the way: a ticket's position is its place among the
 /// rows that come, and whatever order that is, the batch has the same, because both come from one table of this statement.
 /// Contents pass through two tables only, because each more costs 0.4 us a message (measured).
@@ -152,7 +159,9 @@ macro_rules! claim_new {
                  where message_id between (select lo from a) and (select hi from a)), \
              d as materialized ( \
                  select n.endpoint, coalesce(e.id, s.id) as endpoint_id, coalesce(e.enabled, false) as enabled, e.rate_count is not null as rated, \
-                     n.endpoint in (select unnest($6::text[])) or coalesce(b.until > $7 and b.until <= $7 + interval '25 h', false) as busy \
+                     n.endpoint in (select unnest($6::text[])) or coalesce(",
+            is_open!(),
+            ", false) as busy \
                  from (select distinct endpoint from r) n left join endpoints e on e.name = n.endpoint \
                      left join unknown_endpoints s on s.name = n.endpoint left join breakers b on b.endpoint_id = e.id), \
              classed as materialized ( \
@@ -238,7 +247,9 @@ pub(super) const TIMED: &str = concat!(
     "/* ams:claim_timed */ with w as materialized ( \
          select x.place, x.number, \
              case when not coalesce(e.enabled, same.enabled, false) then 'endpoint_disabled' \
-                 when b.until > $7 and b.until <= $7 + interval '25 h' then 'endpoint_busy' \
+                 when ",
+    is_open!(),
+    " then 'endpoint_busy' \
                  when coalesce(e.rate_count, same.rate_count) is not null and not x.reserved then 'endpoint_rate' end as held, \
              sum(m.bytes) over (order by x.number) as bytes \
          from (select ctid as place, endpoint_id, message_id, reserved, row_number() over () as number from ( \

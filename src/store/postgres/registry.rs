@@ -181,8 +181,8 @@ pub(super) async fn put_endpoint(db: &Object, endpoint: &Endpoint) -> Result<()>
     let timeout_ms = i32::try_from(endpoint.timeout.as_millis()).unwrap_or(i32::MAX);
     let in_flight_max = i32::try_from(endpoint.in_flight_max).unwrap_or(i32::MAX);
     let number = |number: i64| i32::try_from(number).unwrap_or(i32::MAX);
-    let rate_count = endpoint.rate.map(|rate| number(rate.numbers().0));
-    let rate_interval_ms = number(endpoint.rate.unwrap_or(Rate::SECOND).numbers().1);
+    let (rate_count, rate_interval_ms) = Rate::columns(endpoint.rate);
+    let (rate_count, rate_interval_ms) = (rate_count.map(number), number(rate_interval_ms));
     let final_statuses: Vec<i32> = endpoint.final_statuses.iter().map(|status| i32::from(*status)).collect();
     let values: [&(dyn tokio_postgres::types::ToSql + Sync); 9] = [
         &endpoint.name,

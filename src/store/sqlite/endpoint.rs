@@ -51,13 +51,14 @@ fn final_statuses(json: &str) -> Vec<u16> {
 
 /// Creates or replaces an endpoint.
 pub(super) fn put_endpoint(db: &Connection, endpoint: &Endpoint) -> Result<()> {
+    let (rate_count, rate_interval_ms) = Rate::columns(endpoint.rate);
     let values = params![
         endpoint.name,
         endpoint.url,
         in_millis(endpoint.timeout),
         endpoint.in_flight_max,
-        endpoint.rate.map(|rate| rate.numbers().0),
-        endpoint.rate.unwrap_or(Rate::SECOND).numbers().1,
+        rate_count,
+        rate_interval_ms,
         json(&endpoint.final_statuses)?,
         endpoint.enabled,
         endpoint.secret,
